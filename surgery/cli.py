@@ -1,0 +1,204 @@
+"""The command line: parse, call one function, print. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery import __version__
+from surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from surgery.pipeline import Inspection, Report
+
+EXIT_USER, EXIT_INTERNAL, EXIT_INTERRUPTED = 2, 1, 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="surgery")
+def cli() -> None:
+    """Turn a pretrained transformer into its polynomial twin."""
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--revision", help="Hub revision.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(model: str, revision: str | None, as_json: bool) -> None:
+    """Show MODEL's feed-forward blocks, and what can be done with each. Reads no weights.
+
+    MODEL is a Hub id, a folder, or a .gguf file.
+    """
+    from surgery.pipeline import inspect as look
+
+    seen = look(model, revision)
+    if as_json:
+        click.echo(json.dumps(seen.as_dict(), indent=2))
+    else:
+        _print_blocks(seen)
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option("-o", "--output", help="Folder for the twin.")
+@click.option("--recipe", "recipe_file", help="YAML recipe; the options below override it.")
+@click.option("--degree", type=int, help="Total degree of each block's polynomial.  [default: 2]")
+@click.option("--assume", help="data, gaussian or standard: distribution the optimum is taken under.  [default: data]")
+@click.option("--moments", help="Safetensors file with PATH.mean, PATH.covariance (--assume gaussian).")
+@click.option("--readout", help="refit or keep the last map of each block.  [default: refit; keep for gaussian]")
+@click.option("--target", help="stream or block: what a refitted block aims at.  [default: stream]")
+@click.option("--blocks", help="Which blocks, as in 0-5,8.  [default: all]")
+@click.option("--calibration", help="python, samples, hub:NAME, or a .txt, .jsonl or .safetensors file.")
+@click.option("--tokens", type=int, help="Calibration tokens.  [default: 65536]")
+@click.option("--length", type=int, help="Tokens a sequence.  [default: 512]")
+@click.option("--batch", type=int, help="Sequences a forward pass.  [default: 8]")
+@click.option("--measure", type=int, help="Unseen tokens to measure perplexity on; 0: none.  [default: 8192]")
+@click.option("--seed", type=int, help="Seed for the model's own samples.  [default: 0]")
+@click.option("--form", help="auto, native or custom: checkpoint form.  [default: auto]")
+@click.option("--dtype", help="Precision to compute in.  [default: float32]")
+@click.option("--save-dtype", help="Precision of the saved weights.  [default: as in the source]")
+@click.option("--tail-weight", type=float, help="Weight of a wide Gaussian that tames high degrees.  [default: 0]")
+@click.option("--tail-width", type=float, help="Its width in standard deviations.  [default: 3]")
+@click.option("--revision", help="Hub revision of MODEL.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier twin at the output.")
+@click.option("--restart", is_flag=True, help="Discard the finished blocks of an interrupted run.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done; load no weights, write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON; no progress bar.")
+def convert(
+    recipe_file: str | None, overwrite: bool, restart: bool, dry_run: bool, as_json: bool, **given: Any
+) -> None:
+    """Replace MODEL's feed-forward blocks by their least-squares optimal polynomials."""
+    from surgery.recipe import load_recipe
+
+    recipe = load_recipe(recipe_file, given)
+    if not recipe.model:
+        raise SurgeryError("no model was named", fix="surgery convert MODEL -o OUT, or name it in the recipe")
+    from surgery.calibration import check_source
+
+    check_source(recipe.calibration)
+    if dry_run:
+        from surgery.pipeline import plan
+
+        planned = plan(recipe)
+        click.echo(json.dumps(planned, indent=2) if as_json else _plan_text(planned))
+        return
+    if not recipe.output:
+        raise SurgeryError("no output folder was named", fix="give -o OUT, or --dry-run to see the plan")
+    from surgery.pipeline import convert as run
+
+    if not as_json:
+        click.echo(f"calibration: {recipe.calibration}, {recipe.tokens} tokens", err=True)
+    _, report = run(
+        recipe.model, recipe=recipe, output=recipe.output, overwrite=overwrite, restart=restart, quiet=as_json
+    )
+    if as_json:
+        click.echo(json.dumps(report.as_dict(), indent=2))
+    else:
+        _print_report(report, recipe.output)
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _print_blocks(seen: Inspection) -> None:
+    rows = [
+        [
+            block.path, block.kind, block.activation, f"{block.width} → {block.hidden} → {block.out}",
+            f"{block.parameters:,}", ", ".join(seen.forms(block)),
+        ]
+        for block in seen.survey.blocks
+    ]  # fmt: skip
+    _table(
+        f"{seen.name}: {seen.architecture}, {len(rows)} feed-forward blocks",
+        ["block", "kind", "activation", "widths", "parameters", "forms at degree 2"],
+        rows,
+    )
+    for path, reason in seen.survey.left_alone:
+        click.echo(f"left alone: {path}: {reason}")
+
+
+def _plan_text(planned: dict[str, Any]) -> str:
+    recipe = planned["recipe"]
+    lines = [
+        f"model         {planned['model']} ({planned['architecture']})",
+        f"blocks        {len(planned['convert'])} of {len(planned['blocks'])}",
+        f"degree        {recipe['degree']} ({planned['coefficients_per_unit']} coefficients a unit)",
+        f"optimum for   {recipe['assume']}, readout {recipe['readout']}, target {recipe['target']}",
+        f"calibration   {recipe['calibration']}: {recipe['tokens']} tokens in sequences of {recipe['length']}",
+        f"form          {planned['form']}",
+        f"output        {recipe['output'] or '(none)'}",
+    ]
+    lines += [f"left alone    {item['path']}: {item['reason']}" for item in planned["left_alone"]]
+    return "\n".join(lines)
+
+
+def _print_report(report: Report, output: str) -> None:
+    rows = [
+        [
+            row["path"], f"{row['r2_held']:.4f}", f"{row['r2_fit']:.4f}", f"{row['r2_units_median']:.4f}",
+            "-" if row["ridge"] is None else f"{row['ridge']:g}", f"{row['condition']:.1e}",
+            f"{row['sink_tokens']}" + (f" ({row['sink_error']:.1%})" if row["sink_tokens"] else ""),
+            f"{row['seconds']:.1f}",
+        ]
+        for row in report.blocks
+    ]  # fmt: skip
+    _table(
+        f"{len(rows)} blocks, degree {report.recipe['degree']}, {report.calibration['tokens']:,} tokens of "
+        f"{report.calibration['source']}",
+        ["block", "R² held out", "R² fitted", "R² unit", "ridge", "condition", "sinks (error)", "s"],
+        rows,
+    )
+    if report.perplexity:
+        seen = report.perplexity
+        click.echo(
+            f"perplexity {seen['original']:.2f} → {seen['twin']:.2f} ({seen['nats']:+.4f} nats) on {seen['text']}"
+        )
+    for path, reason in report.left_alone:
+        click.echo(f"left alone: {path}: {reason}")
+    click.echo(f"{output}: {report.form} form, reloaded in a fresh process and compared")
+
+
+def main() -> None:
+    """Entry point: errors a user can mend exit with 2 and no traceback; defects exit with 1."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_MININTERVAL", "0.5")
+    try:
+        cli.main(standalone_mode=False)
+    except SurgeryError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_USER)
+    except click.exceptions.Abort:
+        click.echo("interrupted; finished blocks are kept, run the same command to go on", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_USER)
+    except MemoryError:
+        click.echo("error: out of memory\n  next step: lower --tokens or --batch", err=True)
+        sys.exit(EXIT_USER)
+    except Exception:  # noqa: BLE001 - the last line of defence; a defect report needs the traceback in a file
+        import tempfile
+
+        with tempfile.NamedTemporaryFile("w", prefix="surgery-", suffix=".log", delete=False) as log:
+            traceback.print_exc(file=log)
+        kind = sys.exc_info()[0]
+        click.echo(
+            f"internal error: {kind.__name__ if kind else ''}: {sys.exc_info()[1]}\n"
+            f"  next step: report it, with {log.name}",
+            err=True,
+        )
+        sys.exit(EXIT_INTERNAL)

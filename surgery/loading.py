@@ -1,0 +1,200 @@
+"""A Hub id, a local folder, a GGUF file or a model in memory → model, tokenizer and where they came from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+EXACT_TEXT_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model came from, as recorded in `surgery.json`.
+
+    Attributes:
+        name: what the user typed (a folder is recorded by its last part only).
+        kind: hub, folder, gguf or memory.
+        revision: the commit the Hub resolved to, where there is one.
+        architecture: the model class.
+        dtype: the precision of the stored weights; the twin is saved in it.
+    """
+
+    name: str
+    kind: str
+    revision: str | None
+    architecture: str
+    dtype: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    model: nn.Module
+    tokenizer: Any | None
+    source: Source
+
+
+def locate(name: str) -> tuple[str, dict[str, str], str]:
+    """(path or Hub id, extra from_pretrained arguments, kind)."""
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}, "gguf"
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if (path / "config.json").is_file():
+            return str(path), {}, "folder"
+        if len(ggufs) == 1:
+            return str(path), {"gguf_file": ggufs[0].name}, "gguf"
+        raise ModelError(
+            "the folder holds no config.json" + (f" and {len(ggufs)} GGUF files" if ggufs else ""),
+            where=name,
+            cause="it is not a transformers checkpoint",
+            fix="name a checkpoint folder, or one .gguf file",
+        )
+    if path.is_file():
+        raise ModelError("a file, but not a .gguf file", where=name, fix="name its folder, or a .gguf file")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf"):
+        raise ModelError("there is no such file or folder", where=name, fix="check the path")
+    return name, {}, "hub"
+
+
+def load_config(name: str, revision: str | None = None) -> Any:
+    """The configuration alone. Twins load without a trust flag."""
+    from transformers import AutoConfig
+
+    from surgery import modeling_polynomial
+
+    modeling_polynomial.register()
+    path, extra, _ = locate(name)
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision, **extra)
+    except Exception as error:
+        raise _unreadable(name, error) from error
+
+
+def model_class(config: Any) -> Any:
+    """The architecture named in the configuration, else the most general class for its type."""
+    import transformers
+
+    for architecture in config.architectures or []:
+        found = getattr(transformers, architecture, None)
+        if found is not None:
+            return found
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    raise ModelError(
+        f"transformers knows no model class for model type {config.model_type!r}",
+        cause="the model needs custom code, which is not run here",
+    )
+
+
+def load_meta(name: str, revision: str | None = None) -> tuple[nn.Module, Any]:
+    """The model's structure on the meta device: no weights are read."""
+    import torch
+
+    config = load_config(name, revision)
+    with torch.device("meta"):
+        return model_class(config)._from_config(config), config
+
+
+def load(name: str, revision: str | None = None, dtype: str = "float32", device_map: str | None = None) -> LoadedModel:
+    """Loads weights and tokenizer.
+
+    Args:
+        name: Hub id, folder or .gguf file.
+        dtype: precision to compute in; `auto` is the stored one.
+    Raises:
+        ModelError: nothing there, not a transformer, or weights missing from the checkpoint.
+    """
+    import torch
+    import transformers
+
+    from surgery import modeling_polynomial
+
+    modeling_polynomial.register()
+    path, extra, kind = locate(name)
+    config = load_config(name, revision)
+    stored = stored_dtype(Path(path), config) if kind != "gguf" else "float32"
+    wanted = stored if dtype == "auto" else dtype
+    cls = modeling_polynomial.PolynomialModel if config.model_type == modeling_polynomial.MODEL_TYPE else None
+    options = dict(extra, revision=revision, dtype=getattr(torch, wanted))
+    if device_map is not None:
+        options["device_map"] = device_map
+    try:
+        model, info = (cls or model_class(config)).from_pretrained(path, output_loading_info=True, **options)
+    except Exception as error:
+        raise _unreadable(name, error) from error
+    missing = sorted(info.get("missing_keys", ()))
+    if missing or info.get("mismatched_keys"):
+        raise ModelError(
+            f"{len(missing)} weights are missing from the checkpoint or have another shape"
+            + (f", first {missing[0]}" if missing else ""),
+            where=name,
+            cause="the checkpoint is incomplete, or was saved for another class",
+        )
+    if kind == "gguf":
+        _forget_quantization(model)
+    tokenizer = None
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=revision, **extra)
+    except Exception:  # noqa: BLE001 - vision models have none; text calibration reports the lack where it matters
+        tokenizer = None
+    model.eval()
+    source = Source(
+        name=Path(path).name if kind == "folder" else (Path(name).name if kind == "gguf" else name),
+        kind=kind,
+        revision=getattr(model.config, "_commit_hash", None),
+        architecture=type(model).__name__,
+        dtype=stored,
+    )
+    return LoadedModel(model, tokenizer, source)
+
+
+def in_memory(model: Any, tokenizer: Any | None) -> LoadedModel:
+    """Wraps a model the caller already holds. It is changed in place by conversion."""
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    model.eval()
+    return LoadedModel(model, tokenizer, Source(Path(name).name, "memory", None, type(model).__name__, dtype))
+
+
+def stored_dtype(path: Path, config: Any) -> str:
+    """The precision of the stored weights: what config.json says, else float32."""
+    declared = getattr(config, "dtype", None)
+    if declared is None and (path / "config.json").is_file():
+        raw = json.loads((path / "config.json").read_text())
+        declared = raw.get("dtype") or raw.get("torch_dtype")
+    name = str(declared or "float32").removeprefix("torch.")
+    return name if name in ("float32", "float16", "bfloat16", "float64") else "float32"
+
+
+def _forget_quantization(model: Any) -> None:
+    """A dequantised GGUF model still carries its quantizer, and `save_pretrained` refuses it."""
+    for holder, names in (
+        (model.config, ("quantization_config",)),
+        (model, ("hf_quantizer", "quantization_method", "is_quantized")),
+    ):
+        for name in names:
+            if hasattr(holder, name):
+                delattr(holder, name)
+
+
+def _unreadable(name: str, error: Exception) -> ModelError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ModelError(
+        f"the model could not be loaded: {first[:300]}",
+        where=name,
+        cause="a name that does not exist, a private model, no network, or a file that is not a transformers model",
+        fix="check the name; for a private model run `hf auth login`; a local folder needs config.json and weights",
+    )

@@ -1,0 +1,147 @@
+"""What to do, as data: a strict YAML file, with flags on top.
+
+Every problem of a file is reported at once, with its line and the nearest known name; an unknown key is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from surgery.errors import RecipeError, did_you_mean
+
+
+class Recipe(BaseModel):
+    """One conversion.
+
+    The defaults are the recommended ones; `docs/log.md` holds the measurements behind them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: str = Field("", description="Hub id, folder or .gguf file")
+    revision: str | None = Field(None, description="Hub revision of the model")
+    output: str | None = Field(None, description="folder to write the twin to")
+    degree: int = Field(2, ge=1, le=9, description="total degree of each block's polynomial in its input")
+    assume: Literal["data", "gaussian", "standard"] = Field(
+        "data",
+        description="distribution of the block's input: its own moments, N(mean, covariance), or N(0, I)",
+    )
+    moments: str | None = Field(
+        None, description="safetensors file with PATH.mean and PATH.covariance per block (assume: gaussian)"
+    )
+    readout: Literal["refit", "keep"] | None = Field(
+        None, description="re-solve the last map on the data, or keep it (default: refit with assume data, else keep)"
+    )
+    target: Literal["stream", "block"] = Field(
+        "stream",
+        description="what a refitted block aims at: the original's residual stream, or its own block's output",
+    )
+    blocks: str | None = Field(None, description="which blocks, as in 0-5,8 (default: all)")
+    calibration: str = Field("python", description="python, samples, hub:NAME, or a .txt/.jsonl/.safetensors file")
+    tokens: int = Field(65536, ge=1, description="calibration tokens")
+    length: int = Field(512, ge=2, description="tokens a sequence")
+    batch: int = Field(8, ge=1, description="sequences a forward pass")
+    measure: int = Field(8192, ge=0, description="further tokens to measure perplexity on, 0 for none")
+    seed: int = Field(0, ge=0, description="seed for the model's own samples")
+    form: Literal["auto", "native", "custom"] = Field(
+        "auto", description="checkpoint form: stock architecture where possible, or custom code"
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("float32", description="precision to compute in")
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="precision of the saved weights (auto: as in the source)"
+    )
+    tail_weight: float = Field(
+        0.0, ge=0, description="weight of a wide Gaussian added to the moments: tames high degrees"
+    )
+    tail_width: float = Field(3.0, gt=1, description="its width, in standard deviations of the data")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        problems = []
+        if self.moments and self.assume != "gaussian":
+            problems.append("moments needs assume: gaussian")
+        if self.form == "native" and self.degree != 2:
+            problems.append("form: native needs degree 2 (a bilinear block is quadratic)")
+        if self.tail_weight and self.assume != "data":
+            problems.append("tail_weight needs assume: data")
+        if self.tokens < 2 * self.length and self.calibration in ("python", "samples"):
+            problems.append(f"tokens ({self.tokens}) must be at least two sequences of length ({self.length})")
+        if self.blocks is not None:
+            try:
+                parse_blocks(self.blocks)
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def refit(self) -> bool:
+        return (self.readout or ("refit" if self.assume == "data" else "keep")) == "refit"
+
+    def resolved(self) -> dict[str, Any]:
+        """As recorded beside the twin: every value spelled out."""
+        return {**self.model_dump(), "readout": "refit" if self.refit else "keep"}
+
+
+def parse_blocks(text: str) -> list[int]:
+    """`0-5,8` → [0, 1, 2, 3, 4, 5, 8]. Raises ValueError."""
+    chosen: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match:
+            raise ValueError(f"blocks: {part.strip()!r} is neither a number nor a range such as 0-5")
+        low, high = int(match[1]), int(match[2] or match[1])
+        if high < low:
+            raise ValueError(f"blocks: the range {part.strip()} runs backwards")
+        chosen += range(low, high + 1)
+    return sorted(set(chosen))
+
+
+def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
+    """Defaults < file < flags. Raises RecipeError with every problem, each with its line."""
+    values: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    if path is not None:
+        values, lines = _read(Path(path).expanduser())
+    given = {key: value for key, value in overrides.items() if value is not None}
+    try:
+        return Recipe.model_validate({**values, **given})
+    except ValidationError as error:
+        messages = []
+        for item in error.errors():
+            key = str(item["loc"][0]) if item["loc"] else ""
+            place = f"{path}:{lines[key]}: " if key in lines and key not in given else ""
+            text = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "extra_forbidden":
+                text = f"unknown key{did_you_mean(key, Recipe.model_fields)}"
+            messages.append(f"{place}{key + ': ' if key else ''}{text}")
+        count = f"{len(messages)} problems" if len(messages) > 1 else "a problem"
+        raise RecipeError(f"{count} in the recipe\n  " + "\n  ".join(messages)) from error
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise RecipeError("the recipe cannot be read", where=str(path), cause=str(error.strerror)) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"not valid YAML: {error}", where=str(path)) from error
+    if values is None:
+        return {}, {}
+    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
+        raise RecipeError("a recipe is a mapping of names to values", where=str(path))
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if key.value in lines:
+            raise RecipeError(f"{key.value} is given twice", where=f"{path}:{key.start_mark.line + 1}")
+        lines[key.value] = key.start_mark.line + 1
+    return values, lines

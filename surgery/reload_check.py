@@ -1,0 +1,51 @@
+"""Run by path in a fresh process: loads a folder with plain transformers and compares its output with a file's.
+
+Imports nothing of this package, so what it sees is what somebody without it sees.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+
+def main(folder: str, file: str, form: str) -> None:
+    transformers.utils.logging.disable_progress_bar()
+    trust = form == "custom"
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    if trust:
+        name = next(name for name in config.auto_map if name.startswith("AutoModel"))
+        cls = getattr(transformers, name)
+    else:
+        cls = getattr(transformers, config.architectures[0])
+    options = {"trust_remote_code": True} if trust else {}
+    model, info = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    model.eval()
+    tensors = load_file(file)
+    inputs = {name.removeprefix("input."): value for name, value in tensors.items() if name.startswith("input.")}
+    with torch.no_grad():
+        outputs = model(**inputs)
+    found = outputs.get("logits")
+    if found is None:
+        found = outputs.get("last_hidden_state")
+    if found is None:
+        found = next(value for value in outputs.values() if isinstance(value, torch.Tensor))
+    expected = tensors["expected"]
+    print(
+        json.dumps(
+            {
+                "missing": sorted(info["missing_keys"]),
+                "unexpected": sorted(info["unexpected_keys"]),
+                "difference": float((found.float() - expected).norm() / expected.norm().clamp_min(1e-30)),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4])

@@ -1,0 +1,109 @@
+"""Finished blocks of an interrupted conversion, kept beside the output until it is complete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from surgery import modeling_polynomial as modeling
+from surgery.blocks import Block
+from surgery.calibration import Calibration
+from surgery.checkpoint import write_json
+from surgery.errors import CheckpointError
+from surgery.loading import Source
+from surgery.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """`OUT.partial/`: a file per finished block, valid for one recipe, source and calibration only."""
+
+    folder: Path | None
+
+    @staticmethod
+    def open(target: Path | None, recipe: Recipe, source: Source, data: Calibration, restart: bool) -> Workshop:
+        """Raises CheckpointError if the folder belongs to another run (unless `restart`)."""
+        if target is None:
+            return Workshop(None)
+        folder = target.with_name(target.name + ".partial")
+        ours = {
+            key: value for key, value in recipe.resolved().items() if key not in ("output", "measure", "save_dtype")
+        }
+        text = json.dumps([ours, source.as_dict(), data.fingerprint], sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()
+        note = folder / "run.json"
+        if restart:
+            shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            known = json.loads(note.read_text())["key"] if note.is_file() else None
+            if known != key:
+                raise CheckpointError(
+                    "an interrupted run with other settings left its finished blocks here",
+                    where=str(folder),
+                    fix="repeat the earlier command to finish it, or give --restart to discard them",
+                )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(note, {"key": key, "recipe": ours})
+        return Workshop(folder)
+
+    def _file(self, block: Block) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{block.path}.safetensors"
+
+    def finished(self, blocks: Sequence[Block]) -> frozenset[str]:
+        """Paths of the blocks whose results are here: always the first few, since each depends on those before."""
+        done = []
+        for block in blocks:
+            if self.folder is None or not self._file(block).is_file():
+                break
+            done.append(block.path)
+        return frozenset(done)
+
+    def keep(self, block: Block, entry: dict[str, Any], row: dict[str, Any], modules: dict[str, nn.Module]) -> None:
+        if self.folder is None:
+            return
+        tensors = {
+            f"{path}:{name}": value.contiguous() for path, module in modules.items()
+            for name, value in module.state_dict().items()
+        }  # fmt: skip
+        temporary = self._file(block).with_suffix(".tmp")
+        try:
+            save_file(tensors, temporary, metadata={"entry": json.dumps(entry), "row": json.dumps(row)})
+            os.replace(temporary, self._file(block))
+        except Exception as error:
+            temporary.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"a finished block could not be kept: {error}",
+                where=str(self.folder),
+                cause="the disk is full, or the folder is not writable",
+                fix="free some space and run the same command: the blocks before this one are not redone",
+            ) from error
+
+    def load(self, block: Block, like: Tensor) -> tuple[dict[str, Any], dict[str, Any], dict[str, nn.Module]]:
+        from safetensors import safe_open
+
+        with safe_open(self._file(block), framework="pt") as file:
+            metadata = file.metadata()
+        entry, row = json.loads(metadata["entry"]), json.loads(metadata["row"])
+        tensors = load_file(self._file(block))
+        with torch.device("meta"):
+            modules = modeling.build(entry)
+        for path, module in modules.items():
+            own = {key.split(":", 1)[1]: value for key, value in tensors.items() if key.split(":", 1)[0] == path}
+            module.to_empty(device=like.device).to(like.dtype).load_state_dict(own)
+            module.train(False)
+        return entry, row, modules
+
+    def close(self) -> None:
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,54 @@
+"""Attention sinks: the few tokens whose residual stream is a different world.
+
+In many causal models the first token (or a delimiter) carries a massive activation (Sun et al., arXiv 2402.17762).
+Counted among the others it ruins the fit; left out, the polynomial must still reproduce what the block writes there.
+So sinks are kept out of the moments, and each kind of sink gets one more quadratic unit that points at it,
+
+    ((a·(x − μ)))²,   a ∝ Σ⁻¹ (x_sink − μ),   a·(x_sink − μ) = 1,
+
+Fisher's direction: 1 at the sink and, since the sink's Mahalanobis distance is large, next to 0 elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from surgery.moments import InputMoments
+from surgery.polynomial import Affine
+
+MASSIVE = 10.0  # a residual stream this many times the median is a sink's
+MOST_SINKS = 0.02  # of all tokens; more than that are no exception but the distribution
+SAME_KIND = 0.8  # cosine between x − μ of two sinks that share a unit
+MOST_KINDS = 4
+SHRINKAGE = 1e-3  # of the mean variance, added to Σ
+
+
+def threshold(sizes: Tensor) -> float:
+    """Norm from which on a token counts as a sink; infinite where too many would."""
+    limit = MASSIVE * float(sizes.median())
+    return limit if float((sizes > limit).double().mean()) <= MOST_SINKS else float("inf")
+
+
+def directions(inputs: InputMoments, at_sinks: Tensor) -> Affine:
+    """The units that point at the sinks: rows a and biases −a·μ, one per kind of sink, most frequent first.
+
+    Args:
+        inputs: moments of the ordinary tokens.
+        at_sinks: block inputs at the sinks, (number of sinks, d); may be empty.
+    """
+    d = len(inputs.total)
+    mean, covariance = inputs.mean, inputs.covariance
+    if not len(at_sinks):
+        return Affine(mean.new_zeros(0, d), mean.new_zeros(0))
+    away = at_sinks.double() - mean
+    centres: list[Tensor] = []
+    left = away
+    while len(left) and len(centres) < MOST_KINDS:
+        alike = torch.nn.functional.cosine_similarity(left, left[:1], dim=-1) > SAME_KIND
+        centres.append(left[alike].mean(0))
+        left = left[~alike]
+    system = covariance + SHRINKAGE * covariance.diagonal().mean() * torch.eye(d, dtype=mean.dtype, device=mean.device)
+    pointing = torch.cholesky_solve(torch.stack(centres, dim=-1), torch.linalg.cholesky(system)).T
+    rows = pointing / (pointing * torch.stack(centres)).sum(-1, keepdim=True)
+    return Affine(rows, -(rows @ mean))

@@ -1,0 +1,248 @@
+"""Block after block: forward passes that wait at each block until its replacement is ready.
+
+Every calibration batch runs as an ordinary forward pass of the model itself, in a greenlet that stops when it reaches
+a feed-forward block. When all batches have arrived the block's inputs are complete, and they were computed with every
+earlier block already replaced. The block is fitted, installed, and the passes go on. So calibration costs a forward
+pass plus the fits, and nothing has to be known about the architecture around the blocks: attention masks, parallel
+residuals, post-norms and encoder-decoder wiring stay the model's own code.
+
+Where wanted, a second set of passes keeps to the original blocks, so that a block can be asked to make up for what the
+earlier replacements got wrong (the difference of the two residual streams at its entrance).
+
+Memory: the local variables of the suspended passes, about three hidden states per token and set of passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor, nn
+
+from surgery.blocks import Block, attribute, layer_of, norms_before
+from surgery.errors import CalibrationError, ModelError
+from surgery.modeling_polynomial import install
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What one forward pass brings to a block; flat over (sequence, position), padding included.
+
+    Attributes:
+        x: the block's input, (tokens, d).
+        keep: which rows are real tokens, bool.
+        residual: the residual stream that the block's output will be added to, (tokens, d), where it is known.
+        size: norm of the residual stream (or, where unknown, of the layer's input), (tokens,).
+        sequence: which sequence of the whole calibration set each row belongs to.
+    """
+
+    x: Tensor
+    keep: Tensor
+    residual: Tensor | None
+    size: Tensor
+    sequence: Tensor
+
+
+@dataclass(frozen=True)
+class Station:
+    """A block, with all passes waiting at its entrance."""
+
+    block: Block
+    modules: Mapping[str, Any]  # the original's modules, by path: its maps and its activation
+    twin: tuple[Arrival, ...]
+    original: tuple[Arrival, ...]  # empty unless the original stream runs too
+
+
+class _Pass(greenlet):
+    """One suspended forward pass."""
+
+    original = False
+    answer: Tensor | None = None
+    normed: tuple[Tensor, Tensor] | None = None
+    size: Tensor | None = None
+
+
+class _Fork(nn.Module):
+    """Stands where a module of a block was: the original for passes of the original stream, the twin's for others."""
+
+    def __init__(self, stands_for: Callable[..., Any], entrance: bool) -> None:
+        super().__init__()
+        self.original = stands_for
+        self.current = stands_for
+        self.entrance = entrance
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        me = getcurrent()
+        if not isinstance(me, _Pass):
+            return self.current(x, *args, **kwargs)
+        if self.entrance:
+            assert me.parent is not None
+            me.parent.switch(x)
+            if me.answer is not None:
+                answer, me.answer = me.answer.view(*x.shape[:-1], -1), None
+                return answer
+        return (self.original if me.original else self.current)(x, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:  # models look at `wo.weight.dtype` and the like
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("current"), name)
+
+
+class Stream:
+    """Forward passes over `batches`, advanced together from block to block; iterate to get :class:`Station`.
+
+    Use as a context manager: on exit, whatever happens, the passes are dropped and no fork is left behind.
+    Between two stations, :meth:`replace` puts the finished modules in, and :meth:`answer` may hand a pass the block's
+    output where it has been computed already.
+
+    Args:
+        follow_original: run a second set of passes through the original blocks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Mapping[str, Tensor]],
+        blocks: Sequence[Block],
+        follow_original: bool = False,
+    ) -> None:
+        self.model, self.batches, self.blocks = model, batches, blocks
+        self.follow_original = follow_original
+        self._forks: dict[str, _Fork] = {}
+        self._hooks: list[Any] = []
+        self._passes: list[tuple[_Pass, ...]] = []
+
+    def __enter__(self) -> Stream:
+        for block in self.blocks:
+            for path in block.replaced:
+                fork = _Fork(attribute(self.model, path), entrance=path == block.entry)
+                install(self.model, path, fork)
+                self._forks[path] = fork
+            layer = self.model.get_submodule(layer_of(self.model, block))
+            self._hooks.append(layer.register_forward_pre_hook(_note_size, with_kwargs=True))
+            for norm in norms_before(self.model, block):
+                self._hooks.append(norm.register_forward_hook(_note_norm))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        for pair in self._passes:
+            for forward in pair:
+                if forward and not forward.dead:
+                    forward.throw(GreenletExit)
+        self._passes.clear()
+        for handle in self._hooks:
+            handle.remove()
+        for path, fork in self._forks.items():
+            install(self.model, path, fork.current)
+
+    def replace(self, modules: Mapping[str, nn.Module]) -> None:
+        """From now on the twin's passes find these modules at these paths."""
+        for path, module in modules.items():
+            self._forks[path].current = module
+
+    def answer(self, batch: int, output: Tensor, original: bool = False) -> None:
+        """What the waiting block returns to this pass; only where the entrance is the whole block."""
+        self._passes[batch][int(original)].answer = output
+
+    def __iter__(self) -> Iterator[Station]:
+        with torch.no_grad():
+            for index, block in enumerate(self.blocks):
+                columns: list[list[Arrival]] = []
+                for number, batch in enumerate(self.batches):
+                    if index == 0:
+                        self._passes.append(self._start())
+                    arrivals = []
+                    for forward in self._passes[number]:
+                        x = forward.switch(batch) if index == 0 else forward.switch()
+                        arrivals.append(_arrival(block, batch, x, forward, number, self._offset(number)))
+                    columns.append(arrivals)
+                if index:  # every pass is beyond the previous block now, so its original weights can go
+                    for path in self.blocks[index - 1].replaced:
+                        self._forks[path].original = self._forks[path].current
+                twin = tuple(column[0] for column in columns)
+                original = tuple(column[1] for column in columns) if self.follow_original else ()
+                yield Station(block, self._originals(block), twin, original)
+
+    def _originals(self, block: Block) -> dict[str, Any]:
+        paths = (*block.first, block.last, block.activation_path)
+        return {
+            path: self._forks[path].original if path in self._forks else attribute(self.model, path) for path in paths
+        }
+
+    def _offset(self, number: int) -> int:
+        return sum(len(next(iter(batch.values()))) for batch in self.batches[:number])
+
+    def _start(self) -> tuple[_Pass, ...]:
+        def run(batch: Mapping[str, Tensor]) -> None:
+            with torch.no_grad():
+                self.model(**batch)
+
+        pair = [_Pass(run)]
+        if self.follow_original:
+            pair.append(_Pass(run))
+            pair[1].original = True
+        return tuple(pair)
+
+
+def _note_size(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    me, hidden = getcurrent(), args[0] if args else kwargs.get("hidden_states")
+    if isinstance(me, _Pass) and isinstance(hidden, Tensor):
+        me.size = hidden.detach().flatten(0, -2).norm(dim=-1)
+
+
+def _note_norm(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    me = getcurrent()
+    if isinstance(me, _Pass) and args:
+        me.normed = (args[0].detach(), output)
+
+
+def _arrival(
+    block: Block, batch: Mapping[str, Tensor], x: Any, forward: _Pass, number: int, first_sequence: int
+) -> Arrival:
+    if not isinstance(x, Tensor):
+        raise ModelError(
+            "the forward pass ended before it reached this block",
+            where=block.path,
+            cause="the calibration inputs do not exercise it, or it runs before an earlier one",
+        )
+    flat = x.detach().flatten(0, -2)
+    if not bool(torch.isfinite(flat).all()):
+        raise CalibrationError(
+            f"the block's input holds NaN or infinite values (calibration batch {number})",
+            where=block.path,
+            cause="the weights are damaged, or the precision is too low for this model",
+            fix="load it with --dtype float32, or check the checkpoint",
+        )
+    residual = None
+    if forward.normed is not None and forward.normed[1].data_ptr() == x.data_ptr():
+        residual = forward.normed[0].flatten(0, -2)
+    forward.normed = None
+    size = residual.norm(dim=-1) if residual is not None and block.additive else forward.size
+    if size is None or len(size) != len(flat):
+        size = flat.norm(dim=-1)
+    rows = len(next(iter(batch.values())))
+    sequence = torch.arange(len(flat), device=flat.device) // max(1, len(flat) // rows) + first_sequence
+    return Arrival(flat, _mask(block, batch, flat), residual, size.float(), sequence)
+
+
+def _mask(block: Block, batch: Mapping[str, Tensor], flat: Tensor) -> Tensor:
+    names = ["attention_mask", "decoder_attention_mask"]
+    if "decoder" in block.path.split("."):
+        names.reverse()
+    masks = [batch[name] for name in names if name in batch]
+    for mask in masks:
+        if mask.numel() == len(flat):
+            return mask.flatten().bool().to(flat.device)
+    if any(not bool(mask.bool().all()) for mask in masks):
+        raise CalibrationError(
+            f"the inputs are padded, but the block sees {len(flat)} positions, which no mask fits",
+            where=block.path,
+            fix="give calibration inputs without padding",
+        )
+    return torch.ones(len(flat), dtype=torch.bool, device=flat.device)

@@ -1,0 +1,161 @@
+"""Turns a fitted block into modules, and decides which form a twin can take.
+
+* native: a stock transformers checkpoint. A quadratic gated block is bilinear, and an architecture whose block has an
+  `mlp_bias` and an activation by name carries it as it is, with the activation "linear".
+* custom: the original architecture with blocks from :mod:`surgery.modeling_polynomial`, which travels along.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery import modeling_polynomial as modeling
+from surgery.blocks import Block
+from surgery.fit import FittedBlock
+from surgery.polynomial import Affine, bilinear
+
+ACTIVATION_KEYS = ("hidden_act", "hidden_activation")
+
+
+def native_config(model: Any, blocks: Sequence[Block], hidden: int) -> Any | None:
+    """The configuration under which the stock class is this twin, or None.
+
+    The architecture itself is asked: its class is built on the meta device from the changed configuration, and must
+    then have biased gate, up and down maps of the new width in every block, and nothing else changed.
+    """
+    config = copy.deepcopy(model.config)
+    keys = [key for key in ACTIVATION_KEYS if isinstance(getattr(config, key, None), str)]
+    if not blocks or not keys or not hasattr(config, "mlp_bias") or not hasattr(config, "intermediate_size"):
+        return None
+    for key in keys:
+        setattr(config, key, "linear")
+    config.mlp_bias, config.intermediate_size = True, hidden
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for block in blocks:
+        if block.kind != "gated":
+            return None
+        for name in list(expected):
+            if name.startswith(block.path + "."):
+                del expected[name]
+        for part, shape in (
+            ("gate_proj", (hidden, block.width)), ("up_proj", (hidden, block.width)), ("down_proj", (block.out, hidden))
+        ):  # fmt: skip
+            expected[f"{block.path}.{part}.weight"] = shape
+            expected[f"{block.path}.{part}.bias"] = shape[:1]
+    try:
+        with torch.device("meta"):
+            stock = type(model)._from_config(config)
+    except Exception:  # noqa: BLE001 - an architecture that rejects the configuration cannot carry the twin
+        return None
+    shapes = {name: tuple(value.shape) for name, value in stock.state_dict().items()}
+    return config if shapes == expected else None
+
+
+def describe(fitted: FittedBlock, native: bool) -> dict[str, Any]:
+    """The entry of `polynomial_blocks` that rebuilds a block's modules."""
+    block = fitted.block
+    hidden = 0 if fitted.gate is None else len(fitted.gate.bias)
+    if block.kind == "plain":
+        kind = "plain_affine" if fitted.degree == 1 else "plain"
+    else:
+        kind = "affine" if fitted.degree == 1 else ("bilinear" if native else "gated")
+    entry = {
+        "path": block.path, "kind": kind, "degree": fitted.degree,
+        "width": block.width, "hidden": hidden, "out": block.out,
+    }  # fmt: skip
+    if block.kind == "plain":
+        entry |= {"first": block.first[0], "activation": block.activation_path, "last": block.last}
+    return entry
+
+
+def modules_for(fitted: FittedBlock, native: bool, like: Tensor) -> dict[str, nn.Module]:
+    """The block's modules with their weights, by path; dtype and device as `like`."""
+    entry = describe(fitted, native)
+    with torch.device("meta"):
+        modules = modeling.build(entry)
+    modules = {path: module.to_empty(device=like.device).to(like.dtype) for path, module in modules.items()}
+    for module in modules.values():
+        module.train(False)
+    units, gate, up = fitted.units, fitted.gate, fitted.up
+    if entry["kind"] in ("affine", "plain_affine"):
+        _fill(modules[fitted.block.last if entry["kind"] == "plain_affine" else fitted.block.path], fitted.readout)
+        return modules
+    assert units is not None and gate is not None
+    if entry["kind"] == "plain":
+        _fill(modules[entry["first"]], gate)
+        _set(modules[entry["activation"]].coefficients, units.a.T)
+        _fill(modules[entry["last"]], fitted.readout)
+        return modules
+    module = modules[fitted.block.path]
+    assert up is not None and units.b is not None
+    if entry["kind"] == "bilinear":
+        form = bilinear(units, gate, up)
+        gate, up = form.gate, form.up
+        readout = Affine(fitted.readout.weight, fitted.readout.bias + fitted.readout.weight @ form.remainder)
+    else:
+        _set(module.coefficients, units.a.T)
+        _set(module.cross_coefficients, units.b.T)
+        readout = fitted.readout
+    for part, affine in (("gate_proj", gate), ("up_proj", up), ("down_proj", readout)):
+        _fill(module.get_submodule(part), affine)
+    return modules
+
+
+def _set(parameter: Any, value: Tensor) -> None:
+    with torch.no_grad():
+        parameter.copy_(value.to(parameter))
+
+
+def _fill(module: nn.Module, affine: Affine) -> None:
+    _set(module.weight, affine.weight)
+    _set(module.bias, affine.bias)
+
+
+def widen(module: nn.Module, hidden: int) -> None:
+    """Pads a BilinearGLU with units that are zero, so that all blocks of a native twin have one width."""
+    assert isinstance(module, modeling.BilinearGLU)
+    extra = hidden - module.gate_proj.out_features
+    if extra == 0:
+        return
+    for part in (module.gate_proj, module.up_proj):
+        part.weight = nn.Parameter(nn.functional.pad(part.weight.detach(), (0, 0, 0, extra)))
+        part.bias = nn.Parameter(nn.functional.pad(part.bias.detach(), (0, extra)))
+        part.out_features = hidden
+    module.down_proj.weight = nn.Parameter(nn.functional.pad(module.down_proj.weight.detach(), (0, extra)))
+    module.down_proj.in_features = hidden
+
+
+def finish_native(model: Any, blocks: Sequence[Block]) -> None:
+    """Equal widths, and the configuration of the stock class that this model now is."""
+    modules = [model.get_submodule(block.path) for block in blocks]
+    hidden = max(module.gate_proj.out_features for module in modules)
+    for module in modules:
+        widen(module, hidden)
+    config = native_config(model, blocks, hidden)
+    assert config is not None, "the native form was possible before the blocks were swapped"
+    model.config.__dict__.update(config.__dict__)
+
+
+def finish_custom(model: Any, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Turns the model into an instance of the twin's own class, so that it saves, and saves again, as one."""
+    if type(model).__module__ != modeling.__name__:
+        values = model.config.to_dict()
+        architecture, base_type = type(model).__name__, model.config.model_type
+        values |= {
+            "model_type": modeling.MODEL_TYPE,
+            "base_model_type": base_type,
+            "base_architecture": architecture,
+            "architectures": [f"Polynomial{architecture}"],
+            "polynomial_format": modeling.FORMAT,
+            "polynomial_blocks": [dict(entry) for entry in entries],
+            "auto_map": modeling.auto_map(architecture),
+        }
+        config = modeling.config_class_for(base_type).from_dict(values)
+        config._attn_implementation = model.config._attn_implementation
+        model.__class__ = modeling.model_class_for(config)
+        model.config = config
