@@ -31,7 +31,8 @@ def _phi(t: Tensor) -> Tensor:
 
 
 def _cdf(t: Tensor) -> Tensor:
-    return torch.special.ndtr(t)
+    result: Tensor = torch.special.ndtr(t)
+    return result
 
 
 def hermite_values(u: Tensor, degree: int) -> Tensor:

@@ -124,7 +124,7 @@ def _file_texts(path: Path) -> Iterator[str]:
 
 def _hub_texts(source: str) -> Iterator[str]:
     _, name, *rest = source.split(":")
-    config, split = (rest + [None, None])[:2]
+    config, split = [*rest, None, None][:2]
     try:
         import datasets
     except ImportError as error:
@@ -142,7 +142,9 @@ def _hub_texts(source: str) -> Iterator[str]:
         raise
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CalibrationError(f"the dataset could not be read: {first}", where=source, fix="check name and network")
+        raise CalibrationError(
+            f"the dataset could not be read: {first}", where=source, fix="check name and network"
+        ) from error
 
 
 def tokens_of(source: str, tokenizer: Any, count: int, skip: int = 0) -> Tensor:

@@ -190,7 +190,7 @@ def main() -> None:
     except MemoryError:
         click.echo("error: out of memory\n  next step: lower --tokens or --batch", err=True)
         sys.exit(EXIT_USER)
-    except Exception:  # noqa: BLE001 - the last line of defence; a defect report needs the traceback in a file
+    except Exception:
         import tempfile
 
         with tempfile.NamedTemporaryFile("w", prefix="surgery-", suffix=".log", delete=False) as log:

@@ -148,7 +148,7 @@ def load(name: str, revision: str | None = None, dtype: str = "float32", device_
     tokenizer = None
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=revision, **extra)
-    except Exception:  # noqa: BLE001 - vision models have none; text calibration reports the lack where it matters
+    except Exception:
         tokenizer = None
     model.eval()
     source = Source(

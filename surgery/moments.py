@@ -14,6 +14,7 @@ Two kinds of statistics, both additive over batches, files and machines:
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,9 +130,9 @@ class UnitMoments:
         return self.vu is not None
 
     def __add__(self, other: UnitMoments) -> UnitMoments:
-        if self.degree != other.degree or self.at is not other.at and not _same(self.at, other.at):
+        if self.degree != other.degree or (self.at is not other.at and not _same(self.at, other.at)):
             raise ValueError("moments about different points, or for different degrees, cannot be added")
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, Any] = {}
         for name in ("u", "t", "tt", "vu", "vvu", "tvu"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine is not None:

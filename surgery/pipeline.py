@@ -95,7 +95,7 @@ class Inspection:
 
 def inspect(name: str, revision: str | None = None) -> Inspection:
     """Finds the blocks of a model from its configuration alone; no weights are read."""
-    model, config = loading.load_meta(name, revision)
+    model, _ = loading.load_meta(name, revision)
     found = survey(model)
     hidden = found.blocks[0].hidden if found.blocks else 0
     native = not found.left_alone and swap.native_config(model, found.blocks, hidden + 1) is not None
@@ -177,7 +177,7 @@ def convert(
     Example:
         >>> twin, report = surgery.convert("HuggingFaceTB/SmolLM2-135M", degree=2)
     """
-    chosen = (recipe or Recipe()).model_dump() | settings
+    chosen = (recipe.model_dump() if recipe else {}) | settings
     if isinstance(calibration, str):
         chosen["calibration"] = calibration
     if isinstance(model, str | Path):
@@ -361,8 +361,11 @@ def _replace_blocks(
                     entry = swap.describe(fitted, native)
                     modules = swap.modules_for(fitted, native, like)
                     stream.replace(modules)
-                    for number, output in enumerate(fitted.outputs or ()):
-                        stream.answer(number, output)
+                    if block.kind != "plain":  # there the entrance is the first map only
+                        for number, output in enumerate(fitted.outputs):
+                            stream.answer(number, output)
+                        for number, output in enumerate(fitted.written):
+                            stream.answer(number, output, original=True)
                     row = _row(fitted, time.monotonic() - begun)
                     workshop.keep(block, entry, row, modules)
                 entries.append(entry)

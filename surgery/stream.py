@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -139,7 +139,7 @@ class Stream:
         for handle in self._hooks:
             handle.remove()
         for path, fork in self._forks.items():
-            install(self.model, path, fork.current)
+            install(self.model, path, cast(nn.Module, fork.current))
 
     def replace(self, modules: Mapping[str, nn.Module]) -> None:
         """From now on the twin's passes find these modules at these paths."""

@@ -50,7 +50,7 @@ def native_config(model: Any, blocks: Sequence[Block], hidden: int) -> Any | Non
     try:
         with torch.device("meta"):
             stock = type(model)._from_config(config)
-    except Exception:  # noqa: BLE001 - an architecture that rejects the configuration cannot carry the twin
+    except Exception:
         return None
     shapes = {name: tuple(value.shape) for name, value in stock.state_dict().items()}
     return config if shapes == expected else None
@@ -155,7 +155,8 @@ def finish_custom(model: Any, entries: Sequence[Mapping[str, Any]]) -> None:
             "polynomial_blocks": [dict(entry) for entry in entries],
             "auto_map": modeling.auto_map(architecture),
         }
-        config = modeling.config_class_for(base_type).from_dict(values)
+        config: Any = modeling.config_class_for(base_type)
+        config = config.from_dict(values)
         config._attn_implementation = model.config._attn_implementation
         model.__class__ = modeling.model_class_for(config)
         model.config = config

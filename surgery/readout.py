@@ -1,0 +1,126 @@
+"""The last map of a block, re-solved (or kept, and completed at the sinks)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from surgery.errors import CalibrationError
+from surgery.features import Features, Original
+from surgery.lstsq import Readout, RidgeSums, ridge_path
+from surgery.stream import Arrival, Station
+
+CHUNK = 1024  # tokens whose hidden vectors are held at once
+HELD_OUT_SHARE = 8  # the last eighth of the sequences chooses the ridge; whole texts, so that it is honest
+WEIGHT_LIMIT = 100.0  # of a token with a small residual, against the typical one
+
+
+@dataclass(frozen=True)
+class Refit:
+    """The re-solved map, and what was computed on the way.
+
+    Attributes:
+        choice: weights and the ridge.
+        outputs, written: what the twin's and the original's block write to each batch; empty where not computed.
+    """
+
+    choice: Readout
+    outputs: tuple[Tensor, ...]
+    written: tuple[Tensor, ...]
+
+
+def held_out(sequence: Tensor, sequences: int) -> Tensor:
+    """Which rows choose the ridge instead of fitting: those of the last eighth of the sequences, at least one."""
+    return sequence >= sequences - max(1, sequences // HELD_OUT_SHARE)
+
+
+def refit(
+    station: Station,
+    original: Original,
+    twin: Features,
+    prior: Tensor,
+    *,
+    sink_limit: float,
+    sink_boost: float,
+    sink_units: int,
+    cache_bytes: int,
+) -> Refit:
+    """Ridge regression of what the block should write on the polynomial's hidden vector.
+
+    The target is the original block's output on the twin's stream, or, with the original stream at hand, what brings
+    the twin's residual stream back to the original's: f(x₀) + r₀ − r. Tokens are weighted by 1/‖r‖², since whatever
+    reads the residual stream normalises it first; the sinks together weigh as much as all other tokens do.
+
+    Args:
+        prior: readout that the ridge pulls towards, (p, out).
+        sink_limit: norm from which on a token is a sink.
+        sink_boost: number of ordinary tokens per sink token.
+        sink_units: how many features before the constant belong to sinks.
+        cache_bytes: memory that may be spent on keeping hidden vectors until the answer is known.
+    """
+    block = station.block
+    tokens = sum(len(arrival.x) for arrival in station.twin)
+    whole = block.kind != "plain"  # else the passes wait inside the block and finish it themselves
+    hold = whole and tokens * prior.shape[0] * station.twin[0].x.element_size() <= cache_bytes
+    sequences = 1 + max(int(arrival.sequence[-1]) for arrival in station.twin)
+    typical = torch.cat([arrival.size[arrival.keep] for arrival in station.twin]).median()
+    sums: dict[str, RidgeSums] = {}
+    hidden: list[list[Tensor]] = [[] for _ in station.twin]
+    written: list[list[Tensor]] = [[] for _ in station.twin]
+    for number, arrival in enumerate(station.twin):
+        other = station.original[number] if station.original else None
+        for start in range(0, len(arrival.x), CHUNK):
+            rows = slice(start, start + CHUNK)
+            features = twin(arrival.x[rows])
+            output = original((other or arrival).x[rows])
+            if hold:
+                hidden[number].append(features)
+            if whole and other is not None:
+                written[number].append(output)
+            target = output + _behind(arrival, other, rows) if block.additive and other is not None else output
+            size = arrival.size[rows]
+            total = (size.square() + target.float().norm(dim=-1).square()).sqrt()
+            sink = total > sink_limit
+            weight = torch.ones_like(size)
+            if block.additive:
+                weight = (typical / size.clamp_min(1e-6 * typical)).square().clamp_max(WEIGHT_LIMIT)
+            weight = torch.where(sink, sink_boost * (typical / total).square(), weight)
+            held = held_out(arrival.sequence[rows], sequences)
+            for name, chosen in (("sink", sink), ("held", held & ~sink), ("fit", ~held & ~sink)):
+                use = chosen & arrival.keep[rows]
+                if bool(use.any()):
+                    root = weight[use].sqrt().to(features)[:, None]
+                    part = RidgeSums.of(features[use] * root, target[use] * root)
+                    if name in sums:
+                        sums[name].add_(part)
+                    else:
+                        sums[name] = part
+    if "fit" not in sums or "held" not in sums:
+        raise CalibrationError("no tokens are left to fit on", where=block.path, fix="give more text")
+    choice = ridge_path(sums["fit"], sums["held"], prior, anchor=sums.get("sink"), free=sink_units + 1)
+    solution = choice.weight.to(station.twin[0].x)
+    return Refit(
+        choice,
+        tuple(torch.cat([part @ solution for part in parts]) for parts in hidden if parts),
+        tuple(torch.cat(parts) for parts in written if parts),
+    )
+
+
+def _behind(arrival: Arrival, other: Arrival, rows: slice) -> Tensor | float:
+    """How far the twin's residual stream is behind the original's."""
+    if arrival.residual is None or other.residual is None:
+        return 0.0
+    return other.residual[rows] - arrival.residual[rows]
+
+
+def fill_sink_columns(prior: Tensor, features: Tensor, output: Tensor, extra: int) -> Tensor:
+    """The kept readout, with the sink units' columns set to what is missing at the sinks (least squares)."""
+    if not extra:
+        return prior
+    missing = output.double() - features.double() @ prior
+    columns = torch.linalg.lstsq(features[:, -1 - extra : -1].double(), missing, driver="gelsd").solution
+    result = prior.clone()
+    result[-1 - extra : -1] = columns
+    return result
