@@ -94,11 +94,17 @@ class Activation:
         name: its usual name, or the name of the callable it was made from.
         function: σ, elementwise.
         exact: (m, s, degree) -> E[σ(m + sU) He_k(U)] for k = 0 … degree, or None where quadrature is used.
+        square_exact: the same for σ².
     """
 
     name: str
     function: ScalarFunction
     exact: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    square_exact: Callable[[Tensor, Tensor, int], Tensor] | None = None
+
+    def squared(self) -> Activation:
+        """σ², for second moments."""
+        return Activation(f"{self.name} squared", lambda x: self.function(x).square(), self.square_exact)
 
     def hermite_expectations(self, m: Tensor, s: Tensor, degree: int) -> tuple[Tensor, float]:
         """E[σ(m + sU) He_k(U)] for k = 0 … degree.
@@ -141,7 +147,7 @@ ACTIVATIONS: dict[str, Activation] = {
     row.name: row
     for row in (
         Activation("linear", lambda x: x, _identity),
-        Activation("relu", F.relu, _relu),
+        Activation("relu", F.relu, _relu, _relu2),
         Activation("relu2", lambda x: F.relu(x).square(), _relu2),
         Activation("gelu", F.gelu, _gelu),
         Activation("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),

@@ -19,7 +19,7 @@ from surgery.features import Features, Original, prior_readout, with_sink_units
 from surgery.lstsq import UnitPolynomials, solve_units
 from surgery.moments import InputMoments, Preactivations, UnitMoments, from_data, from_gaussian
 from surgery.polynomial import Affine, guarded, standardised
-from surgery.readout import CHUNK, HELD_OUT_SHARE, Refit, fill_sink_columns, held_out, refit
+from surgery.readout import CHUNK, HELD_OUT_SHARE, Refit, behind, fill_sink_columns, held_out, refit
 from surgery.stream import Station
 
 TOKENS_PER_UNKNOWN = 20
@@ -60,7 +60,9 @@ class FittedBlock:
         r2_units: median over units of the share explained by the unit's own polynomial.
         ridge: chosen λ; None where the readout was kept.
         condition: largest condition number met.
-        sink_tokens, sink_error: how many tokens were sinks in the sample, and the relative error of the output there.
+        sink_tokens, sink_error: how many tokens of the sample were sinks, and the error there relative to the residual
+            stream after the block.
+        sink_units: how many units point at sinks.
         quadrature_error: relative, 0 for data.
         tokens: used for fitting, held out included.
         outputs, written: what the twin's and the original's block write to each batch, where computed on the way.
@@ -79,6 +81,7 @@ class FittedBlock:
     condition: float
     sink_tokens: int
     sink_error: float
+    sink_units: int
     quadrature_error: float
     tokens: int
     outputs: tuple[Tensor, ...] = ()
@@ -93,10 +96,12 @@ class _Sample:
     y: Tensor
     z: Tensor | None
     output: Tensor
+    size: Tensor
     ordinary: Tensor
     sink: Tensor
     held: Tensor
     limit: float
+    aim: Tensor  # what the block should write at the sinks
 
 
 def fit_block(
@@ -121,8 +126,8 @@ def fit_block(
     units = solve_units(moments)
     if settings.guard and settings.degree == 2 and units.b is not None:
         units = guarded(moments, units)
-    at_sinks = sample.x[sample.sink] if settings.degree > 1 else sample.x[:0]
-    pointing = sinks.directions(inputs, at_sinks)
+    writer = settings.degree > 1 and sinks.written(sample.size[sample.sink], sample.output[sample.sink])
+    pointing = sinks.directions(inputs, sample.x[sample.sink if writer else []])
     gate = standardised(*original.gate, at.y_mean, at.y_std)
     up = None
     if original.up is not None:
@@ -142,7 +147,7 @@ def fit_block(
         )  # fmt: skip
         solution = result.choice.weight
     else:
-        solution = fill_sink_columns(prior, twin(sample.x[sample.sink]), sample.output[sample.sink], extra)
+        solution = fill_sink_columns(prior, twin(sample.x[sample.sink]), sample.aim, extra)
     readout = Affine(solution[:-1].T.contiguous(), solution[-1])
     predicted = _chunked(sample.x, lambda rows: twin(rows) @ solution.to(rows))
     return FittedBlock(
@@ -158,7 +163,8 @@ def fit_block(
         ridge=result.choice.ridge if result else None,
         condition=max(units.condition, result.choice.condition if result else 0.0),
         sink_tokens=int(sample.sink.sum()),
-        sink_error=_relative(predicted[sample.sink], sample.output[sample.sink]),
+        sink_error=_sink_error(sample, predicted, writer),
+        sink_units=extra,
         quadrature_error=units.error,
         tokens=sum(int(arrival.keep.sum()) for arrival in station.twin),
         outputs=result.outputs if result else (),
@@ -191,9 +197,15 @@ def _take_sample(station: Station, original: Original, settings: FitSettings, se
     total = (size.square() + output.float().norm(dim=-1).square()).sqrt()
     limit = sinks.threshold(total)
     sink = total > limit
+    aim = output[sink]
+    if station.original and station.block.additive:
+        others = station.original[::step]
+        pairs = zip(chosen, others, strict=True)
+        gaps = torch.cat([original(o.x[t.keep]) + behind(t, o, t.keep) for t, o in pairs])
+        aim = gaps[sink]
     if bool(held.all()) or not bool(held.any()):
         held = torch.arange(len(held), device=held.device) % HELD_OUT_SHARE == 0
-    return _Sample(x, y, z, output, ~sink, sink, held, limit)
+    return _Sample(x, y, z, output, size, ~sink, sink, held, limit, aim)
 
 
 def _moments(
@@ -239,7 +251,9 @@ def _r2(predicted: Tensor, truth: Tensor, rows: Tensor) -> float:
     return float(1 - (p - t).square().sum() / (t - t.mean(0)).square().sum().clamp_min(1e-300))
 
 
-def _relative(predicted: Tensor, truth: Tensor) -> float:
-    if not len(truth):
+def _sink_error(sample: _Sample, predicted: Tensor, writer: bool) -> float:
+    if not len(sample.aim):
         return 0.0
-    return float((predicted.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-300))
+    truth = (sample.aim if writer else sample.output[sample.sink]).double()
+    after = truth.norm(dim=-1) + sample.size[sample.sink].double()
+    return float(((predicted[sample.sink].double() - truth).norm(dim=-1) / after).mean())

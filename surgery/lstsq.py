@@ -178,7 +178,7 @@ def symmetric_product(features: Tensor, parts: int = 4) -> Tensor:
     return out
 
 
-RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.activations import Activation, quadrature
+from surgery.activations import Activation
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def from_gaussian(
     flat = _normal_moments(highest, units.y_mean)
     expectations, error = activation.hermite_expectations(units.y_mean, units.y_std, n + 3)
     sigma = _monomials_from_hermite(expectations)
-    squares, _ = quadrature(lambda y: activation.function(y).square(), units.y_mean, units.y_std, 2)
+    squares, _ = activation.squared().hermite_expectations(units.y_mean, units.y_std, 2)
     sigma2 = _monomials_from_hermite(squares)
 
     ones = torch.ones_like(units.y_mean)[:, None]

@@ -50,7 +50,8 @@ def refit(
     """Ridge regression of what the block should write on the polynomial's hidden vector.
 
     The target is the original block's output on the twin's stream, or, with the original stream at hand, what brings
-    the twin's residual stream back to the original's: f(x₀) + r₀ − r. Tokens are weighted by 1/‖r‖², since whatever
+    the twin's residual stream back to the original's: f(x₀) + r₀ − r (at sinks only in a block
+    that writes them: elsewhere a small relative difference would be huge). Tokens are weighted by 1/‖r‖², since whatever
     reads the residual stream normalises it first; the sinks together weigh as much as all other tokens do.
 
     Args:
@@ -79,12 +80,16 @@ def refit(
                 hidden[number].append(features)
             if whole and other is not None:
                 written[number].append(output)
-            target = output + _behind(arrival, other, rows) if block.additive and other is not None else output
             size = arrival.size[rows]
-            total = (size.square() + target.float().norm(dim=-1).square()).sqrt()
+            total = (size.square() + output.float().norm(dim=-1).square()).sqrt()
             sink = total > sink_limit
+            target = output
             weight = torch.ones_like(size)
             if block.additive:
+                if other is not None:
+                    target = output + behind(arrival, other, rows)
+                    if not sink_units:
+                        target[sink] = original(arrival.x[rows][sink])
                 weight = (typical / size.clamp_min(1e-6 * typical)).square().clamp_max(WEIGHT_LIMIT)
             weight = torch.where(sink, sink_boost * (typical / total).square(), weight)
             held = held_out(arrival.sequence[rows], sequences)
@@ -108,7 +113,7 @@ def refit(
     )
 
 
-def _behind(arrival: Arrival, other: Arrival, rows: slice) -> Tensor | float:
+def behind(arrival: Arrival, other: Arrival, rows: slice | Tensor) -> Tensor | float:
     """How far the twin's residual stream is behind the original's."""
     if arrival.residual is None or other.residual is None:
         return 0.0

@@ -2,9 +2,10 @@
 
 In many causal models the first token (or a delimiter) carries a massive activation (Sun et al., arXiv 2402.17762).
 Counted among the others it ruins the fit; left out, the polynomial must still reproduce what the block writes there.
-So sinks are kept out of the moments, and each kind of sink gets one more quadratic unit that points at it,
+So sinks are kept out of the moments, and where a block writes the massive activation (or takes it away) each kind of
+sink gets one more quadratic unit that points at it,
 
-    ((a·(x − μ)))²,   a ∝ Σ⁻¹ (x_sink − μ),   a·(x_sink − μ) = 1,
+    (a·(x − μ))²,   a ∝ Σ⁻¹ (x_sink − μ),   a·(x_sink − μ) = 1,
 
 Fisher's direction: 1 at the sink and, since the sink's Mahalanobis distance is large, next to 0 elsewhere.
 """
@@ -17,11 +18,12 @@ from torch import Tensor
 from surgery.moments import InputMoments
 from surgery.polynomial import Affine
 
-MASSIVE = 10.0  # a residual stream this many times the median is a sink's
+MASSIVE = 20.0  # a residual stream this many times the median is a sink's
 MOST_SINKS = 0.02  # of all tokens; more than that are no exception but the distribution
 SAME_KIND = 0.8  # cosine between x − μ of two sinks that share a unit
 MOST_KINDS = 4
 SHRINKAGE = 1e-3  # of the mean variance, added to Σ
+WRITER = 0.3  # share of the residual stream's norm at a sink that a block must write to get a unit for it
 
 
 def threshold(sizes: Tensor) -> float:
@@ -30,25 +32,41 @@ def threshold(sizes: Tensor) -> float:
     return limit if float((sizes > limit).double().mean()) <= MOST_SINKS else float("inf")
 
 
-def directions(inputs: InputMoments, at_sinks: Tensor) -> Affine:
-    """The units that point at the sinks: rows a and biases −a·μ, one per kind of sink, most frequent first.
+def written(size: Tensor, output: Tensor) -> bool:
+    """Whether the block itself writes what makes its sinks massive (or takes it away), rather than passing it on.
 
     Args:
-        inputs: moments of the ordinary tokens.
+        size: norms of the residual stream at the sinks, before the block.
+        output: the block's outputs there, (number of sinks, out).
+    """
+    norms = output.float().norm(dim=-1)
+    return bool(len(norms)) and float((norms / (norms + size)).median()) > WRITER
+
+
+def directions(inputs: InputMoments, at_sinks: Tensor) -> Affine:
+    """The units that point at the sinks: rows a and biases −a·μ, one per kind of sink.
+
+    Args:
+        inputs: moments of the block's input at ordinary tokens.
         at_sinks: block inputs at the sinks, (number of sinks, d); may be empty.
     """
     d = len(inputs.total)
     mean, covariance = inputs.mean, inputs.covariance
     if not len(at_sinks):
         return Affine(mean.new_zeros(0, d), mean.new_zeros(0))
-    away = at_sinks.double() - mean
-    centres: list[Tensor] = []
-    left = away
-    while len(left) and len(centres) < MOST_KINDS:
-        alike = torch.nn.functional.cosine_similarity(left, left[:1], dim=-1) > SAME_KIND
-        centres.append(left[alike].mean(0))
-        left = left[~alike]
-    system = covariance + SHRINKAGE * covariance.diagonal().mean() * torch.eye(d, dtype=mean.dtype, device=mean.device)
-    pointing = torch.cholesky_solve(torch.stack(centres, dim=-1), torch.linalg.cholesky(system)).T
-    rows = pointing / (pointing * torch.stack(centres)).sum(-1, keepdim=True)
+    centres = torch.stack(_kinds(at_sinks.double() - mean))
+    shrunk = covariance + SHRINKAGE * covariance.diagonal().mean() * torch.eye(d).to(covariance)
+    pointing = torch.cholesky_solve(centres.T, torch.linalg.cholesky(shrunk)).T
+    rows = pointing / (pointing * centres).sum(-1, keepdim=True)
     return Affine(rows, -(rows @ mean))
+
+
+def _kinds(away: Tensor) -> list[Tensor]:
+    """Means of groups of similar sinks, given x − μ."""
+    centres: list[Tensor] = []
+    while len(away) and len(centres) < MOST_KINDS:
+        alike = torch.nn.functional.cosine_similarity(away, away[:1], dim=-1) > SAME_KIND
+        centres.append(away[alike].mean(0))
+        away = away[~alike]
+    return centres
+

@@ -1,0 +1,15 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+
+torch.set_num_threads(max(1, min(4, os.cpu_count() or 1)))
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """64 sequences of 32 token ids for the tiny models of `tests/tiny.py`."""
+    return torch.randint(3, 96, (64, 32), generator=torch.Generator().manual_seed(3))

@@ -1,0 +1,90 @@
+"""Blocks are found by structure, confirmed by recomputation, and what is not understood is named."""
+
+import pytest
+import torch
+from torch import nn
+
+from surgery.blocks import confirm, survey
+from surgery.errors import ModelError
+from tests import tiny
+
+
+def run(model, name, ids):
+    inputs = tiny.inputs_for(name, ids)
+    if name == "vit":
+        return lambda: model(pixel_values=inputs["pixel_values"][:2])
+    extra = {"decoder_input_ids": ids[:2]} if name.startswith("t5") else {}
+    return lambda: model(input_ids=ids[:2], **extra)
+
+
+@pytest.mark.parametrize("name", sorted(tiny.MAKERS))
+def test_every_shape_is_found_and_confirmed(name, ids):
+    model = tiny.make(name)
+    found = survey(model)
+    assert len(found.blocks) == tiny.BLOCKS.get(name, tiny.LAYERS)
+    assert not found.left_alone
+    assert {block.kind for block in found.blocks} == {tiny.KINDS.get(name, "plain")}
+    assert {(b.width, b.hidden, b.out) for b in found.blocks} == {(tiny.WIDTH, tiny.HIDDEN, tiny.WIDTH)}
+    with torch.no_grad():
+        confirmed = confirm(model, found.blocks, run(model, name, ids))
+    assert [block.path for block in confirmed] == [block.path for block in found.blocks]
+    parallel_or_post_norm = {"gpt_neox", "phi", "bert", "gemma2"}
+    assert all(block.additive == (name not in parallel_or_post_norm) for block in confirmed)
+
+
+def test_gate_and_up_are_told_apart_by_recomputation(ids):
+    """A gate under a misleading name: the survey guesses wrong, the confirmation corrects it."""
+    model = tiny.make("llama")
+    for layer in model.model.layers:
+        mlp = layer.mlp
+        mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
+        mlp.forward = lambda x, m=mlp: m.down_proj(m.act_fn(m.up_proj(x)) * m.gate_proj(x))
+    found = survey(model)
+    assert found.blocks[0].first[0].endswith("gate_proj")
+    with torch.no_grad():
+        confirmed = confirm(model, found.blocks, run(model, "llama", ids))
+    assert confirmed[0].first[0].endswith("up_proj")
+
+
+def test_a_clamped_block_fails_its_confirmation(ids):
+    model = tiny.make("llama")
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: mlp.down_proj((mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)).clamp(-0.1, 0.1))
+    with torch.no_grad(), pytest.raises(ModelError, match=r"layers\.1\.mlp") as caught:
+        confirm(model, survey(model).blocks, run(model, "llama", ids))
+    assert "--blocks" in str(caught.value)
+
+
+def test_mixtures_of_experts_are_named_and_left_alone():
+    import transformers
+
+    config = transformers.Qwen3MoeConfig(
+        **tiny.COMMON, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=16, mlp_only_layers=[0],
+    )  # fmt: skip
+    found = survey(transformers.Qwen3MoeForCausalLM(config))
+    assert [block.path for block in found.blocks] == ["model.layers.0.mlp"]
+    assert found.left_alone == (("model.layers.1.mlp", "mixture of experts: not converted yet"),)
+
+
+def test_shared_blocks_are_named():
+    import transformers
+
+    config = transformers.AlbertConfig(**tiny.COMMON, embedding_size=16)
+    model = transformers.AlbertForMaskedLM(config).eval()
+    found = survey(model)
+    with torch.no_grad(), pytest.raises(ModelError, match="times in one forward pass"):
+        confirm(model, found.blocks, lambda: model(input_ids=torch.ones(1, 4, dtype=torch.long)))
+
+
+def test_a_model_without_blocks_has_none():
+    found = survey(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+    assert found.blocks == ()
+
+
+def test_the_survey_needs_no_weights():
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny.COMMON))
+    assert len(survey(model).blocks) == tiny.LAYERS
