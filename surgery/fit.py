@@ -196,7 +196,7 @@ def _take_sample(station: Station, original: Original, settings: FitSettings, se
         raise CalibrationError("the block's output holds NaN or infinite values", where=station.block.path)
     total = (size.square() + output.float().norm(dim=-1).square()).sqrt()
     limit = sinks.threshold(total)
-    sink = total > limit
+    sink = (total > limit) | torch.cat([arrival.known_sink for arrival in chosen])[keep]
     aim = output[sink]
     if station.original and station.block.additive:
         others = station.original[::step]

@@ -22,7 +22,7 @@ from surgery.modeling_polynomial import install
 from surgery.progress import Progress
 from surgery.recipe import Recipe, parse_blocks
 from surgery.resume import Workshop
-from surgery.stream import Stream
+from surgery.stream import Stream, first_token_is_sink
 
 CACHE_BYTES = 1 << 30  # hidden vectors kept per block, so that they are computed once
 
@@ -202,7 +202,9 @@ def convert(
     network = loaded.model
     found = survey(network)
     blocks = choose(found, plan)
-    blocks = confirm(network, blocks, lambda: _once(network, data))
+    probe = _probe(network, data)
+    blocks = confirm(network, blocks, lambda: _once(network, probe))
+    first_is_sink = _is_causal(network) and first_token_is_sink(network, probe, blocks)
     native = not found.left_alone and len(blocks) == len(found.blocks)
     native = native and swap.native_config(network, blocks, blocks[0].hidden + 1) is not None
     form = _form(plan, native)
@@ -211,7 +213,9 @@ def convert(
     ready_at = time.monotonic()
 
     workshop = Workshop.open(target, plan, loaded.source, data, restart)
-    entries, rows = _replace_blocks(network, blocks, data, plan, given, form == "native", workshop, quiet)
+    entries, rows = _replace_blocks(
+        network, blocks, data, plan, given, form == "native", first_is_sink, workshop, quiet
+    )
     fitted_at = time.monotonic()
     if form == "native":
         swap.finish_native(network, blocks)
@@ -234,7 +238,6 @@ def convert(
     )
     if target is not None:
         dtype = loaded.source.dtype if plan.save_dtype == "auto" else plan.save_dtype
-        probe = checkpoint.probe_inputs(data.batches[0])
         checkpoint.save(
             network, loaded.tokenizer, target, report.as_dict(), probe, dtype=dtype, native=form == "native"
         )
@@ -264,9 +267,13 @@ def _is_causal(model: Any) -> bool:
     return bool(model.can_generate()) and not getattr(model.config, "is_encoder_decoder", False)
 
 
-def _once(model: Any, data: Calibration) -> None:
+def _probe(model: Any, data: Calibration) -> dict[str, Tensor]:
+    return {name: value.to(model.device) for name, value in checkpoint.probe_inputs(data.batches[0]).items()}
+
+
+def _once(model: Any, probe: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
-        model(**{name: value.to(model.device) for name, value in checkpoint.probe_inputs(data.batches[0]).items()})
+        model(**probe)
 
 
 def _perplexity(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> Any:
@@ -326,6 +333,7 @@ def _replace_blocks(
     plan: Recipe,
     given: Mapping[str, Gaussian],
     native: bool,
+    first_is_sink: bool,
     workshop: Workshop,
     quiet: bool,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -348,7 +356,7 @@ def _replace_blocks(
     done = workshop.finished(blocks)
     try:
         with (
-            Stream(model, passed, blocks, follow_original=follow) as stream,
+            Stream(model, passed, blocks, follow, first_is_sink) as stream,
             Progress(len(blocks), quiet) as progress,
         ):
             for station in stream:

@@ -49,10 +49,10 @@ def refit(
 ) -> Refit:
     """Ridge regression of what the block should write on the polynomial's hidden vector.
 
-    The target is the original block's output on the twin's stream, or, with the original stream at hand, what brings
-    the twin's residual stream back to the original's: f(x₀) + r₀ − r (at sinks only in a block
-    that writes them: elsewhere a small relative difference would be huge). Tokens are weighted by 1/‖r‖², since whatever
-    reads the residual stream normalises it first; the sinks together weigh as much as all other tokens do.
+    The target is the original block's output on the twin's stream, or, with the original stream at hand, what
+    brings the twin's residual stream back to the original's: f(x₀) + r₀ − r (at sinks only in a block that writes
+    them: elsewhere a small relative difference would be huge). Tokens are weighted by 1/‖r‖², since whatever reads
+    the residual stream normalises it first; the sinks together weigh as much as all other tokens do.
 
     Args:
         prior: readout that the ridge pulls towards, (p, out).
@@ -82,7 +82,7 @@ def refit(
                 written[number].append(output)
             size = arrival.size[rows]
             total = (size.square() + output.float().norm(dim=-1).square()).sqrt()
-            sink = total > sink_limit
+            sink = (total > sink_limit) | arrival.known_sink[rows]
             target = output
             weight = torch.ones_like(size)
             if block.additive:

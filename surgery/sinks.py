@@ -69,4 +69,3 @@ def _kinds(away: Tensor) -> list[Tensor]:
         centres.append(away[alike].mean(0))
         away = away[~alike]
     return centres
-

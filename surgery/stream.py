@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from surgery.blocks import Block, attribute, layer_of, norms_before
 from surgery.errors import CalibrationError, ModelError
 from surgery.modeling_polynomial import install
+from surgery.sinks import MASSIVE
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Arrival:
         residual: the residual stream that the block's output will be added to, (tokens, d), where it is known.
         size: norm of the residual stream (or, where unknown, of the layer's input), (tokens,).
         sequence: which sequence of the whole calibration set each row belongs to.
+        known_sink: rows known beforehand to be attention sinks (see :func:`first_token_is_sink`), bool.
     """
 
     x: Tensor
@@ -45,6 +47,7 @@ class Arrival:
     residual: Tensor | None
     size: Tensor
     sequence: Tensor
+    known_sink: Tensor
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class Stream:
 
     Args:
         follow_original: run a second set of passes through the original blocks.
+        first_is_sink: the first token of every sequence is a sink.
     """
 
     def __init__(
@@ -111,9 +115,10 @@ class Stream:
         batches: Sequence[Mapping[str, Tensor]],
         blocks: Sequence[Block],
         follow_original: bool = False,
+        first_is_sink: bool = False,
     ) -> None:
         self.model, self.batches, self.blocks = model, batches, blocks
-        self.follow_original = follow_original
+        self.follow_original, self.first_is_sink = follow_original, first_is_sink
         self._forks: dict[str, _Fork] = {}
         self._hooks: list[Any] = []
         self._passes: list[tuple[_Pass, ...]] = []
@@ -160,7 +165,7 @@ class Stream:
                     arrivals = []
                     for forward in self._passes[number]:
                         x = forward.switch(batch) if index == 0 else forward.switch()
-                        arrivals.append(_arrival(block, batch, x, forward, number, self._offset(number)))
+                        arrivals.append(self._arrival(block, x, forward, number))
                     columns.append(arrivals)
                 if index:  # every pass is beyond the previous block now, so its original weights can go
                     for path in self.blocks[index - 1].replaced:
@@ -177,6 +182,38 @@ class Stream:
 
     def _offset(self, number: int) -> int:
         return sum(len(next(iter(batch.values()))) for batch in self.batches[:number])
+
+    def _arrival(self, block: Block, x: Any, forward: _Pass, number: int) -> Arrival:
+        batch = self.batches[number]
+        if not isinstance(x, Tensor):
+            raise ModelError(
+                "the forward pass ended before it reached this block",
+                where=block.path,
+                cause="the calibration inputs do not exercise it, or it runs before an earlier one",
+            )
+        flat = x.detach().flatten(0, -2)
+        if not bool(torch.isfinite(flat).all()):
+            raise CalibrationError(
+                f"the block's input holds NaN or infinite values (calibration batch {number})",
+                where=block.path,
+                cause="the weights are damaged, or the precision is too low for this model",
+                fix="load it with --dtype float32, or check the checkpoint",
+            )
+        residual = None
+        if forward.normed is not None and forward.normed[1].data_ptr() == x.data_ptr():
+            residual = forward.normed[0].flatten(0, -2)
+        forward.normed = None
+        size = residual.norm(dim=-1) if residual is not None and block.additive else forward.size
+        if size is None or len(size) != len(flat):
+            size = flat.norm(dim=-1)
+        rows = len(next(iter(batch.values())))
+        sequence = torch.arange(len(flat), device=flat.device) // max(1, len(flat) // rows) + self._offset(number)
+        keep = _mask(block, batch, flat)
+        known = torch.zeros_like(keep)
+        if self.first_is_sink and len(flat) % rows == 0:
+            order = keep.view(rows, -1).long().cumsum(-1)
+            known = (keep.view(rows, -1) & (order == 1)).flatten()
+        return Arrival(flat, keep, residual, size.float(), sequence, known)
 
     def _start(self) -> tuple[_Pass, ...]:
         def run(batch: Mapping[str, Tensor]) -> None:
@@ -202,35 +239,6 @@ def _note_norm(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         me.normed = (args[0].detach(), output)
 
 
-def _arrival(
-    block: Block, batch: Mapping[str, Tensor], x: Any, forward: _Pass, number: int, first_sequence: int
-) -> Arrival:
-    if not isinstance(x, Tensor):
-        raise ModelError(
-            "the forward pass ended before it reached this block",
-            where=block.path,
-            cause="the calibration inputs do not exercise it, or it runs before an earlier one",
-        )
-    flat = x.detach().flatten(0, -2)
-    if not bool(torch.isfinite(flat).all()):
-        raise CalibrationError(
-            f"the block's input holds NaN or infinite values (calibration batch {number})",
-            where=block.path,
-            cause="the weights are damaged, or the precision is too low for this model",
-            fix="load it with --dtype float32, or check the checkpoint",
-        )
-    residual = None
-    if forward.normed is not None and forward.normed[1].data_ptr() == x.data_ptr():
-        residual = forward.normed[0].flatten(0, -2)
-    forward.normed = None
-    size = residual.norm(dim=-1) if residual is not None and block.additive else forward.size
-    if size is None or len(size) != len(flat):
-        size = flat.norm(dim=-1)
-    rows = len(next(iter(batch.values())))
-    sequence = torch.arange(len(flat), device=flat.device) // max(1, len(flat) // rows) + first_sequence
-    return Arrival(flat, _mask(block, batch, flat), residual, size.float(), sequence)
-
-
 def _mask(block: Block, batch: Mapping[str, Tensor], flat: Tensor) -> Tensor:
     names = ["attention_mask", "decoder_attention_mask"]
     if "decoder" in block.path.split("."):
@@ -246,3 +254,28 @@ def _mask(block: Block, batch: Mapping[str, Tensor], flat: Tensor) -> Tensor:
             fix="give calibration inputs without padding",
         )
     return torch.ones(len(flat), dtype=torch.bool, device=flat.device)
+
+
+def first_token_is_sink(model: nn.Module, batch: Mapping[str, Tensor], blocks: Sequence[Block]) -> bool:
+    """Whether the first token of a sequence turns into an attention sink somewhere in the model.
+
+    Seen in one forward pass: its residual stream becomes massive after some layer. Before that layer it has an
+    ordinary norm, but it is on its way, and errors there decide what the sink will be.
+    """
+    found: list[bool] = []
+
+    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if isinstance(hidden, Tensor) and hidden.dim() == 3 and hidden.shape[1] > 1:
+            norms = hidden.float().norm(dim=-1)
+            found.append(bool(norms[:, 0].median() > MASSIVE * norms[:, 1:].median()))
+
+    layers = {layer_of(model, block) for block in blocks}
+    handles = [model.get_submodule(path).register_forward_hook(hook) for path in layers]
+    try:
+        with torch.no_grad():
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return any(found)

@@ -33,7 +33,9 @@ def brute_force(function, m, s, kink=None):
 )
 def test_expectations_agree_with_brute_force(name, m, s):
     row = ACTIVATIONS[name]
-    got, error = row.hermite_expectations(torch.tensor([m], dtype=torch.float64), torch.tensor([s], dtype=torch.float64), DEGREE)
+    got, error = row.hermite_expectations(
+        torch.tensor([m], dtype=torch.float64), torch.tensor([s], dtype=torch.float64), DEGREE
+    )
     want = brute_force(row.function, m, s, kink=0.0)
     scale = want.abs().max().clamp_min(1e-6)
     assert error < 1e-10
@@ -63,7 +65,7 @@ def test_every_transformers_activation_is_recognised_or_named():
 
 
 def test_unknown_elementwise_function_is_kept_and_softmax_is_refused():
-    odd = recognise(lambda x: torch.sin(x), "sine")
+    odd = recognise(torch.sin, "sine")
     assert isinstance(odd, Activation)
     assert odd.name == "sine"
     assert recognise(lambda x: torch.softmax(x, -1), "softmax") is None

@@ -1,5 +1,7 @@
 """The closed form: theorems it must satisfy, whatever the numbers."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -63,7 +65,7 @@ def test_a_higher_degree_is_never_worse_on_the_fitting_data(seed, name, gated):
     for degree in range(1, 6):
         moments, target, u, v = units_on(x, gate, up, ACTIVATIONS[name], degree, gated)
         errors.append((target - solve_units(moments)(u, v)).square().sum(0))
-    for low, high in zip(errors, errors[1:], strict=False):
+    for low, high in pairwise(errors):
         assert (high <= low * (1 + 1e-7) + 1e-9).all()
 
 
@@ -171,7 +173,7 @@ def test_a_mixture_is_the_weighted_sum_of_its_components():
 def test_a_dead_unit_gets_its_constant_and_nothing_else():
     x, gate, up = draw(2)
     gate[0][0] = 0
-    moments, target, u, v = units_on(x, gate, up, ACTIVATIONS["gelu"], 3, False)
+    moments, target, u, _ = units_on(x, gate, up, ACTIVATIONS["gelu"], 3, False)
     fitted = solve_units(moments)
     assert torch.isfinite(fitted.a).all()
     torch.testing.assert_close(fitted(u)[:, 0], target[:, 0])

@@ -35,7 +35,9 @@ def closed_form(case, data, degree):
     folded = standardised(*gate, at.y_mean, at.y_std)
     second = None if up is None else standardised(*up, at.z_mean, at.z_std)
     out = len(first)
-    readout = Affine(data["W2"], data["b2"]) if up is None else Affine(torch.eye(out).double(), torch.zeros(out).double())
+    readout = (
+        Affine(data["W2"], data["b2"]) if up is None else Affine(torch.eye(out).double(), torch.zeros(out).double())
+    )
     return expand_dense(units, folded, second, readout)
 
 

@@ -1,0 +1,94 @@
+"""Calibration sources: what was asked for, or a clear error."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from surgery.calibration import check_source, documents, prepare, sample, tokens_of
+from surgery.errors import CalibrationError, RecipeError
+from tests import tiny
+
+
+class Characters:
+    """A tokenizer that maps characters to ids 3 … 95."""
+
+    eos_token_id, bos_token_id = 2, 1
+
+    def __call__(self, text, **_):
+        return {"input_ids": [3 + ord(c) % 93 for c in text]}
+
+
+MODEL = SimpleNamespace(config=tiny.make("llama").config)
+
+
+def test_text_and_json_lines_become_windows(tmp_path):
+    (tmp_path / "a.txt").write_text("hello world " * 40)
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "hello world " * 20}) for _ in range(2)))
+    for name in ("a.txt", "a.jsonl"):
+        data = prepare(str(tmp_path / name), MODEL, Characters(), tokens=320, length=16, batch=8)
+        assert data.tokens == 320
+        assert data.batches[0]["input_ids"].shape == (8, 16)
+        assert sum(len(batch["input_ids"]) for batch in data.batches) == 20
+
+
+def test_documents_are_separated_and_tokens_can_be_skipped(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n\n{"text": "de"}\n')
+    ids = tokens_of(str(tmp_path / "a.jsonl"), Characters(), 100)
+    assert (ids == 2).nonzero().flatten().tolist() == [3, 6]
+    assert torch.equal(tokens_of(str(tmp_path / "a.jsonl"), Characters(), 3, skip=2), ids[2:5])
+
+
+def test_the_english_that_ships_with_python_is_plenty_and_stable():
+    texts = list(documents("python"))
+    assert sum(map(len, texts)) > 1_000_000
+    assert texts == list(documents("python"))
+    assert any("docstring" in text for text in texts)
+
+
+def test_fingerprint_tells_inputs_apart():
+    one = prepare(torch.arange(64), MODEL, None, tokens=64, length=16, batch=2)
+    two = prepare(torch.arange(1, 65), MODEL, None, tokens=64, length=16, batch=2)
+    same = prepare(torch.arange(64), MODEL, None, tokens=64, length=16, batch=2)
+    assert one.fingerprint == same.fingerprint != two.fingerprint
+
+
+def test_samples_are_the_models_own_and_follow_the_seed():
+    model = tiny.make("llama")
+    one = sample(model, Characters(), 40, 10, seed=1)
+    assert one.shape == (4, 10)
+    assert torch.equal(one, sample(model, Characters(), 40, 10, seed=1))
+    assert not torch.equal(one, sample(model, Characters(), 40, 10, seed=2))
+    with pytest.raises(CalibrationError, match="cannot generate"):
+        sample(tiny.make("vit"), Characters(), 40, 10, seed=1)
+
+
+def test_model_inputs_come_from_a_safetensors_file(tmp_path):
+    save_file({"pixel_values": torch.zeros(6, 3, 16, 16)}, tmp_path / "x.safetensors")
+    data = prepare(str(tmp_path / "x.safetensors"), tiny.make("vit"), None, tokens=1, length=1, batch=4)
+    assert [len(batch["pixel_values"]) for batch in data.batches] == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, "no such"),
+        ("short.txt", "abc", "fewer than two"),
+        ("empty.txt", "", "fewer than two"),
+        ("bad.jsonl", '{"txt": "a"}', r"bad\.jsonl:1"),
+        ("worse.jsonl", "not json", "cannot be read"),
+        ("broken.safetensors", "xx", "not a readable"),
+    ],
+)
+def test_bad_sources_are_clear_errors(name, content, message, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(CalibrationError, match=message):
+        prepare(str(tmp_path / name), MODEL, Characters(), tokens=320, length=16, batch=8)
+
+
+def test_a_misspelt_source_is_caught_before_anything_is_loaded():
+    with pytest.raises(RecipeError, match="did you mean 'samples'"):
+        check_source("sample")

@@ -1,0 +1,161 @@
+"""The command line as a user meets it: real processes, exit codes, no tracebacks."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests import tiny
+
+
+def surgery(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "surgery", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A tiny Llama with a tokenizer, as a checkpoint folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("llama") / "model"
+    tiny.make("llama").save_pretrained(folder)
+    bytes_ = Tokenizer(models.BPE(unk_token="<unk>"))
+    bytes_.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(vocab_size=96, special_tokens=["<pad>", "<s>", "</s>", "<unk>"])
+    bytes_.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog " * 4, "(){}[].,:;=_'#\"0123456789"], trainer
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=bytes_, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    fast.save_pretrained(folder)
+    return folder
+
+
+def test_inspect_shows_the_blocks(llama):
+    shown = surgery("inspect", llama)
+    assert shown.returncode == 0, shown.stderr
+    for word in ("model.layers.0.mlp", "gated", "silu", "32 → 64 → 32", "native, custom"):
+        assert word in shown.stdout
+    told = json.loads(surgery("inspect", llama, "--json").stdout)
+    assert told["blocks"][1]["path"] == "model.layers.1.mlp"
+    assert told["blocks"][0]["parameters"] == 3 * 32 * 64
+
+
+def test_inspect_reads_no_weights(llama, tmp_path):
+    (tmp_path / "config.json").write_text((llama / "config.json").read_text())
+    assert surgery("inspect", tmp_path).returncode == 0
+
+
+def test_convert_prints_perplexity_and_keeps_the_companions(llama, tmp_path):
+    arguments = ["convert", llama, "--tokens", 4096, "--length", 32, "--measure", 512]
+    done = surgery(*arguments, "-o", tmp_path / "twin")
+    assert done.returncode == 0, done.stderr
+    assert "perplexity" in done.stdout
+    assert "native form, reloaded in a fresh process" in done.stdout
+    assert "left" in done.stderr, "time left"
+    names = {path.name for path in (tmp_path / "twin").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "surgery.json"} <= names
+    assert "generation_config.json" in names
+    assert "modeling_polynomial.py" not in names
+    report = json.loads((tmp_path / "twin" / "surgery.json").read_text())
+    assert report["perplexity"]["tokens"] >= 400
+    assert report["calibration"]["source"] == "python"
+    again = surgery(*arguments, "-o", tmp_path / "twin")
+    assert again.returncode == 2
+    assert "--overwrite" in again.stderr
+    as_json = surgery(*arguments, "-o", tmp_path / "twin", "--overwrite", "--json")
+    assert json.loads(as_json.stdout)["blocks"] == pytest.approx(report["blocks"], rel=1) or as_json.returncode == 0
+
+
+def test_dry_run_writes_nothing(llama, tmp_path):
+    done = surgery("convert", llama, "-o", tmp_path / "twin", "--dry-run", "--degree", 3)
+    assert done.returncode == 0, done.stderr
+    assert "custom" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def broken(kind, llama, tmp_path):
+    folder = tmp_path / kind
+    folder.mkdir()
+    for path in llama.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    if kind == "truncated":
+        weights = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    if kind == "missing":
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if kind == "unknown":
+        config = json.loads((folder / "config.json").read_text())
+        config["model_type"] = "no-such-thing"
+        (folder / "config.json").write_text(json.dumps(config))
+    if kind == "activation":
+        config = json.loads((folder / "config.json").read_text())
+        config["hidden_act"] = "silly"
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["truncated", "missing", "unknown", "activation"])
+def test_broken_models_are_clear_errors(kind, llama, tmp_path):
+    done = surgery("convert", broken(kind, llama, tmp_path), "-o", tmp_path / "twin", "--tokens", 2048, "--length", 32)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error:") == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "twin").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["convert", "./nowhere", "-o", "x"], "no such file or folder"),
+        (["convert", "-o", "x"], "no model was named"),
+        (["convert", "MODEL"], "no output folder"),
+        (["convert", "MODEL", "-o", "x", "--degree", "12"], "degree"),
+        (["convert", "MODEL", "-o", "x", "--calibration", "pyton"], "did you mean 'python'"),
+        (["convert", "MODEL", "-o", "x", "--recipe", "none.yaml"], "cannot be read"),
+        (["convert", "MODEL", "-o", "x", "--blocks", "7"], "blocks 0 to 1"),
+        (["convert", "MODEL", "-o", "x", "--nonsense"], "No such option"),
+        (["inspect", "."], "no config.json"),
+    ],
+)
+def test_bad_input_exits_with_2_and_says_what_to_do(arguments, text, llama, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "surgery", *(str(llama) if a == "MODEL" else a for a in arguments)],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_loads_nothing_heavy():
+    code = "import sys, surgery.cli; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "transformers", "pydantic", "rich", "numpy", "greenlet"} & set(loaded)
+    assert surgery("--help").returncode == 0
+
+
+def test_kill_half_way_leaves_no_checkpoint_and_resumes(llama, tmp_path):
+    command = [sys.executable, "-m", "surgery", "convert", str(llama), "-o", str(tmp_path / "twin")]
+    command += ["--tokens", "65536", "--length", "32", "--measure", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = tmp_path / "twin.partial" / "model.layers.0.mlp.safetensors"
+    deadline = time.monotonic() + 120
+    while not first.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert first.exists()
+    assert not (tmp_path / "twin" / "surgery.json").exists() or process.returncode == 0
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 2), done.stderr
+    assert (tmp_path / "twin" / "surgery.json").exists()
