@@ -19,7 +19,7 @@ from surgery.features import Features, Original, prior_readout, with_sink_units
 from surgery.lstsq import UnitPolynomials, solve_units
 from surgery.moments import InputMoments, Preactivations, UnitMoments, from_data, from_gaussian
 from surgery.polynomial import Affine, guarded, standardised
-from surgery.readout import CHUNK, HELD_OUT_SHARE, Refit, behind, fill_sink_columns, held_out, refit
+from surgery.readout import CHUNK, HELD_OUT_SHARE, Refit, behind, fill_sink_columns, held_out, mistaken, refit
 from surgery.stream import Station
 
 TOKENS_PER_UNKNOWN = 20
@@ -60,9 +60,10 @@ class FittedBlock:
         r2_units: median over units of the share explained by the unit's own polynomial.
         ridge: chosen λ; None where the readout was kept.
         condition: largest condition number met.
-        sink_tokens, sink_error: how many tokens of the sample were sinks, and the error there relative to the residual
-            stream after the block.
+        sink_tokens, sink_error: how many tokens of the sample were sinks, and the median error there relative to the
+            residual stream after the block.
         sink_units: how many units point at sinks.
+        mistaken: ordinary tokens of the sample that these units take for sinks; left out of the fit and of R².
         quadrature_error: relative, 0 for data.
         tokens: used for fitting, held out included.
         outputs, written: what the twin's and the original's block write to each batch, where computed on the way.
@@ -82,6 +83,7 @@ class FittedBlock:
     sink_tokens: int
     sink_error: float
     sink_units: int
+    mistaken: int
     quadrature_error: float
     tokens: int
     outputs: tuple[Tensor, ...] = ()
@@ -100,6 +102,7 @@ class _Sample:
     ordinary: Tensor
     sink: Tensor
     held: Tensor
+    massive: Tensor
     limit: float
     aim: Tensor  # what the block should write at the sinks
 
@@ -120,7 +123,7 @@ def fit_block(
     original = Original.of(block, station.modules)
     sequences = 1 + max(int(arrival.sequence[-1]) for arrival in station.twin)
     sample = _take_sample(station, original, settings, sequences)
-    inputs = InputMoments.of(sample.x[sample.ordinary])
+    inputs = InputMoments.of(sample.x[~sample.massive])
     at = Preactivations.of(inputs, original.gate, original.up)
     moments = _moments(original, at, sample, settings, given)
     units = solve_units(moments)
@@ -149,6 +152,7 @@ def fit_block(
     else:
         solution = fill_sink_columns(prior, twin(sample.x[sample.sink]), sample.aim, extra)
     readout = Affine(solution[:-1].T.contiguous(), solution[-1])
+    ordinary = sample.ordinary & ~_chunked(sample.x, lambda rows: mistaken(twin(rows), extra))
     predicted = _chunked(sample.x, lambda rows: twin(rows) @ solution.to(rows))
     return FittedBlock(
         block=block,
@@ -157,14 +161,15 @@ def fit_block(
         up=up if settings.degree > 1 else None,
         units=units if settings.degree > 1 else None,
         readout=readout,
-        r2_fit=_r2(predicted, sample.output, sample.ordinary & ~sample.held),
-        r2_held=_r2(predicted, sample.output, sample.ordinary & sample.held),
+        r2_fit=_r2(predicted, sample.output, ordinary & ~sample.held),
+        r2_held=_r2(predicted, sample.output, ordinary & sample.held),
         r2_units=float(units.r2.median()),
         ridge=result.choice.ridge if result else None,
         condition=max(units.condition, result.choice.condition if result else 0.0),
         sink_tokens=int(sample.sink.sum()),
         sink_error=_sink_error(sample, predicted, writer),
         sink_units=extra,
+        mistaken=int((sample.ordinary & ~ordinary).sum()),
         quadrature_error=units.error,
         tokens=sum(int(arrival.keep.sum()) for arrival in station.twin),
         outputs=result.outputs if result else (),
@@ -205,7 +210,7 @@ def _take_sample(station: Station, original: Original, settings: FitSettings, se
         aim = gaps[sink]
     if bool(held.all()) or not bool(held.any()):
         held = torch.arange(len(held), device=held.device) % HELD_OUT_SHARE == 0
-    return _Sample(x, y, z, output, size, ~sink, sink, held, limit, aim)
+    return _Sample(x, y, z, output, size, ~sink, sink, held, total > limit, limit, aim)
 
 
 def _moments(
@@ -229,7 +234,7 @@ def _moments(
         return total
     if settings.assume == "gaussian":
         return from_gaussian(original.activation, at, at, degree)
-    rows = sample.ordinary
+    rows = ~sample.massive  # sinks on their way to become massive are ordinary points for most units
     measured = from_data(original.activation, at, sample.y[rows], None if sample.z is None else sample.z[rows], degree)
     if settings.tail_weight == 0:
         return measured
@@ -256,4 +261,4 @@ def _sink_error(sample: _Sample, predicted: Tensor, writer: bool) -> float:
         return 0.0
     truth = (sample.aim if writer else sample.output[sample.sink]).double()
     after = truth.norm(dim=-1) + sample.size[sample.sink].double()
-    return float(((predicted[sample.sink].double() - truth).norm(dim=-1) / after).mean())
+    return float(((predicted[sample.sink].double() - truth).norm(dim=-1) / after).median())

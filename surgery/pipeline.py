@@ -402,6 +402,7 @@ def _row(fitted: FittedBlock, seconds: float) -> dict[str, Any]:
         "condition": fitted.condition,
         "sink_tokens": fitted.sink_tokens,
         "sink_units": fitted.sink_units,
+        "sink_mistaken": fitted.mistaken,
         "sink_error": fitted.sink_error,
         "quadrature_error": fitted.quadrature_error,
         "tokens": fitted.tokens,

@@ -14,6 +14,8 @@ from surgery.stream import Arrival, Station
 
 CHUNK = 1024  # tokens whose hidden vectors are held at once
 HELD_OUT_SHARE = 8  # the last eighth of the sequences chooses the ridge; whole texts, so that it is honest
+YOUNG_SINKS = 0.1  # weight of sinks that are not massive yet, all together, against all other tokens
+MISTAKEN = 0.2  # of a sink unit's answer at its sink
 WEIGHT_LIMIT = 100.0  # of a token with a small residual, against the typical one
 
 
@@ -91,10 +93,12 @@ def refit(
                     if not sink_units:
                         target[sink] = original(arrival.x[rows][sink])
                 weight = (typical / size.clamp_min(1e-6 * typical)).square().clamp_max(WEIGHT_LIMIT)
-            weight = torch.where(sink, sink_boost * (typical / total).square(), weight)
+            share = torch.where(total > sink_limit, sink_boost, YOUNG_SINKS * sink_boost)
+            weight = torch.where(sink, share * (typical / total).square(), weight)
             held = held_out(arrival.sequence[rows], sequences)
+            real = arrival.keep[rows] & ~(mistaken(features, sink_units) & ~sink)
             for name, chosen in (("sink", sink), ("held", held & ~sink), ("fit", ~held & ~sink)):
-                use = chosen & arrival.keep[rows]
+                use = chosen & real
                 if bool(use.any()):
                     root = weight[use].sqrt().to(features)[:, None]
                     part = RidgeSums.of(features[use] * root, target[use] * root)
@@ -111,6 +115,11 @@ def refit(
         tuple(torch.cat([part @ solution for part in parts]) for parts in hidden if parts),
         tuple(torch.cat(parts) for parts in written if parts),
     )
+
+
+def mistaken(features: Tensor, sink_units: int) -> Tensor:
+    """Tokens that a sink unit takes for its sink. One among the ordinary would cost the sink its reproduction."""
+    return (features[:, -1 - sink_units : -1] > MISTAKEN).any(-1)
 
 
 def behind(arrival: Arrival, other: Arrival, rows: slice | Tensor) -> Tensor | float:

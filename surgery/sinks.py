@@ -22,6 +22,7 @@ MASSIVE = 20.0  # a residual stream this many times the median is a sink's
 MOST_SINKS = 0.02  # of all tokens; more than that are no exception but the distribution
 SAME_KIND = 0.8  # cosine between x − μ of two sinks that share a unit
 MOST_KINDS = 4
+SMALLEST_KIND = 0.25  # share of the sinks that must be alike
 SHRINKAGE = 1e-3  # of the mean variance, added to Σ
 WRITER = 0.3  # share of the residual stream's norm at a sink that a block must write to get a unit for it
 
@@ -52,9 +53,10 @@ def directions(inputs: InputMoments, at_sinks: Tensor) -> Affine:
     """
     d = len(inputs.total)
     mean, covariance = inputs.mean, inputs.covariance
-    if not len(at_sinks):
+    found = _kinds(at_sinks.double() - mean)
+    if not found:
         return Affine(mean.new_zeros(0, d), mean.new_zeros(0))
-    centres = torch.stack(_kinds(at_sinks.double() - mean))
+    centres = torch.stack(found)
     shrunk = covariance + SHRINKAGE * covariance.diagonal().mean() * torch.eye(d).to(covariance)
     pointing = torch.cholesky_solve(centres.T, torch.linalg.cholesky(shrunk)).T
     rows = pointing / (pointing * centres).sum(-1, keepdim=True)
@@ -62,10 +64,12 @@ def directions(inputs: InputMoments, at_sinks: Tensor) -> Affine:
 
 
 def _kinds(away: Tensor) -> list[Tensor]:
-    """Means of groups of similar sinks, given x − μ."""
+    """Means of the groups of similar sinks, given x − μ; sinks too various to be pointed at get no unit."""
     centres: list[Tensor] = []
+    total = len(away)
     while len(away) and len(centres) < MOST_KINDS:
         alike = torch.nn.functional.cosine_similarity(away, away[:1], dim=-1) > SAME_KIND
-        centres.append(away[alike].mean(0))
+        if int(alike.sum()) >= SMALLEST_KIND * total:
+            centres.append(away[alike].mean(0))
         away = away[~alike]
     return centres
