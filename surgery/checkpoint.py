@@ -112,7 +112,7 @@ def _write(model: Any, tokenizer: Any | None, folder: Path, dtype: str) -> None:
     model.config.dtype = wanted
     try:
         model.save_pretrained(folder, state_dict=state)
-    except RuntimeError as error:  # safetensors reports a full disk this way
+    except Exception as error:  # safetensors reports a full disk by an exception of its own
         raise OSError(str(error)) from error
     finally:
         model.config.dtype = before

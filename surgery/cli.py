@@ -14,7 +14,8 @@ from surgery import __version__
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from surgery.pipeline import Inspection, Report
+    from surgery.pipeline import Inspection
+    from surgery.report import Report
 
 EXIT_USER, EXIT_INTERNAL, EXIT_INTERRUPTED = 2, 1, 130
 

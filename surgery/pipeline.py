@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,58 +15,15 @@ from surgery import checkpoint, loading, swap
 from surgery.blocks import Block, Survey, attribute, confirm, survey
 from surgery.calibration import Calibration, prepare
 from surgery.errors import ModelError, RecipeError
-from surgery.fit import FitSettings, FittedBlock, Gaussian, fit_block
+from surgery.fit import FitSettings, Gaussian, fit_block
 from surgery.modeling_polynomial import install
 from surgery.progress import Progress
 from surgery.recipe import Recipe, parse_blocks
+from surgery.report import Report, block_row
 from surgery.resume import Workshop
 from surgery.stream import Stream, first_token_is_sink
 
 CACHE_BYTES = 1 << 30  # hidden vectors kept per block, so that they are computed once
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a conversion did; `as_dict` is what `surgery.json` holds.
-
-    Attributes:
-        form: native or custom.
-        blocks: one dict per converted block (R² in and out of sample, ridge, condition, sinks, seconds).
-        left_alone: (path, reason) for what was not converted.
-        perplexity: before, after, nats lost and the tokens measured on; None where not measured.
-    """
-
-    recipe: dict[str, Any]
-    source: dict[str, Any]
-    calibration: dict[str, Any]
-    form: str
-    blocks: tuple[dict[str, Any], ...]
-    left_alone: tuple[tuple[str, str], ...]
-    perplexity: dict[str, Any] | None
-    seconds: dict[str, float]
-
-    def as_dict(self) -> dict[str, Any]:
-        import transformers
-
-        from surgery import __version__
-
-        return {
-            "format": 1,
-            "recipe": self.recipe,
-            "source": self.source,
-            "versions": {
-                "polysurgery": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
-            "calibration": self.calibration,
-            "form": self.form,
-            "perplexity": self.perplexity,
-            "seconds": self.seconds,
-            "left_alone": [{"path": path, "reason": reason} for path, reason in self.left_alone],
-            "blocks": list(self.blocks),
-        }
 
 
 @dataclass(frozen=True)
@@ -374,7 +329,7 @@ def _replace_blocks(
                             stream.answer(number, output)
                         for number, output in enumerate(fitted.written):
                             stream.answer(number, output, original=True)
-                    row = _row(fitted, time.monotonic() - begun)
+                    row = block_row(fitted, time.monotonic() - begun)
                     workshop.keep(block, entry, row, modules)
                 entries.append(entry)
                 rows.append(row)
@@ -388,29 +343,3 @@ def _replace_blocks(
 
 def _no_cache(model: Any) -> dict[str, Any]:
     return {"use_cache": False} if model.can_generate() else {}
-
-
-def _row(fitted: FittedBlock, seconds: float) -> dict[str, Any]:
-    return {
-        "path": fitted.block.path,
-        "kind": fitted.block.kind,
-        "activation": fitted.block.activation,
-        "r2_fit": fitted.r2_fit,
-        "r2_held": fitted.r2_held,
-        "r2_units_median": fitted.r2_units,
-        "ridge": fitted.ridge,
-        "condition": fitted.condition,
-        "sink_tokens": fitted.sink_tokens,
-        "sink_units": fitted.sink_units,
-        "sink_mistaken": fitted.mistaken,
-        "sink_error": fitted.sink_error,
-        "quadrature_error": fitted.quadrature_error,
-        "tokens": fitted.tokens,
-        "seconds": round(seconds, 3),
-    }
-
-
-def read_report(folder: str | Path) -> dict[str, Any]:
-    """`surgery.json` of a saved twin."""
-    report: dict[str, Any] = json.loads((Path(folder) / checkpoint.REPORT).read_text(encoding="utf-8"))
-    return report

@@ -139,6 +139,27 @@ def test_bad_input_exits_with_2_and_says_what_to_do(arguments, text, llama, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_is_a_clear_error_and_finished_blocks_are_kept(llama, tmp_path):
+    """Files may grow to 60 kB here: a finished block fits, the checkpoint does not."""
+
+    def small_files():
+        import resource
+        import signal
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    command = [sys.executable, "-m", "surgery", "convert", str(llama), "-o", str(tmp_path / "twin")]
+    command += ["--tokens", "2048", "--length", "32", "--measure", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=small_files)
+    assert done.returncode == 2, done.stderr
+    assert "could not be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["twin.partial"]
+    assert subprocess.run(command, capture_output=True, text=True, check=False).returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["twin"]
+
+
 def test_help_loads_nothing_heavy():
     code = "import sys, surgery.cli; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
