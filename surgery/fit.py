@@ -152,8 +152,9 @@ def fit_block(
     else:
         solution = fill_sink_columns(prior, twin(sample.x[sample.sink]), sample.aim, extra)
     readout = Affine(solution[:-1].T.contiguous(), solution[-1])
-    ordinary = sample.ordinary & ~_chunked(sample.x, lambda rows: mistaken(twin(rows), extra))
-    predicted = _chunked(sample.x, lambda rows: twin(rows) @ solution.to(rows))
+    hidden = _chunked(sample.x, twin)
+    ordinary = sample.ordinary & ~mistaken(hidden, extra)
+    predicted = hidden @ solution.to(hidden)
     return FittedBlock(
         block=block,
         degree=settings.degree,
@@ -204,10 +205,10 @@ def _take_sample(station: Station, original: Original, settings: FitSettings, se
     sink = (total > limit) | torch.cat([arrival.known_sink for arrival in chosen])[keep]
     aim = output[sink]
     if station.original and station.block.additive:
-        others = station.original[::step]
-        pairs = zip(chosen, others, strict=True)
-        gaps = torch.cat([original(o.x[t.keep]) + behind(t, o, t.keep) for t, o in pairs])
-        aim = gaps[sink]
+        parts = sink.split([int(arrival.keep.sum()) for arrival in chosen])
+        rows = [arrival.keep.nonzero()[:, 0][part] for arrival, part in zip(chosen, parts, strict=True)]
+        triples = zip(chosen, station.original[::step], rows, strict=True)
+        aim = torch.cat([original(other.x[at]) + behind(twin, other, at) for twin, other, at in triples])
     if bool(held.all()) or not bool(held.any()):
         held = torch.arange(len(held), device=held.device) % HELD_OUT_SHARE == 0
     return _Sample(x, y, z, output, size, ~sink, sink, held, total > limit, limit, aim)

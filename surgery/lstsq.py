@@ -13,6 +13,7 @@ After Belrose & Rigg, arXiv 2502.01032, section 3, in factored form: O(h n) numb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -178,6 +179,7 @@ def symmetric_product(features: Tensor, parts: int = 4) -> Tensor:
     return out
 
 
+USUAL_RIDGE = 0.3
 RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
@@ -216,7 +218,7 @@ def ridge_path(
         prior: shape (p, q), what B is pulled towards.
         free: how many of the last features (sink units, the constant) are not pulled.
         anchor: sums that belong to every fit but to neither score (attention sinks).
-    The path is walked outwards from the last λ while the held-out error falls, so most of it is never solved.
+    The path is walked downhill from the usual λ, so most of it is never solved.
     """
     ordered = sorted(ridges)
     base = fit if anchor is None else fit + anchor
@@ -230,13 +232,21 @@ def ridge_path(
         solution = prior + torch.cholesky_solve(sums.cross - sums.gram @ prior, factor)
         return solution, float(pivots.max() / pivots.min())
 
-    best, best_error, best_solution = 0, float("inf"), prior
-    for index in range(len(ordered) - 1, -1, -1):
-        solution, _ = solve(base, fit, ordered[index])
-        error = held.residual(solution)
-        if error >= best_error:
-            break
-        best, best_error, best_solution = index, error, solution
+    scores: dict[int, tuple[float, Tensor]] = {}
+
+    def score(index: int) -> float:
+        if not 0 <= index < len(ordered):
+            return float("inf")
+        if index not in scores:
+            solution, _ = solve(base, fit, ordered[index])
+            scores[index] = (held.residual(solution), solution)
+        return scores[index][0]
+
+    best = min(range(len(ordered)), key=lambda index: abs(math.log(ordered[index] / USUAL_RIDGE)))
+    step = 1 if score(best + 1) < score(best) else -1
+    while score(best + step) < score(best):
+        best += step
+    best_solution = scores[best][1]
     everything = base + held
     weight, condition = solve(everything, fit + held, ordered[best])
     return Readout(weight, ordered[best], fit.r2(best_solution), held.r2(best_solution), held.r2(prior), condition)

@@ -12,7 +12,7 @@ from surgery.features import Features, Original
 from surgery.lstsq import Readout, RidgeSums, ridge_path
 from surgery.stream import Arrival, Station
 
-CHUNK = 1024  # tokens whose hidden vectors are held at once
+CHUNK = 2048  # tokens whose hidden vectors are held at once
 HELD_OUT_SHARE = 8  # the last eighth of the sequences chooses the ridge; whole texts, so that it is honest
 YOUNG_SINKS = 0.1  # weight of sinks that are not massive yet, all together, against all other tokens
 MISTAKEN = 0.2  # of a sink unit's answer at its sink
@@ -70,6 +70,7 @@ def refit(
     sequences = 1 + max(int(arrival.sequence[-1]) for arrival in station.twin)
     typical = torch.cat([arrival.size[arrival.keep] for arrival in station.twin]).median()
     sums: dict[str, RidgeSums] = {}
+    at_sinks: list[tuple[Tensor, Tensor]] = []
     hidden: list[list[Tensor]] = [[] for _ in station.twin]
     written: list[list[Tensor]] = [[] for _ in station.twin]
     for number, arrival in enumerate(station.twin):
@@ -95,20 +96,22 @@ def refit(
                 weight = (typical / size.clamp_min(1e-6 * typical)).square().clamp_max(WEIGHT_LIMIT)
             share = torch.where(total > sink_limit, sink_boost, YOUNG_SINKS * sink_boost)
             weight = torch.where(sink, share * (typical / total).square(), weight)
-            held = held_out(arrival.sequence[rows], sequences)
+            root = weight.sqrt().to(features)[:, None]
             real = arrival.keep[rows] & ~(mistaken(features, sink_units) & ~sink)
-            for name, chosen in (("sink", sink), ("held", held & ~sink), ("fit", ~held & ~sink)):
-                use = chosen & real
-                if bool(use.any()):
-                    root = weight[use].sqrt().to(features)[:, None]
-                    part = RidgeSums.of(features[use] * root, target[use] * root)
+            held = held_out(arrival.sequence[rows], sequences)
+            at_sinks.append((features[real & sink] * root[real & sink], target[real & sink] * root[real & sink]))
+            for name, chosen in (("held", real & held & ~sink), ("fit", real & ~held & ~sink)):
+                if bool(chosen.any()):  # a chunk is seldom divided, so rows of the other part get weight 0
+                    masked = root * chosen[:, None]
+                    part = RidgeSums.of(features * masked, target * masked)
                     if name in sums:
                         sums[name].add_(part)
                     else:
                         sums[name] = part
     if "fit" not in sums or "held" not in sums:
         raise CalibrationError("no tokens are left to fit on", where=block.path, fix="give more text")
-    choice = ridge_path(sums["fit"], sums["held"], prior, anchor=sums.get("sink"), free=sink_units + 1)
+    anchor = RidgeSums.of(torch.cat([f for f, _ in at_sinks]), torch.cat([t for _, t in at_sinks]))
+    choice = ridge_path(sums["fit"], sums["held"], prior, anchor=anchor, free=sink_units + 1)
     solution = choice.weight.to(station.twin[0].x)
     return Refit(
         choice,
