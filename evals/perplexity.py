@@ -24,21 +24,30 @@ class Perplexity:
         return math.exp(self.nats)
 
 
-def perplexity(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Perplexity:
-    """Mean −log p(token | its window so far), the first token of each window not predicted.
+def token_nats(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
+    """−log p(token | its window so far) of every token but each window's first.
 
     Args:
         model: a causal language model.
         batches: `input_ids` of shape (rows, length), one window a row; `attention_mask` 0 where padded.
+    Returns:
+        float32, (all rows, length − 1), NaN where padded.
     """
-    total, count = 0.0, 0
+    found: list[Tensor] = []
     with torch.no_grad():
         for batch in batches:
             ids = batch["input_ids"].to(model.device)
             mask = batch.get("attention_mask", torch.ones_like(ids)).to(model.device)
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-            targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-            for row, target in zip(logits, targets, strict=True):  # a row at a time: logits are the largest tensor
-                total += float(F.cross_entropy(row.float(), target, reduction="sum", ignore_index=-100))
-            count += int((targets != -100).sum())
-    return Perplexity(total / max(1, count), count)
+            # A row at a time, since logits are the largest tensor here.
+            for row, target, kept in zip(logits, ids[:, 1:], mask[:, 1:], strict=True):
+                nats = F.cross_entropy(row.float(), target, reduction="none")
+                found.append(nats.masked_fill(kept == 0, float("nan")).cpu())
+    return torch.stack(found)
+
+
+def perplexity(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Perplexity:
+    """Mean of :func:`token_nats` over all predicted tokens; arguments as there."""
+    nats = token_nats(model, batches).double()
+    counted = ~nats.isnan()
+    return Perplexity(float(nats[counted].mean()), int(counted.sum()))

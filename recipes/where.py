@@ -1,0 +1,55 @@
+"""Where a twin's loss sits: by position in the window, and by how often calibration saw the token.
+
+Usage: python recipes/where.py TWIN MODEL. Measured on the text that `surgery convert` held back for perplexity.
+"""
+
+import os
+import sys
+from itertools import pairwise
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from evals.perplexity import token_nats
+from surgery.calibration import tokens_of
+from surgery.loading import load
+from surgery.report import read_report
+
+POSITIONS = (1, 8, 32, 128, 512)
+COUNTS = (0, 1, 10, 100, 10**9)
+
+
+def main(twin: str, model: str) -> None:
+    report = read_report(twin)
+    recipe, used = report["recipe"], report["calibration"]["tokens"]
+    loaded = load(model)
+    ids = tokens_of(recipe["calibration"], loaded.tokenizer, used + recipe["measure"])
+    length = recipe["length"]
+    unseen = ids[used:][: (len(ids) - used) // length * length].view(-1, length)
+    batches = [{"input_ids": part} for part in unseen.split(4)]
+    lost = token_nats(load(twin).model, batches) - token_nats(loaded.model, batches)
+    counts = torch.bincount(ids[:used], minlength=int(ids.max()) + 1)[unseen[:, 1:]]
+    table = Table(
+        "tokens", "share", "nats lost each", "share of the loss", title=f"{twin}: {lost.mean():+.4f} nats a token"
+    )
+
+    def row(name: str, chosen: torch.Tensor) -> None:
+        share, each = chosen.double().mean(), lost[chosen].mean() if chosen.any() else torch.zeros(())
+        table.add_row(name, f"{share:.1%}", f"{each:+.3f}", f"{share * each / lost.mean():.1%}")
+
+    place = torch.arange(1, length).expand_as(lost)
+    for low, high in pairwise(POSITIONS):
+        row(f"position {low} to {high - 1}", (place >= low) & (place < high))
+    for low, high in pairwise(COUNTS):
+        name = "never" if high == 1 else f"{low} to {high - 1} times" if high < 10**9 else f"{low} times or more"
+        row(f"seen {name} in calibration", (counts >= low) & (counts < high))
+    Console().print(table)
+    worst = sorted(report["blocks"], key=lambda block: block["r2_held"])[:5]
+    print("worst blocks (R² held out):", ", ".join(f"{b['path']} {b['r2_held']:.3f}" for b in worst))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])
