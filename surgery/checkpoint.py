@@ -155,7 +155,7 @@ def _verify(model: Any, folder: Path, probe: Mapping[str, Tensor], dtype: str, n
         tensors = {f"input.{name}": value.clone() for name, value in probe.items()}
         save_file({**tensors, "expected": expected.contiguous()}, file)
         script = Path(__file__).with_name("reload_check.py")
-        command = [sys.executable, str(script), str(folder), str(file), "native" if native else "custom"]
+        command = [sys.executable, str(script), str(folder.resolve()), str(file), "native" if native else "custom"]
         environment = {**os.environ, "HF_MODULES_CACHE": place, "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=place)
     if done.returncode != 0:

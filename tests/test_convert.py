@@ -73,6 +73,12 @@ def test_the_stream_target_and_the_refit_both_help(ids):
     assert error(target="stream") < kept
 
 
+def test_a_relative_output_folder_works(ids, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    surgery.convert(tiny.make("llama"), calibration=ids, output="build/twin")
+    assert (tmp_path / "build" / "twin" / "surgery.json").is_file()
+
+
 def test_native_equals_custom(ids):
     model = tiny.make("llama")
     native, report = surgery.convert(copy.deepcopy(model), calibration=ids)
