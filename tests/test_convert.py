@@ -213,10 +213,23 @@ def test_interrupted_runs_resume_and_do_not_redo_finished_blocks(ids, tmp_path, 
     assert calls == ["model.layers.0.mlp", "model.layers.1.mlp", "model.layers.1.mlp"]
     assert not (tmp_path / "twin.partial").exists()
     monkeypatch.undo()
+
+    def failing(*_, **__):
+        raise CheckpointError("no space")
+
+    monkeypatch.setattr(pipeline.checkpoint, "save", failing)
+    with pytest.raises(CheckpointError, match="no space"):
+        surgery.convert(tiny.make("llama"), calibration=ids, output=tmp_path / "late")
+    monkeypatch.undo()
+    monkeypatch.setattr(pipeline, "fit_block", None)  # all blocks are done: only saving is left
+    surgery.convert(tiny.make("llama"), calibration=ids, output=tmp_path / "late")
+    monkeypatch.undo()
     surgery.convert(tiny.make("llama"), calibration=ids, output=tmp_path / "straight")
     one, two = (load_file(tmp_path / place / "model.safetensors") for place in ("twin", "straight"))
+    three = load_file(tmp_path / "late" / "model.safetensors")
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(three[key], two[key], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
