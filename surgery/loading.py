@@ -12,8 +12,6 @@ from surgery.errors import ModelError
 if TYPE_CHECKING:
     from torch import nn
 
-EXACT_TEXT_DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 
 @dataclass(frozen=True)
 class Source:
