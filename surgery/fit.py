@@ -6,7 +6,6 @@ polynomials and the sinks. The second, over all, gives the normal equations of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -92,8 +91,10 @@ class FittedBlock:
 
 @dataclass(frozen=True)
 class _Sample:
-    """Rows the first pass looks at."""
+    """Rows the first pass looks at: `keep` of every `step`-th batch."""
 
+    step: int
+    keep: Tensor
     x: Tensor
     y: Tensor
     z: Tensor | None
@@ -152,9 +153,12 @@ def fit_block(
     else:
         solution = fill_sink_columns(prior, twin(sample.x[sample.sink]), sample.aim, extra)
     readout = Affine(solution[:-1].T.contiguous(), solution[-1])
-    hidden = _chunked(sample.x, twin)
-    ordinary = sample.ordinary & ~mistaken(hidden, extra)
-    predicted = hidden @ solution.to(hidden)
+    if result and result.outputs:
+        predicted = torch.cat(result.outputs[:: sample.step])[sample.keep]
+    else:
+        predicted = torch.cat([twin(part) @ solution.to(part) for part in sample.x.split(CHUNK)])
+    answers = nn.functional.linear(sample.x, pointing.weight.to(sample.x), pointing.bias.to(sample.x)).square()
+    ordinary = sample.ordinary & ~mistaken(answers)
     return FittedBlock(
         block=block,
         degree=settings.degree,
@@ -200,9 +204,13 @@ def _take_sample(station: Station, original: Original, settings: FitSettings, se
     output = nn.functional.linear(original.hidden(y, z), *original.down)
     if not bool(torch.isfinite(output).all()):
         raise CalibrationError("the block's output holds NaN or infinite values", where=station.block.path)
-    total = (size.square() + output.float().norm(dim=-1).square()).sqrt()
+    norm = output.float().norm(dim=-1)
+    total = (size.square() + norm.square()).sqrt()
     limit = sinks.threshold(total)
-    sink = (total > limit) | torch.cat([arrival.known_sink for arrival in chosen])[keep]
+    truly = torch.cat([arrival.size for arrival in (station.original or arrivals)[::step]])[keep]
+    sink = ((truly.square() + norm.square()).sqrt() > limit) | torch.cat([arrival.known_sink for arrival in chosen])[
+        keep
+    ]
     aim = output[sink]
     if station.original and station.block.additive:
         parts = sink.split([int(arrival.keep.sum()) for arrival in chosen])
@@ -211,7 +219,7 @@ def _take_sample(station: Station, original: Original, settings: FitSettings, se
         aim = torch.cat([original(other.x[at]) + behind(twin, other, at) for twin, other, at in triples])
     if bool(held.all()) or not bool(held.any()):
         held = torch.arange(len(held), device=held.device) % HELD_OUT_SHARE == 0
-    return _Sample(x, y, z, output, size, ~sink, sink, held, total > limit, limit, aim)
+    return _Sample(step, keep, x, y, z, output, size, ~sink, sink, held, total > limit, limit, aim)
 
 
 def _moments(
@@ -246,10 +254,6 @@ def _moments(
         None if at.covariance is None else at.covariance * wide,
     )  # fmt: skip
     return measured + from_gaussian(original.activation, at, spread, degree, measured.weight * settings.tail_weight)
-
-
-def _chunked(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    return torch.cat([function(part) for part in x.split(CHUNK)])
 
 
 def _r2(predicted: Tensor, truth: Tensor, rows: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from surgery.errors import CalibrationError
 from surgery.features import Features, Original
-from surgery.lstsq import Readout, RidgeSums, ridge_path
+from surgery.ridge import Readout, RidgeSums, ridge_path
 from surgery.stream import Arrival, Station
 
 CHUNK = 2048  # tokens whose hidden vectors are held at once
@@ -53,8 +54,10 @@ def refit(
 
     The target is the original block's output on the twin's stream, or, with the original stream at hand, what
     brings the twin's residual stream back to the original's: f(x₀) + r₀ − r (at sinks only in a block that writes
-    them: elsewhere a small relative difference would be huge). Tokens are weighted by 1/‖r‖², since whatever reads
-    the residual stream normalises it first; the sinks together weigh as much as all other tokens do.
+    them: elsewhere a small relative difference would be huge). The held-out sequences are fitted in no block: r₀ − r is
+    smaller where the earlier blocks were fitted, which no ridge chosen there would know. Tokens are weighted by
+    1/‖r‖², since whatever reads the residual stream normalises it first; the sinks together weigh as much as all other
+    tokens do. A sink is what is one in the original; a token that only the twin makes one gets next to no weight.
 
     Args:
         prior: readout that the ridge pulls towards, (p, out).
@@ -69,27 +72,26 @@ def refit(
     hold = whole and tokens * prior.shape[0] * station.twin[0].x.element_size() <= cache_bytes
     sequences = 1 + max(int(arrival.sequence[-1]) for arrival in station.twin)
     typical = torch.cat([arrival.size[arrival.keep] for arrival in station.twin]).median()
-    sums: dict[str, RidgeSums] = {}
+    fit, chosen_on = (RidgeSums.zeros(prior.shape[0], prior.shape[1], prior.device) for _ in range(2))
     at_sinks: list[tuple[Tensor, Tensor]] = []
     hidden: list[list[Tensor]] = [[] for _ in station.twin]
     written: list[list[Tensor]] = [[] for _ in station.twin]
     for number, arrival in enumerate(station.twin):
-        other = station.original[number] if station.original else None
-        for start in range(0, len(arrival.x), CHUNK):
-            rows = slice(start, start + CHUNK)
+        other = station.original[number] if station.original else arrival
+        for rows, held in _pieces(arrival, sequences):
             features = twin(arrival.x[rows])
-            output = original((other or arrival).x[rows])
+            output = original(other.x[rows])
             if hold:
                 hidden[number].append(features)
-            if whole and other is not None:
+            if whole and other is not arrival:
                 written[number].append(output)
-            size = arrival.size[rows]
-            total = (size.square() + output.float().norm(dim=-1).square()).sqrt()
+            size = torch.maximum(arrival.size[rows], other.size[rows])
+            total = (other.size[rows].square() + output.float().norm(dim=-1).square()).sqrt()
             sink = (total > sink_limit) | arrival.known_sink[rows]
             target = output
             weight = torch.ones_like(size)
             if block.additive:
-                if other is not None:
+                if other is not arrival:
                     target = output + behind(arrival, other, rows)
                     if not sink_units:
                         target[sink] = original(arrival.x[rows][sink])
@@ -97,21 +99,14 @@ def refit(
             share = torch.where(total > sink_limit, sink_boost, YOUNG_SINKS * sink_boost)
             weight = torch.where(sink, share * (typical / total).square(), weight)
             root = weight.sqrt().to(features)[:, None]
-            real = arrival.keep[rows] & ~(mistaken(features, sink_units) & ~sink)
-            held = held_out(arrival.sequence[rows], sequences)
+            real = arrival.keep[rows] & ~(mistaken(features[:, -1 - sink_units : -1]) & ~sink)
             at_sinks.append((features[real & sink] * root[real & sink], target[real & sink] * root[real & sink]))
-            for name, chosen in (("held", real & held & ~sink), ("fit", real & ~held & ~sink)):
-                if bool(chosen.any()):  # a chunk is seldom divided, so rows of the other part get weight 0
-                    masked = root * chosen[:, None]
-                    part = RidgeSums.of(features * masked, target * masked)
-                    if name in sums:
-                        sums[name].add_(part)
-                    else:
-                        sums[name] = part
-    if "fit" not in sums or "held" not in sums:
+            root = root * (real & ~sink)[:, None]
+            (chosen_on if held else fit).add_rows(features * root, target * root)
+    if not (float(fit.weight) and float(chosen_on.weight)):
         raise CalibrationError("no tokens are left to fit on", where=block.path, fix="give more text")
     anchor = RidgeSums.of(torch.cat([f for f, _ in at_sinks]), torch.cat([t for _, t in at_sinks]))
-    choice = ridge_path(sums["fit"], sums["held"], prior, anchor=anchor, free=sink_units + 1)
+    choice = ridge_path(fit, chosen_on, prior, anchor=anchor, free=sink_units + 1)
     solution = choice.weight.to(station.twin[0].x)
     return Refit(
         choice,
@@ -120,15 +115,27 @@ def refit(
     )
 
 
-def mistaken(features: Tensor, sink_units: int) -> Tensor:
-    """Tokens that a sink unit takes for its sink. One among the ordinary would cost the sink its reproduction."""
-    return (features[:, -1 - sink_units : -1] > MISTAKEN).any(-1)
+def _pieces(arrival: Arrival, sequences: int) -> Iterator[tuple[slice, bool]]:
+    """Slices of at most CHUNK rows, each wholly held out or wholly not."""
+    border = int((~held_out(arrival.sequence, sequences)).sum())
+    for begin, end, held in ((0, border, False), (border, len(arrival.x), True)):
+        for start in range(begin, end, CHUNK):
+            yield slice(start, min(start + CHUNK, end)), held
 
 
-def behind(arrival: Arrival, other: Arrival, rows: slice | Tensor) -> Tensor | float:
-    """How far the twin's residual stream is behind the original's."""
+def mistaken(answers: Tensor) -> Tensor:
+    """Tokens that a sink unit takes for its sink. One among the ordinary would cost the sink its reproduction.
+
+    Args:
+        answers: of the sink units, (tokens, sink units).
+    """
+    return (answers > MISTAKEN).any(-1)
+
+
+def behind(arrival: Arrival, other: Arrival, rows: slice | Tensor) -> Tensor:
+    """How far the twin's residual stream is behind the original's; 0 where it is not known."""
     if arrival.residual is None or other.residual is None:
-        return 0.0
+        return torch.zeros_like(arrival.x[rows])
     return other.residual[rows] - arrival.residual[rows]
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery.activations import ACTIVATIONS
-from surgery.lstsq import RidgeSums, normal_equations, ridge_path, solve_units, symmetric_product
+from surgery.lstsq import normal_equations, solve_units
 from surgery.moments import InputMoments, Preactivations, from_data, from_gaussian
 
 H, D = 9, 6
@@ -137,9 +137,12 @@ def test_gaussian_moments_agree_with_monte_carlo(name, degree, gated):
     sampled = solve_units(from_data(ACTIVATIONS[name], at, y, z, degree, chunk=20_000))
     # High powers of a Gaussian have heavy tails: the sampling error grows with the degree.
     loose = 0.02 * 2 ** (degree - 1)
+    # A unit that fires on a handful of draws has an exact R² that no sample of this size can estimate.
+    seen = (at.y_mean / at.y_std).abs() < 2
+    assert seen.sum() >= H // 2
     scale = exact.a.abs().max()
     torch.testing.assert_close(sampled.a / scale, exact.a / scale, rtol=0, atol=loose)
-    torch.testing.assert_close(sampled.r2, exact.r2, rtol=0, atol=0.02)
+    torch.testing.assert_close(sampled.r2[seen], exact.r2[seen], rtol=0, atol=0.02)
     if gated:
         torch.testing.assert_close(sampled.b / scale, exact.b / scale, rtol=0, atol=loose)
 
@@ -177,58 +180,3 @@ def test_a_dead_unit_gets_its_constant_and_nothing_else():
     fitted = solve_units(moments)
     assert torch.isfinite(fitted.a).all()
     torch.testing.assert_close(fitted(u)[:, 0], target[:, 0])
-
-
-@settings(max_examples=20, deadline=None)
-@given(seed=seeds, width=st.integers(1, 23))
-def test_symmetric_product_is_the_product(seed, width):
-    f = torch.randn(40, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    torch.testing.assert_close(symmetric_product(f), f.T @ f)
-
-
-def regression(seed, tokens=300, p=12, q=4, noise=0.5):
-    g = torch.Generator().manual_seed(seed)
-    f = torch.cat([torch.randn(tokens, p, generator=g), torch.ones(tokens, 1)], dim=-1).double()
-    truth = torch.randn(p + 1, q, generator=g).double()
-    return f, f @ truth + noise * torch.randn(tokens, q, generator=g).double(), truth
-
-
-def test_ridge_recovers_a_linear_map_and_reports_r2():
-    f, t, truth = regression(0, noise=0.0)
-    found = ridge_path(RidgeSums.of(f[:200], t[:200]), RidgeSums.of(f[200:], t[200:]), torch.zeros_like(truth))
-    assert (found.weight - truth).norm() < 1e-3 * truth.norm()
-    assert found.r2_held > 1 - 1e-4
-    residual = t[200:] - f[200:] @ torch.zeros_like(truth)
-    assert found.r2_prior == pytest.approx(
-        1 - float(residual.square().sum() / (t[200:] - t[200:].mean(0)).square().sum()), rel=1e-9
-    )
-
-
-def test_ridge_keeps_a_good_prior_where_data_is_scarce():
-    """A prior near the truth and few noisy rows: held-out choice must pull towards it, and beat plain least squares."""
-    f, t, truth = regression(1, tokens=24, noise=3.0)
-    prior = truth + 0.01
-    found = ridge_path(RidgeSums.of(f[:16], t[:16]), RidgeSums.of(f[16:], t[16:]), prior)
-    plain = torch.linalg.lstsq(f[:16], t[:16]).solution
-    assert found.ridge >= 0.3
-    assert (found.weight[:-1] - truth[:-1]).norm() < (plain[:-1] - truth[:-1]).norm()
-
-
-def test_free_features_are_not_pulled():
-    f, t, truth = regression(2, tokens=4000, noise=0.01)
-    prior = torch.zeros_like(truth)
-    fit, held = RidgeSums.of(f[:3000], t[:3000]), RidgeSums.of(f[3000:], t[3000:])
-    found = ridge_path(fit, held, prior, ridges=(1000.0,), free=3)
-    assert (found.weight[-3:] - truth[-3:]).norm() < 0.2 * truth[-3:].norm()
-    assert found.weight[:-3].norm() < 0.01 * truth[:-3].norm()
-
-
-def test_sums_of_ridge_statistics_add_in_place_as_they_add():
-    f, t, _ = regression(3)
-    whole = RidgeSums.of(f, t)
-    first, second = RidgeSums.of(f[:100], t[:100]), RidgeSums.of(f[100:], t[100:])
-    total = first + second
-    first.add_(second)
-    for name in ("weight", "gram", "cross", "target_square"):
-        torch.testing.assert_close(getattr(total, name), getattr(whole, name))
-        torch.testing.assert_close(getattr(first, name), getattr(whole, name))

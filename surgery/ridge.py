@@ -1,0 +1,157 @@
+"""Ridge regression for the readout: sums that stream, and a strength chosen on held-out tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+JITTER = 1e-13  # of the constant's own sum: keeps a Cholesky factor defined, changes no digit
+USUAL_RIDGE = 0.3
+RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
+DIRECTIONS = 64  # of the output space, drawn at random, on which strengths are compared
+PARTS = 4  # the Gram matrix is computed in 4 × 4 tiles, of which 10 suffice
+
+
+@dataclass(frozen=True)
+class RidgeSums:
+    """Sums for regressing targets on features: Fᵀ W F, Fᵀ W T, and what R² needs; float64, added to in place.
+
+    Attributes:
+        weight: Σ w, a scalar.
+        gram: shape (p, p), filled on and above the diagonal tiles only; the last feature is the constant 1.
+        cross: shape (p, q).
+        target_square: Σ w t², shape (q,).
+    """
+
+    weight: Tensor
+    gram: Tensor
+    cross: Tensor
+    target_square: Tensor
+
+    @staticmethod
+    def zeros(features: int, outputs: int, device: torch.device | None = None) -> RidgeSums:
+        """Sums over no rows."""
+
+        def empty(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return RidgeSums(empty(), empty(features, features), empty(features, outputs), empty(outputs))
+
+    @staticmethod
+    def of(features: Tensor, targets: Tensor) -> RidgeSums:
+        """Sums over rows; see :meth:`add_rows`."""
+        sums = RidgeSums.zeros(features.shape[1], targets.shape[1], features.device)
+        sums.add_rows(features, targets)
+        return sums
+
+    def add_rows(self, features: Tensor, targets: Tensor) -> None:
+        """Adds rows: features (rows, p), ending in the constant, and targets (rows, q).
+
+        Weighted rows come scaled by √w on both sides. Products are formed in the given precision.
+        """
+        self.weight.add_(features[:, -1].double().square().sum())
+        edges = [features.shape[1] * k // PARTS for k in range(PARTS + 1)]
+        for k in range(PARTS):
+            rows, tail = slice(edges[k], edges[k + 1]), slice(edges[k], None)
+            self.gram[rows, tail].add_(features[:, rows].T @ features[:, tail])
+        self.cross.add_(features.T @ targets)
+        self.target_square.add_(targets.double().square().sum(0))
+
+    def __add__(self, other: RidgeSums) -> RidgeSums:
+        return RidgeSums(
+            self.weight + other.weight,
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.target_square + other.target_square,
+        )
+
+    def full_gram(self) -> Tensor:
+        """Fᵀ W F with its lower half filled in, (p, p)."""
+        return self.gram.triu() + self.gram.triu(1).T
+
+    def r2(self, solution: Tensor) -> float:
+        """1 − Σ w ‖t − Bᵀ f‖² ÷ variance of the targets about their mean, over all outputs; B of shape (p, q)."""
+        fitted = (solution * (self.full_gram() @ solution)).sum()
+        residual = self.target_square.sum() - 2 * (solution * self.cross).sum() + fitted
+        variance = self.target_square.sum() - self.cross[-1].square().sum() / self.weight
+        return 1 - float(residual / variance.clamp_min(1e-300))
+
+
+@dataclass(frozen=True)
+class Readout:
+    """The re-solved last map.
+
+    Attributes:
+        weight: shape (p, q), the constant's row last.
+        ridge: λ chosen, as a share of the mean squared feature.
+        condition: of the regularised normal equations, estimated from the Cholesky factor's diagonal.
+    """
+
+    weight: Tensor
+    ridge: float
+    condition: float
+
+
+def ridge_path(
+    fit: RidgeSums,
+    held: RidgeSums,
+    prior: Tensor,
+    ridges: Sequence[float] = RIDGES,
+    anchor: RidgeSums | None = None,
+    free: int = 1,
+) -> Readout:
+    """min_B Σ w‖t − Bᵀf‖² + λ·n·mean(f²)·‖B − prior‖², with the λ that leaves the smallest held-out residual.
+
+    The path is walked downhill from the usual λ, so most of it is never solved; answers are compared on a few random
+    directions of the output space, which estimates the residual at a tenth of the cost (Johnson and Lindenstrauss).
+
+    Args:
+        fit, held: sums over the tokens to fit and to choose on.
+        prior: shape (p, q), what B is pulled towards.
+        free: how many of the last features (sink units, the constant) are not pulled.
+        anchor: sums that belong to every fit but to no score (attention sinks).
+    """
+    ordered = sorted(ridges)
+    base = fit if anchor is None else fit + anchor
+    gram, held_gram = base.full_gram(), held.full_gram()
+    size = float(fit.gram.diagonal()[:-free].mean())
+    pull = base.cross - gram @ prior
+    sketch = _directions(prior)
+    begin, seen, held_cross = prior @ sketch, pull @ sketch, held.cross @ sketch
+
+    def factor(index: int) -> Tensor:
+        system = gram.clone()
+        diagonal = system.diagonal()
+        diagonal[:-free] += ordered[index] * size
+        diagonal[-free:] *= 1 + JITTER
+        lower: Tensor = torch.linalg.cholesky(system)
+        return lower
+
+    scores: dict[int, float] = {}
+
+    def score(index: int) -> float:
+        if not 0 <= index < len(ordered):
+            return float("inf")
+        if index not in scores:
+            solution = begin + torch.cholesky_solve(seen, factor(index))
+            scores[index] = float((solution * (held_gram @ solution - 2 * held_cross)).sum())
+        return scores[index]
+
+    best = min(range(len(ordered)), key=lambda index: abs(math.log(ordered[index] / USUAL_RIDGE)))
+    step = 1 if score(best + 1) < score(best) else -1
+    while score(best + step) < score(best):
+        best += step
+    lower = factor(best)
+    pivots = lower.diagonal().square()
+    return Readout(prior + torch.cholesky_solve(pull, lower), ordered[best], float(pivots.max() / pivots.min()))
+
+
+def _directions(prior: Tensor) -> Tensor:
+    outputs = prior.shape[1]
+    if outputs <= DIRECTIONS:
+        return torch.eye(outputs).to(prior)
+    return torch.randn(outputs, DIRECTIONS, generator=torch.Generator().manual_seed(0)).to(prior)

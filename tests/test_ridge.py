@@ -1,0 +1,77 @@
+"""The ridge for the readout."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from surgery.ridge import RidgeSums, ridge_path
+
+seeds = st.integers(0, 2**16)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=seeds, width=st.integers(1, 23))
+def test_half_a_gram_matrix_is_enough(seed, width):
+    f = torch.randn(40, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    torch.testing.assert_close(RidgeSums.of(f, f).full_gram(), f.T @ f)
+
+
+def regression(seed, tokens=300, p=12, q=4, noise=0.5):
+    g = torch.Generator().manual_seed(seed)
+    f = torch.cat([torch.randn(tokens, p, generator=g), torch.ones(tokens, 1)], dim=-1).double()
+    truth = torch.randn(p + 1, q, generator=g).double()
+    return f, f @ truth + noise * torch.randn(tokens, q, generator=g).double(), truth
+
+
+def test_ridge_recovers_a_linear_map_and_reports_r2():
+    f, t, truth = regression(0, noise=0.0)
+    found = ridge_path(RidgeSums.of(f[:200], t[:200]), RidgeSums.of(f[200:], t[200:]), torch.zeros_like(truth))
+    assert (found.weight - truth).norm() < 1e-3 * truth.norm()
+    held = RidgeSums.of(f[200:], t[200:])
+    assert held.r2(found.weight) > 1 - 1e-4
+    variance = (t[200:] - t[200:].mean(0)).square().sum()
+    assert held.r2(torch.zeros_like(truth)) == pytest.approx(1 - float(t[200:].square().sum() / variance), rel=1e-9)
+
+
+def test_ridge_keeps_a_good_prior_where_data_is_scarce():
+    """A prior near the truth and few noisy rows: held-out choice must pull towards it, and beat plain least squares."""
+    f, t, truth = regression(1, tokens=24, noise=3.0)
+    prior = truth + 0.01
+    found = ridge_path(RidgeSums.of(f[:16], t[:16]), RidgeSums.of(f[16:], t[16:]), prior)
+    plain = torch.linalg.lstsq(f[:16], t[:16]).solution
+    assert found.ridge >= 0.3
+    assert (found.weight[:-1] - truth[:-1]).norm() < (plain[:-1] - truth[:-1]).norm()
+
+
+def test_free_features_are_not_pulled():
+    f, t, truth = regression(2, tokens=4000, noise=0.01)
+    prior = torch.zeros_like(truth)
+    fit, held = RidgeSums.of(f[:3000], t[:3000]), RidgeSums.of(f[3000:], t[3000:])
+    found = ridge_path(fit, held, prior, ridges=(1000.0,), free=3)
+    assert (found.weight[-3:] - truth[-3:]).norm() < 0.2 * truth[-3:].norm()
+    assert found.weight[:-3].norm() < 0.01 * truth[:-3].norm()
+
+
+def test_ridge_sums_stream_and_add():
+    f, t, _ = regression(3)
+    whole = RidgeSums.of(f, t)
+    total = RidgeSums.of(f[:100], t[:100]) + RidgeSums.of(f[100:], t[100:])
+    streamed = RidgeSums.zeros(f.shape[1], t.shape[1])
+    for rows in (slice(0, 7), slice(7, 100), slice(100, None)):
+        streamed.add_rows(f[rows], t[rows])
+    for name in ("weight", "gram", "cross", "target_square"):
+        torch.testing.assert_close(getattr(total, name), getattr(whole, name))
+        torch.testing.assert_close(getattr(streamed, name), getattr(whole, name))
+
+
+def test_the_ridge_is_the_best_of_the_path_on_held_out_tokens():
+    """With more outputs than directions to compare on, too."""
+    f, t, truth = regression(4, tokens=60, q=100, noise=2.0)
+    fit, held = RidgeSums.of(f[:30], t[:30]), RidgeSums.of(f[30:], t[30:])
+    zero = torch.zeros_like(truth)
+    grid = (1e-3, 0.1, 0.3, 1.0, 10.0)
+    scores = {ridge: held.r2(ridge_path(fit, held, zero, ridges=(ridge,)).weight) for ridge in grid}
+    found = ridge_path(fit, held, zero, ridges=grid)
+    assert max(scores.values()) - min(scores.values()) > 0.01
+    assert scores[found.ridge] > max(scores.values()) - 0.002
