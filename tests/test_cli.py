@@ -20,20 +20,8 @@ def surgery(*arguments):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """A tiny Llama with a tokenizer, as a checkpoint folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("llama") / "model"
-    tiny.make("llama").save_pretrained(folder)
-    bytes_ = Tokenizer(models.BPE(unk_token="<unk>"))
-    bytes_.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(vocab_size=96, special_tokens=["<pad>", "<s>", "</s>", "<unk>"])
-    bytes_.train_from_iterator(
-        ["the quick brown fox jumps over the lazy dog " * 4, "(){}[].,:;=_'#\"0123456789"], trainer
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=bytes_, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    fast.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    fast.save_pretrained(folder)
+    tiny.save_with_tokenizer("llama", folder)
     return folder
 
 

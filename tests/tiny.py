@@ -66,3 +66,19 @@ def inputs_for(name: str, ids: torch.Tensor):
     if name == "vit":
         return {"pixel_values": torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(5))}
     return ids
+
+
+def save_with_tokenizer(name: str, folder) -> None:
+    """A tiny model as a checkpoint folder, with a tokenizer and a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    make(name).save_pretrained(folder)
+    pieces = Tokenizer(models.BPE(unk_token="<unk>"))
+    pieces.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(vocab_size=96, special_tokens=["<pad>", "<s>", "</s>", "<unk>"])
+    pieces.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog " * 4, "(){}[].,:;=_'#\"0123456789"], trainer
+    )
+    fast = T.PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    fast.save_pretrained(folder)

@@ -1,0 +1,79 @@
+"""Finished measurements, kept by what they depend on: how interrupted runs resume and originals are not run twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+def default_folder() -> Path:
+    """Where measurements are kept, after the XDG convention."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "polysurgery" / "evals"
+
+
+@dataclass
+class Memo:
+    """JSON files named by the hash of everything a measurement depends on.
+
+    Attributes:
+        folder: None keeps nothing.
+        reused: names of the measurements found here.
+    """
+
+    folder: Path | None
+    reused: list[str] = field(default_factory=list)
+
+    def _file(self, key: Any) -> Path:
+        assert self.folder is not None
+        text = json.dumps(key, sort_keys=True, default=str)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+
+    def find(self, name: str, key: Any) -> Any | None:
+        """What was kept under this key, or None."""
+        if self.folder is None or not self._file([name, key]).is_file():
+            return None
+        try:
+            found = json.loads(self._file([name, key]).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            return None
+        self.reused.append(name)
+        return found
+
+    def keep(self, name: str, key: Any, value: Any) -> None:
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self._file([name, key])
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(value, default=str), encoding="utf-8")
+        os.replace(temporary, file)
+
+    def get(self, name: str, key: Any, measure: Callable[[], Any]) -> Any:
+        found = self.find(name, key)
+        if found is None:
+            found = measure()
+            self.keep(name, key, found)
+        return found
+
+
+def fingerprint(name: str, revision: str | None) -> str:
+    """SHA-256 of a local model's configuration and weight files; the commit of one on the Hub."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        return f"hub:{name}@{revision}"
+    suffixes = (".safetensors", ".bin", ".gguf", ".json", ".py")
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in suffixes)
+    digest = hashlib.sha256()
+    for file in files:
+        if file.name == "surgery.json":  # says how, not what
+            continue
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()

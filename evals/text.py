@@ -1,0 +1,105 @@
+"""Text to measure on: one stream of tokens, cut into windows that score every token once.
+
+The documents of a source are joined by the end-of-text token. A window holds up to `length` tokens; the next one
+starts `stride` tokens later. Each token is predicted in the first window in which it is not the first token, so with
+stride < length every prediction after the first window has at least length − stride tokens of context.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.calibration import tokens_of
+from surgery.errors import SurgeryError
+
+
+class EvaluationError(SurgeryError):
+    """Something that cannot be measured."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows of one text.
+
+    Attributes:
+        source: what was read.
+        windows: token ids, (windows, length).
+        fresh: True where a window predicts a token that no earlier window predicted, (windows, length − 1).
+        stride: tokens between the starts of two windows.
+        text_bytes: UTF-8 bytes of the tokens predicted.
+        fingerprint: SHA-256 of the ids.
+    """
+
+    source: str
+    windows: Tensor
+    fresh: Tensor
+    stride: int
+    text_bytes: int
+    fingerprint: str
+
+    @property
+    def tokens(self) -> int:
+        """Number of predicted tokens."""
+        return int(self.fresh.sum())
+
+    @property
+    def length(self) -> int:
+        return self.windows.shape[1]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "tokens": self.tokens,
+            "windows": len(self.windows),
+            "window": self.length,
+            "stride": self.stride,
+            "bytes": self.text_bytes,
+            "fingerprint": self.fingerprint,
+        }
+
+
+def read(source: str, tokenizer: Any, *, tokens: int, length: int, stride: int | None = None, skip: int = 0) -> Text:
+    """Windows over tokens skip … skip + tokens of a text source (see :mod:`surgery.calibration`).
+
+    Raises:
+        EvaluationError: less text than one window, or a stride that leaves gaps.
+    """
+    stride = stride or length
+    if not 0 < stride <= length or length < 2:
+        raise EvaluationError(
+            f"a stride of {stride} with windows of {length} tokens", fix="the stride is at least 1, at most the window"
+        )
+    ids = tokens_of(source, tokenizer, tokens, skip)
+    if len(ids) < length:
+        raise EvaluationError(
+            f"{len(ids)} tokens are fewer than one window of {length}"
+            + (f", after the {skip} that calibration used" if skip else ""),
+            where=source,
+            fix="give more text, or lower --window",
+        )
+    return cut(ids, source, length, stride, tokenizer)
+
+
+def cut(ids: Tensor, source: str, length: int, stride: int, tokenizer: Any | None = None) -> Text:
+    """Windows over token ids, shape (tokens,); a rest too short for a whole stride is left out."""
+    starts = range(0, len(ids) - length + 1, stride)
+    windows = torch.stack([ids[start : start + length] for start in starts])
+    fresh = torch.ones(len(windows), length - 1, dtype=torch.bool)
+    if stride < length:
+        fresh[1:, : length - stride - 1] = False
+    scored = windows[:, 1:][fresh]
+    size = 0 if tokenizer is None else len(tokenizer.decode(scored, skip_special_tokens=True).encode())
+    digest = hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest()
+    return Text(source, windows, fresh, stride, size, digest)
+
+
+def batches(windows: Tensor, size: int) -> Iterator[dict[str, Tensor]]:
+    """Model inputs, `size` windows at a time."""
+    for part in windows.split(size):
+        yield {"input_ids": part}
