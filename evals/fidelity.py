@@ -108,7 +108,7 @@ def _worst_tokens(lost: Tensor, text: Text, tokenizer: Any) -> list[dict[str, An
     """Which tokens carry the loss: those with the largest share of the summed nats lost."""
     ids, values = text.windows[:, 1:][text.fresh], lost[text.fresh]
     size = int(ids.max()) + 1
-    totals = torch.zeros(size, dtype=torch.float64).index_add_(0, ids, values)
+    totals = torch.bincount(ids, weights=values, minlength=size)
     counts = torch.bincount(ids, minlength=size)
     whole = float(values.sum())
     return [

@@ -109,9 +109,7 @@ def convert(
 @click.option("-o", "--output", help="Folder for evaluation.json, summary.md and report.html.")
 @click.option("--text", default="python", show_default=True, help="python, hub:NAME, or a .txt or .jsonl file.")
 @click.option("--tokens", type=click.IntRange(2), default=16384, show_default=True, help="Tokens of it to predict.")
-@click.option(
-    "--skip", type=click.IntRange(0), help="Tokens of it to pass over.  [default: what the twin was fitted on]"
-)
+@click.option("--skip", type=click.IntRange(0), help="Tokens of it to pass over.  [default: those the fit saw]")
 @click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
 @click.option("--stride", type=click.IntRange(1), help="Tokens between two windows.  [default: the window]")
 @click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Windows a forward pass.")
