@@ -165,7 +165,7 @@ def _plots(report: dict[str, Any]) -> list[tuple[str, str]]:
     """(caption, SVG) pairs."""
     plots = []
     if blocks := report.get("blocks"):
-        plots.append(("Variance each block leaves unexplained, on text no fit has seen", _block_plot(blocks)))
+        plots.append(("Variance each block leaves unexplained", _block_plot(blocks)))
     if text := report.get("text"):
         plots.append(("Nats lost by position in the window", _position_plot(text["by_position"])))
     accuracies = [row for row in report.get("tasks") or () if 0 <= row["original"] <= 1 and 0 <= row["twin"] <= 1]
@@ -201,6 +201,7 @@ def _block_plot(blocks: list[dict[str, Any]]) -> str:
         for label, values, colour, style in series:
             axes.plot(place, [max(value, 1e-6) for value in values], style, color=colour, label=label, markersize=4)
         axes.set(yscale="log", xlabel="block", ylabel="FVU = 1 − R²")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="y", alpha=0.3)
         axes.legend(frameon=False)
 
@@ -227,7 +228,7 @@ def _task_plot(rows: list[dict[str, Any]]) -> str:
                 [row[name] for row in rows], [p + shift for p in place], xerr=errors, fmt="o", color=colour, label=name
             )
         axes.set_yticks(list(place), [f"{row['task']} ({row['metric'].partition(',')[0]})" for row in rows])
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(0, 1)
         axes.grid(axis="x", alpha=0.3)
         axes.legend(frameon=False)

@@ -1,8 +1,8 @@
 """Writes lm-eval task files for BLiMP paradigms that lie in a folder, so that they run without network.
 
 Usage: python recipes/blimp.py FOLDER_WITH_JSONL OUT. The .jsonl files are those of github.com/alexwarstadt/blimp
-(`data/`); then: surgery eval TWIN --include-path OUT --tasks 'local_blimp_*'. The tasks are lm-eval's own `blimp_*` but for
-where the data comes from.
+(`data/`); then: surgery eval TWIN --include-path OUT --tasks 'local_blimp_*'. The tasks are lm-eval's own `blimp_*`
+but for where the data comes from.
 """
 
 import sys
