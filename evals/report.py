@@ -10,7 +10,7 @@ from typing import Any
 
 from evals.text import EvaluationError
 
-JSON, MARKDOWN, PAGE = "evaluation.json", "summary.md", "report.html"
+JSON, MARKDOWN, PAGE, PLOT = "evaluation.json", "summary.md", "report.html", "blocks.png"
 INK, BEFORE, AFTER, AFFINE = "#222222", "#9aa0a6", "#1f6feb", "#d29922"
 
 
@@ -23,6 +23,8 @@ def write(report: dict[str, Any], folder: Path) -> None:
             temporary = folder / f".{name}.tmp"
             temporary.write_text(content, encoding="utf-8")
             os.replace(temporary, folder / name)
+        if report.get("blocks"):
+            (folder / PLOT).write_bytes(_drawn(_block_axes(report["blocks"]), 3.6, "png"))
     except OSError as error:
         raise EvaluationError(f"the report cannot be written: {error}", where=str(folder)) from error
 
@@ -165,7 +167,7 @@ def _plots(report: dict[str, Any]) -> list[tuple[str, str]]:
     """(caption, SVG) pairs."""
     plots = []
     if blocks := report.get("blocks"):
-        plots.append(("Variance each block leaves unexplained", _block_plot(blocks)))
+        plots.append(("Variance each block leaves unexplained", _svg(_block_axes(blocks), 3.6)))
     if text := report.get("text"):
         plots.append(("Nats lost by position in the window", _position_plot(text["by_position"])))
     accuracies = [row for row in report.get("tasks") or () if 0 <= row["original"] <= 1 and 0 <= row["twin"] <= 1]
@@ -174,23 +176,26 @@ def _plots(report: dict[str, Any]) -> list[tuple[str, str]]:
     return plots
 
 
-def _svg(draw: Any, height: float) -> str:
+def _drawn(draw: Any, height: float, kind: str) -> bytes:
     import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "axes.edgecolor": INK}):
-        figure, axes = pyplot.subplots(figsize=(9, height), layout="constrained")
+        figure = Figure(figsize=(9, height), layout="constrained")
+        axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)
         draw(axes)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-        pyplot.close(figure)
-    return out.getvalue()[out.getvalue().index("<svg") :]
+        out = io.BytesIO()
+        figure.savefig(out, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
+    return out.getvalue()
 
 
-def _block_plot(blocks: list[dict[str, Any]]) -> str:
+def _svg(draw: Any, height: float) -> str:
+    text = _drawn(draw, height, "svg").decode()
+    return text[text.index("<svg") :]
+
+
+def _block_axes(blocks: list[dict[str, Any]]) -> Any:
     def draw(axes: Any) -> None:
         place = range(len(blocks))
         series = (
@@ -205,7 +210,7 @@ def _block_plot(blocks: list[dict[str, Any]]) -> str:
         axes.grid(axis="y", alpha=0.3)
         axes.legend(frameon=False)
 
-    return _svg(draw, 3.6)
+    return draw
 
 
 def _position_plot(rows: list[dict[str, Any]]) -> str:

@@ -23,7 +23,7 @@ def main(model: str, tokens: int) -> None:
         print(f"degree {degree} → {place}", file=sys.stderr)
         surgery.convert(model, degree=degree, tokens=tokens, output=place, overwrite=True, quiet=False)
     table = Table(title=f"{model}: {tokens:,} calibration tokens of English that ships with Python")
-    for column in ("feed-forward blocks", "perplexity", "nats lost", "form", "seconds to convert"):
+    for column in ("feed-forward blocks", "perplexity", "nats lost", "form", "seconds in blocks"):
         table.add_column(column, justify="left" if column == "feed-forward blocks" else "right")
     reports = {degree: read_report(place) for degree, place in PLACES.items()}
     table.add_row("original", f"{reports[2]['perplexity']['original']:.2f}", "", "", "")
@@ -31,7 +31,7 @@ def main(model: str, tokens: int) -> None:
         seen = report["perplexity"]
         table.add_row(
             f"degree {degree}", f"{seen['twin']:.2f}", f"{seen['nats']:+.4f}", report["form"],
-            f"{report['seconds']['convert']:.0f}",
+            f"{sum(block['seconds'] for block in report['blocks']):.0f}",
         )  # fmt: skip
     Console().print(table)
     print(f"measured on {reports[2]['perplexity']['text']}")

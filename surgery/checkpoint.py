@@ -6,6 +6,7 @@ target's name is complete.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -80,8 +81,11 @@ def save(
     try:
         _write(model, tokenizer, temporary, dtype)
         seen = _verify(model, temporary, probe, dtype, native) if verify else {"verified": False}
-        write_json(temporary / REPORT, {**report, "verification": seen})
+        weights = {file.name: sha256(file) for file in sorted(temporary.glob("*.safetensors"))}
+        write_json(temporary / REPORT, {**report, "verification": {**seen, "weights": weights}})
         temporary.chmod(0o755)
+        for file in temporary.iterdir():
+            file.chmod(0o644)  # safetensors keeps its files to their owner
         if out.exists():
             shutil.rmtree(out)
         os.replace(temporary, out)
@@ -121,6 +125,15 @@ def _write(model: Any, tokenizer: Any | None, folder: Path, dtype: str) -> None:
     write_json(folder / "config.json", config)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def sha256(file: Path) -> str:
+    """Of a file's bytes, as the Hub records large files."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while part := stream.read(1 << 24):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def probe_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -145,6 +145,66 @@ def evaluate(twin: str, nproc: int, **given: Any) -> None:
         click.echo(line)
 
 
+@cli.command()
+@click.argument("twin")
+@click.option("--base-model", help="Hub id of the original, where the twin does not know it.")
+@click.option("--license", "licence", help="The original's licence.  [default: as on the Hub]")
+def card(twin: str, base_model: str | None, licence: str | None) -> None:
+    """Write TWIN's model card, README.md, from its saved reports."""
+    from pathlib import Path
+
+    from surgery import card as cards
+
+    made = cards.write(Path(twin), base_model, licence)
+    click.echo(f"{twin}/README.md")
+    for item in made.missing:
+        click.echo(f"missing: {item}")
+
+
+@cli.command()
+@click.argument("twin")
+@click.option("-o", "--output", required=True, help="Folder for the export.")
+@click.option("--form", type=click.Choice(["silu"]), default="silu", show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier twin at the output.")
+def export(twin: str, output: str, form: str, overwrite: bool) -> None:
+    """Write a native TWIN as an ordinary SwiGLU network of twice the width, for engines that know only SiLU."""
+    from pathlib import Path
+
+    from surgery.export import export_silu
+
+    seen = export_silu(Path(twin), Path(output), overwrite)
+    click.echo(f"{output}: {form} form, reloaded in a fresh process, difference {seen['difference']:.1e}")
+
+
+@cli.command()
+@click.argument("twin")
+@click.argument("repository")
+@click.option("--private", is_flag=True, help="Create the repository as private.")
+@click.option("--revision", help="Branch to push to.  [default: main]")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
+@click.option("--base-model", help="Hub id of the original, where the twin does not know it.")
+@click.option("--license", "licence", help="The original's licence.  [default: as on the Hub]")
+@click.option("--dry-run", is_flag=True, help="Show the files, their sizes and the card; touch nothing.")
+def push(twin: str, repository: str, dry_run: bool, base_model: str | None, licence: str | None, **how: Any) -> None:
+    """Publish TWIN on the Hub as REPOSITORY (user/name), with its card.
+
+    Uses the login of `hf auth login`. An interrupted upload goes on where it stopped.
+    """
+    from pathlib import Path
+
+    from surgery import hub
+
+    planned = hub.plan(Path(twin), repository, base_model, licence)
+    for item in planned.card.missing:
+        click.echo(f"missing from the card: {item}", err=True)
+    if dry_run:
+        for name, size in planned.files:
+            click.echo(f"{size:>14,}  {name}")
+        click.echo(f"\n{planned.card.text}")
+        return
+    click.echo(hub.push(planned, **how))
+
+
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table

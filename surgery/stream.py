@@ -124,6 +124,10 @@ class Stream:
         self._passes: list[tuple[_Pass, ...]] = []
 
     def __enter__(self) -> Stream:
+        # One switch for all passes: gradient mode belongs to the thread, and a pass that is dropped inside a no_grad of
+        # its own would put back whatever it found when it began.
+        self._gradients = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
         for block in self.blocks:
             for path in block.replaced:
                 fork = _Fork(attribute(self.model, path), entrance=path == block.entry)
@@ -141,6 +145,7 @@ class Stream:
                 if forward and not forward.dead:
                     forward.throw(GreenletExit)
         self._passes.clear()
+        torch.set_grad_enabled(self._gradients)
         for handle in self._hooks:
             handle.remove()
         for path, fork in self._forks.items():
@@ -156,23 +161,22 @@ class Stream:
         self._passes[batch][int(original)].answer = output
 
     def __iter__(self) -> Iterator[Station]:
-        with torch.no_grad():
-            for index, block in enumerate(self.blocks):
-                columns: list[list[Arrival]] = []
-                for number, batch in enumerate(self.batches):
-                    if index == 0:
-                        self._passes.append(self._start())
-                    arrivals = []
-                    for forward in self._passes[number]:
-                        x = forward.switch(batch) if index == 0 else forward.switch()
-                        arrivals.append(self._arrival(block, x, forward, number))
-                    columns.append(arrivals)
-                if index:  # every pass is beyond the previous block now, so its original weights can go
-                    for path in self.blocks[index - 1].replaced:
-                        self._forks[path].original = self._forks[path].current
-                twin = tuple(column[0] for column in columns)
-                original = tuple(column[1] for column in columns) if self.follow_original else ()
-                yield Station(block, self._originals(block), twin, original)
+        for index, block in enumerate(self.blocks):
+            columns: list[list[Arrival]] = []
+            for number, batch in enumerate(self.batches):
+                if index == 0:
+                    self._passes.append(self._start())
+                arrivals = []
+                for forward in self._passes[number]:
+                    x = forward.switch(batch) if index == 0 else forward.switch()
+                    arrivals.append(self._arrival(block, x, forward, number))
+                columns.append(arrivals)
+            if index:  # every pass is beyond the previous block now, so its original weights can go
+                for path in self.blocks[index - 1].replaced:
+                    self._forks[path].original = self._forks[path].current
+            twin = tuple(column[0] for column in columns)
+            original = tuple(column[1] for column in columns) if self.follow_original else ()
+            yield Station(block, self._originals(block), twin, original)
 
     def _originals(self, block: Block) -> dict[str, Any]:
         paths = (*block.first, block.last, block.activation_path)
@@ -217,8 +221,7 @@ class Stream:
 
     def _start(self) -> tuple[_Pass, ...]:
         def run(batch: Mapping[str, Tensor]) -> None:
-            with torch.no_grad():
-                self.model(**batch)
+            self.model(**batch)
 
         pair = [_Pass(run)]
         if self.follow_original:

@@ -61,6 +61,18 @@ def test_later_blocks_see_earlier_replacements_and_the_original_stream_does_not(
     assert type(model.model.layers[1].mlp).__name__ == "LlamaMLP"
 
 
+def test_gradients_are_on_again_afterwards(ids):
+    """Finished, interrupted or failed: the passes are dropped in the middle of a forward pass."""
+    model, blocks = prepared("llama", ids)
+    for stop in (0, 1, None):
+        with Stream(model, [{"input_ids": ids[:4]}, {"input_ids": ids[4:8]}], blocks, follow_original=True) as stream:
+            for number, _ in enumerate(stream):
+                assert not torch.is_grad_enabled()
+                if number == stop:
+                    break
+        assert torch.is_grad_enabled()
+
+
 def test_an_interrupted_stream_puts_the_model_back(ids):
     model, blocks = prepared("opt", ids)
     before = {name: type(module) for name, module in model.named_modules()}

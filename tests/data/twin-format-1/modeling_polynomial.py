@@ -1,0 +1,237 @@
+# Copyright 2026 The polysurgery authors. Licensed under the Apache License, Version 2.0.
+"""Loads a polynomial twin: a transformers model whose feed-forward blocks are polynomials.
+
+This file travels with the checkpoint and needs torch and transformers only. `config.json` holds the configuration of
+the original architecture, plus
+
+    "model_type": "polynomial_twin"
+    "base_model_type": "...", "base_architecture": "..."
+    "polynomial_format": 1
+    "polynomial_blocks": [{"path": ..., "kind": ..., "degree": ..., ...}, ...]
+
+The stock class is built from that configuration and the listed modules are replaced before the weights are loaded.
+The model type is its own, so that a loader without this file stops instead of building the stock network around
+missing weights.
+"""
+
+import os
+import shutil
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+MODEL_TYPE = "polynomial_twin"
+FORMAT = 1
+AUTO_CLASSES = (
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForImageClassification",
+)
+
+
+def horner(coefficients: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Σ_k c_k u^k per unit; coefficients (degree + 1, h), ascending; u (..., h)."""
+    if len(coefficients) == 1:
+        return coefficients[0].expand_as(u)
+    value = torch.addcmul(coefficients[-2], coefficients[-1], u)
+    for row in reversed(coefficients[:-2].unbind(0)):
+        value = torch.addcmul(row, value, u)
+    return value
+
+
+class PolynomialActivation(nn.Module):
+    """Each unit's own polynomial, in the place of the activation: u ↦ Σ_{k≤n} a_k u^k."""
+
+    def __init__(self, hidden: int, degree: int) -> None:
+        super().__init__()
+        self.coefficients = nn.Parameter(torch.zeros(degree + 1, hidden))
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        return horner(self.coefficients, u)
+
+
+class PolynomialGLU(nn.Module):
+    """A gated block: x ↦ down(Σ_{k≤n} a_k u^k + v Σ_{k<n} b_k u^k), u = gate(x), v = up(x)."""
+
+    def __init__(self, width: int, hidden: int, out: int, degree: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden)
+        self.up_proj = nn.Linear(width, hidden)
+        self.down_proj = nn.Linear(hidden, out)
+        self.coefficients = nn.Parameter(torch.zeros(degree + 1, hidden))
+        self.cross_coefficients = nn.Parameter(torch.zeros(degree, hidden))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        u, v = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(torch.addcmul(horner(self.coefficients, u), horner(self.cross_coefficients, u), v))
+
+
+class BilinearGLU(nn.Module):
+    """A quadratic gated block in bilinear form: x ↦ down(gate(x) ⊙ up(x)). Parameters named as in Llama."""
+
+    def __init__(self, width: int, hidden: int, out: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden)
+        self.up_proj = nn.Linear(width, hidden)
+        self.down_proj = nn.Linear(hidden, out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.gate_proj(x) * self.up_proj(x))
+
+
+def build(block: dict) -> dict[str, nn.Module]:
+    """The modules that one entry of `polynomial_blocks` stands for, by the path they go to."""
+    width, hidden, out = block["width"], block["hidden"], block["out"]
+    if block["kind"] == "gated":
+        return {block["path"]: PolynomialGLU(width, hidden, out, block["degree"])}
+    if block["kind"] == "bilinear":
+        return {block["path"]: BilinearGLU(width, hidden, out)}
+    if block["kind"] == "affine":
+        return {block["path"]: nn.Linear(width, out)}
+    if block["kind"] == "plain":
+        return {
+            block["first"]: nn.Linear(width, hidden),
+            block["activation"]: PolynomialActivation(hidden, block["degree"]),
+            block["last"]: nn.Linear(hidden, out),
+        }
+    if block["kind"] == "plain_affine":
+        return {block["first"]: nn.Identity(), block["activation"]: nn.Identity(), block["last"]: nn.Linear(width, out)}
+    raise ValueError(f"unknown kind of polynomial block {block['kind']!r} at {block['path']}: is this file too old?")
+
+
+def install(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts `module` at a dotted path. Plain functions (an activation kept as an attribute) are replaced too."""
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    if not isinstance(parent, (nn.ModuleList, nn.Sequential)) and not hasattr(parent, name):
+        raise ValueError(f"there is nothing at {path} to replace: the base architecture is not the expected one")
+    if isinstance(parent, nn.ModuleList):
+        parent[int(name)] = module
+    else:
+        parent._modules.pop(name, None)  # a function cannot be assigned over a registered module
+        setattr(parent, name, module)
+
+
+_REGISTERED: list[bool] = []
+_MODELS: dict[str, type] = {}
+_CONFIGS: dict[str, type] = {}
+
+
+class PolynomialConfig(PreTrainedConfig):
+    """The original architecture's configuration under this package's model type."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        base_type = config_dict.get("base_model_type")
+        if cls is not PolynomialConfig or base_type is None:
+            return super().from_dict(config_dict, **kwargs)
+        if config_dict.get("polynomial_format", 0) > FORMAT:
+            raise ValueError(f"this twin has format {config_dict['polynomial_format']}; this file reads up to {FORMAT}")
+        return config_class_for(base_type).from_dict(config_dict, **kwargs)
+
+
+def config_class_for(base_model_type: str) -> type:
+    """A configuration class that is the base architecture's, with our model type."""
+    if base_model_type not in _CONFIGS:
+        base = CONFIG_MAPPING[base_model_type]
+        members = {
+            "model_type": MODEL_TYPE,
+            "__module__": __name__,
+            "__eq__": object.__eq__,
+            "__hash__": object.__hash__,
+        }
+        # The name is what the Auto classes compare with `PolynomialModel.config_class`.
+        _CONFIGS[base_model_type] = type(PolynomialConfig.__name__, (base, PolynomialConfig), members)
+        if _REGISTERED:
+            _register_models(_CONFIGS[base_model_type])
+    return _CONFIGS[base_model_type]
+
+
+class PolynomialModel(PreTrainedModel):
+    """Dispatches to a subclass of the original model class with its blocks replaced."""
+
+    config_class = PolynomialConfig
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        if "config_for_dispatch" in cls.__dict__:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        if not isinstance(config, PreTrainedConfig):
+            keys = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
+            wanted = {key: kwargs[key] for key in keys if key in kwargs}
+            config = PolynomialConfig.from_pretrained(pretrained_model_name_or_path, **wanted)
+        model_class = model_class_for(config)
+        return model_class.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        if "config_for_dispatch" in cls.__dict__:
+            return super()._from_config(config, **kwargs)
+        return model_class_for(config)._from_config(config, **kwargs)
+
+
+def model_class_for(config) -> type:
+    """The subclass of `config.base_architecture` that replaces its blocks on construction."""
+    name = config.base_architecture
+    if name not in _MODELS:
+        base = getattr(transformers, name)
+
+        def __init__(self, config, *args, **kwargs):
+            base.__init__(self, config, *args, **kwargs)
+            for block in config.polynomial_blocks:
+                for path, module in build(block).items():
+                    install(self, path, module)
+
+        def save_pretrained(self, save_directory, *args, **kwargs):
+            PreTrainedModel.save_pretrained(self, save_directory, *args, **kwargs)
+            if kwargs.get("is_main_process", True):
+                shutil.copy(os.path.abspath(__file__), os.path.join(save_directory, "modeling_polynomial.py"))
+
+        members = {
+            "__init__": __init__,
+            "__module__": __name__,
+            "save_pretrained": save_pretrained,
+            "config_class": config_class_for(config.base_model_type),
+            "config_for_dispatch": True,
+        }
+        _MODELS[name] = type(f"Polynomial{name}", (base, PolynomialModel), members)
+    return _MODELS[name]
+
+
+def auto_map(base_architecture: str) -> dict[str, str]:
+    """Which Auto classes serve the base architecture, for config.json."""
+    found = {"AutoConfig": "modeling_polynomial.PolynomialConfig"}
+    base = getattr(transformers, base_architecture)
+    for name in AUTO_CLASSES:
+        mapping = getattr(transformers, name)._model_mapping
+        if base in _classes(mapping.get(base.config_class, None)):
+            found[name] = "modeling_polynomial.PolynomialModel"
+    return found
+
+
+def _classes(entry) -> tuple:
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def register() -> None:
+    """Lets the Auto classes load twins with no trust flag, in a process that imported this module on purpose."""
+    if not _REGISTERED:
+        _REGISTERED.append(True)
+        AutoConfig.register(MODEL_TYPE, PolynomialConfig, exist_ok=True)
+        for config_class in _CONFIGS.values():
+            _register_models(config_class)
+
+
+def _register_models(config_class: type) -> None:
+    for name in AUTO_CLASSES:
+        getattr(transformers, name).register(config_class, PolynomialModel, exist_ok=True)
