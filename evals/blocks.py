@@ -6,8 +6,8 @@ block received, so each figure is about one block alone:
     R² = 1 − Σ‖f(x) − p(x)‖² ÷ Σ‖f(x) − f̄‖²,    FVU = 1 − R²
 
 The same ratio with x drawn from N(μ, Σ), the Gaussian with the activations' own mean and covariance, can differ by a
-factor of 50 in FVU: real activations are not Gaussian. The affine baseline is the best affine map of x, fitted on half
-of the windows and scored on the other half.
+factor of 50 in FVU: real activations are not Gaussian. The affine baseline is a ridge regression on x, fitted on half of
+the windows and scored on the other half, which also chooses its ridge.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from surgery.ridge import RidgeSums, ridge_path
 
 GAUSSIAN_TOKENS = 4096
 MASSIVE = 20.0  # an output this many times the median is an attention sink's
-AFFINE_RIDGES = (1e-6, 1e-4, 1e-2)
+AFFINE_RIDGES = (1e-4, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 DISAGREEMENT = 2.0  # FVU on text and under the Gaussian further apart than this are pointed out
 
 

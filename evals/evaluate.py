@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from evals import harness, speed
-from evals.blocks import BlockSums, block_rows, block_sums
+from evals.blocks import AFFINE_RIDGES, BlockSums, block_rows, block_sums
 from evals.fidelity import TokenFidelity, compare_outputs, compare_tokens, outputs_summary, summary
 from evals.memo import Memo, fingerprint
 from evals.processes import Processes
@@ -226,6 +226,7 @@ def _blocks(
         return [] if processes.first else None
     data = settings.text if text is None else text.fingerprint
     key = [pair.keys, settings.dtype, data, settings.window, settings.stride, settings.block_tokens, settings.batch]
+    key += [AFFINE_RIDGES]
     kept = processes.agree(memo.find("blocks", [*key, settings.seed]) if processes.first else None)
     if kept is not None:
         return list(kept)

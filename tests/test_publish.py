@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import surgery
-from surgery import card, hub
+from surgery import card, hub, loading
 from surgery.errors import CheckpointError, ModelError
 from surgery.export import as_silu, export_silu
 from tests import tiny
@@ -261,6 +261,16 @@ def test_a_twin_does_what_models_do(twins, ids, tmp_path):
                 low(input_ids=ids[:2]).logits.float(), twin(input_ids=ids[:2]).logits, dim=-1
             )
         assert close.min() > 0.99
+
+
+@pytest.mark.parametrize("name", ["native", "custom"])
+def test_pipelines_and_device_maps(twins, name):
+    import transformers
+
+    twin = loading.load(str(twins / name), device_map="cpu")
+    assert twin.model.hf_device_map == {"": "cpu"}
+    write = transformers.pipeline("text-generation", model=twin.model, tokenizer=twin.tokenizer)
+    assert write("the quick brown", max_new_tokens=4, do_sample=False)[0]["generated_text"].startswith("the quick")
 
 
 @pytest.mark.parametrize("name", ["native", "custom"])
