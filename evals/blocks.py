@@ -6,8 +6,8 @@ block received, so each figure is about one block alone:
     R² = 1 − Σ‖f(x) − p(x)‖² ÷ Σ‖f(x) − f̄‖²,    FVU = 1 − R²
 
 The same ratio with x drawn from N(μ, Σ), the Gaussian with the activations' own mean and covariance, can differ by a
-factor of 50 in FVU: real activations are not Gaussian. The affine baseline is a ridge regression on x, fitted on half of
-the windows and scored on the other half, which also chooses its ridge.
+factor of 50 in FVU: real activations are not Gaussian. The affine baseline is a ridge regression on x, fitted on half
+of the windows and scored on the other half, which also chooses its ridge.
 """
 
 from __future__ import annotations

@@ -264,11 +264,15 @@ def test_a_twin_does_what_models_do(twins, ids, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["native", "custom"])
-def test_pipelines_and_device_maps(twins, name):
+def test_pipelines_device_maps_and_compiling(twins, ids, name):
     import transformers
 
-    twin = loading.load(str(twins / name), device_map="cpu")
-    assert twin.model.hf_device_map == {"": "cpu"}
+    twin = loading.load(str(twins / name), device_map="auto")
+    with torch.no_grad():
+        plain = surgery.load(str(twins / name))(input_ids=ids[:2]).logits
+        assert torch.equal(twin.model(input_ids=ids[:2]).logits, plain)
+        compiled = torch.compile(twin.model, backend="aot_eager")
+        torch.testing.assert_close(compiled(input_ids=ids[:2]).logits, plain)
     write = transformers.pipeline("text-generation", model=twin.model, tokenizer=twin.tokenizer)
     assert write("the quick brown", max_new_tokens=4, do_sample=False)[0]["generated_text"].startswith("the quick")
 
