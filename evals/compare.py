@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,11 +13,14 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its bootstrap interval: the 2.5 % and 97.5 % quantiles over resampled windows."""
+    """An estimate and its bootstrap interval: the 2.5 % and 97.5 % quantiles over resampled windows.
+
+    One window tells nothing of its spread: the bounds are None.
+    """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -36,7 +38,7 @@ def bootstrap_ratio(totals: Tensor, counts: Tensor, seed: int = 0, resamples: in
     totals, counts = totals.double(), counts.double()
     value = float(totals.sum() / counts.sum())
     if len(totals) < 2:
-        return Interval(value, math.nan, math.nan)
+        return Interval(value, None, None)
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(0, resamples, 500):
@@ -46,8 +48,8 @@ def bootstrap_ratio(totals: Tensor, counts: Tensor, seed: int = 0, resamples: in
     return Interval(value, low, high)
 
 
-def paired_difference(before: list[float], after: list[float]) -> tuple[float, float]:
-    """Mean of after − before over the same samples, and its standard error s/√n."""
+def paired_difference(before: list[float], after: list[float]) -> tuple[float, float | None]:
+    """Mean of after − before over the same samples, and its standard error s/√n; None for a single sample."""
     change = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
-    error = float(change.std() / len(change) ** 0.5) if len(change) > 1 else math.nan
+    error = float(change.std() / len(change) ** 0.5) if len(change) > 1 else None
     return float(change.mean()), error

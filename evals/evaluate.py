@@ -63,6 +63,8 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class _Pair:
+    """Both models; whether they predict next tokens; their fingerprints."""
+
     original: loading.LoadedModel
     twin: loading.LoadedModel
     causal: bool
@@ -78,7 +80,7 @@ def evaluate(settings: EvalSettings, memo: Memo, processes: Processes, quiet: bo
     started = time.monotonic()
     manager = harness.task_manager(settings.task_settings.include_path) if settings.tasks else None
     tasks = harness.resolve_tasks(manager, settings.tasks) if manager else []
-    pair = _load(settings)
+    pair = _guarded(lambda: _load(settings), "--dtype bfloat16, or --device-map auto")
     if tasks and not pair.causal:
         raise EvaluationError(
             "lm-eval tasks need a causal language model", where=settings.twin, fix="leave --tasks out"
@@ -114,16 +116,13 @@ def evaluate(settings: EvalSettings, memo: Memo, processes: Processes, quiet: bo
 
 def _load(settings: EvalSettings) -> _Pair:
     options: dict[str, Any] = {"dtype": settings.dtype, "device_map": settings.device_map}
-    try:
-        original = loading.load(settings.original, settings.original_revision, **options)
-        twin = loading.load(settings.twin, settings.revision, **options)
-    except torch.cuda.OutOfMemoryError as error:
-        raise EvaluationError("the device is out of memory", fix="--dtype bfloat16, or --device-map auto") from error
+    original = loading.load(settings.original, settings.original_revision, **options)
+    twin = loading.load(settings.twin, settings.revision, **options)
     models: list[Any] = [original.model, twin.model]
     causal = all(model.can_generate() and not getattr(model.config, "is_encoder_decoder", False) for model in models)
     if settings.device_map is None and torch.cuda.is_available():
-        for loaded in (original, twin):
-            loaded.model.to("cuda")
+        for model in models:
+            model.to("cuda")  # the process's own: accelerate has chosen it
     one, two = original.tokenizer, twin.tokenizer
     if one is not None and two is not None and one.get_vocab() != two.get_vocab():
         raise EvaluationError(
@@ -163,6 +162,7 @@ def _text(
             kept = processes.agree(memo.find("text", key) if processes.first else None)
             if kept is not None:
                 parts.append(TokenFidelity(**{name: torch.tensor(value) for name, value in kept.items()}))
+                bar.update(len(windows))
             else:
                 mine = []
                 for part in processes.share(windows).split(settings.batch):
@@ -188,13 +188,11 @@ def _interleaved(shares: list[TokenFidelity]) -> TokenFidelity:
     return TokenFidelity(**joined)
 
 
-def _guarded(measure: Callable[[], Any]) -> Any:
+def _guarded(measure: Callable[[], Any], fix: str = "lower --batch or --window, or use --dtype bfloat16") -> Any:
     try:
         return measure()
     except torch.cuda.OutOfMemoryError as error:
-        raise EvaluationError(
-            "the device is out of memory", fix="lower --batch or --window, or use --dtype bfloat16"
-        ) from error
+        raise EvaluationError("the device is out of memory", fix=fix) from error
 
 
 def _inputs(settings: EvalSettings, pair: _Pair, tokens: int) -> list[dict[str, torch.Tensor]]:
@@ -269,7 +267,8 @@ def _tasks(
                 key = [pair.keys[name], settings.dtype, task, asdict(settings.task_settings), _versions()]
                 kept = processes.agree(memo.find(f"{task} ({name})", key) if processes.first else None)
                 if kept is None:
-                    found = harness.run_task(lm, task, manager, settings.task_settings)
+                    run = partial(harness.run_task, lm, task, manager, settings.task_settings)
+                    found = _guarded(run, "lower --task-batch or --max-length, or use --dtype bfloat16")
                     if found is not None:
                         memo.keep(f"{task} ({name})", key, found.as_dict())
                         results[name, task] = found

@@ -118,6 +118,7 @@ def _worst_tokens(lost: Tensor, text: Text, tokenizer: Any) -> list[dict[str, An
             "share": float(totals[index]) / whole if whole else 0.0,
         }
         for index in totals.topk(min(WORST_TOKENS, size)).indices.tolist()
+        if counts[index]
     ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,16 +146,20 @@ def run_task(lm: Any, task: str, manager: Any, settings: TaskSettings) -> TaskRe
         return None
     documents = [int(share) for share in shares]
     metrics = {
-        name: {key: value for key, value in values.items() if isinstance(value, int | float)}
+        name: {key: value for key, value in values.items() if _number(value)}
         for name, values in found["results"].items()
     }
     samples: dict[str, list[float]] = {}
     for name, rows in (found.get("samples") or {}).items():
         for row in sorted(rows, key=lambda row: (str(row.get("filter")), row["doc_id"])):
             for metric in row.get("metrics", ()):
-                if isinstance(row.get(metric), int | float):
+                if _number(row.get(metric)):
                     samples.setdefault(f"{name}/{metric},{row.get('filter', 'none')}", []).append(float(row[metric]))
     return TaskResult(task, metrics, samples, documents, found["versions"].get(task))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def compared(before: TaskResult, after: TaskResult) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,11 @@ def write(report: dict[str, Any], folder: Path) -> None:
     """Writes the three files, each under a temporary name first. Raises EvaluationError where the disk refuses."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        contents = {JSON: json.dumps(report, indent=2) + "\n", MARKDOWN: markdown(report), PAGE: page(report)}
+        contents = {
+            JSON: json.dumps(report, indent=2, allow_nan=False) + "\n",
+            MARKDOWN: markdown(report),
+            PAGE: page(report),
+        }
         for name, content in contents.items():
             temporary = folder / f".{name}.tmp"
             temporary.write_text(content, encoding="utf-8")
@@ -34,7 +39,7 @@ def headline(report: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     if text := report.get("text"):
         lost, nats, perplexity = text["nats_lost"], text["nats"], text["perplexity"]
-        span = f" [{lost['low']:+.4f}, {lost['high']:+.4f}]" if lost["low"] == lost["low"] else ""
+        span = f" [{lost['low']:+.4f}, {lost['high']:+.4f}]" if lost["low"] is not None else ""
         rows += [
             ("perplexity", f"{perplexity['original']:.3f}", f"{perplexity['twin']:.3f}", ""),
             ("nats per token", *(f"{nats[name]['value']:.4f}" for name in ("original", "twin")),
@@ -98,7 +103,7 @@ def notes(report: dict[str, Any]) -> list[str]:
             )
     misled = [row for row in report.get("blocks") or () if row["gaussian_misleads"]]
     if misled:
-        worst = max(misled, key=lambda row: row["fvu"] / max(row["fvu_gaussian"], 1e-300))
+        worst = max(misled, key=lambda row: abs(math.log(max(row["fvu"], 1e-12) / max(row["fvu_gaussian"], 1e-12))))
         lines.append(
             f"In {len(misled)} blocks the unexplained variance on text differs from that under the fitted Gaussian "
             f"by more than a factor of two ({worst['path']}: {worst['fvu']:.4f} against {worst['fvu_gaussian']:.4f}). "
