@@ -147,6 +147,51 @@ def evaluate(twin: str, nproc: int, **given: Any) -> None:
 
 @cli.command()
 @click.argument("twin")
+@click.option("--teacher", required=True, help="The original: Hub id, folder or .gguf.")
+@click.option("-o", "--output", required=True, help="Folder for the refined twin.")
+@click.option("--text", help="Training text: python, hub:NAME, or a .txt or .jsonl file.  [default: python]")
+@click.option("--tokens", type=int, help="Tokens of it.  [default: 51200]")
+@click.option("--length", type=int, help="Tokens a window.  [default: 256]")
+@click.option("--batch", type=int, help="Windows a forward pass and process.  [default: 4]")
+@click.option("--accumulate", type=int, help="Forward passes a step.  [default: 1]")
+@click.option("--train", help="coefficients, readout, block or all.  [default: block]")
+@click.option("--rate", type=float, help="Peak learning rate.  [default: 1e-4]")
+@click.option("--temperature", type=float, help="Of the distillation loss.  [default: 1]")
+@click.option("--validate-tokens", type=int, help="Held-out tokens.  [default: 8192]")
+@click.option("--validate-every", type=int, help="Steps between two looks at them.  [default: 10]")
+@click.option("--patience", type=int, help="Stop after so many looks without improvement; 0: never.  [default: 0]")
+@click.option("--dtype", help="Precision to train in.  [default: float32]")
+@click.option("--seed", type=int, help="Order of the windows.  [default: 0]")
+@click.option("--teacher-revision", help="Hub revision of the teacher.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier twin at the output.")
+@click.option("--restart", is_flag=True, help="Discard the state of an interrupted run.")
+@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON; no progress bar.")
+def refine(overwrite: bool, restart: bool, as_json: bool, **given: Any) -> None:
+    """Distil TWIN briefly from its original. Works under `accelerate launch -m surgery refine …` too.
+
+    An interrupted run goes on exactly where it stopped; the best state on held-out text is what is saved.
+    """
+    from surgery import refine as refining
+
+    settings = refining.RefineSettings(**{name: value for name, value in given.items() if value is not None})
+    refining.check(settings)
+    record = refining.refine(settings, overwrite, restart, quiet=as_json)
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+        return
+    click.echo(
+        f"nats lost on {record['held_out_tokens']:,} held-out tokens: {record['lost_before']:+.4f} before, "
+        f"{record['lost_after']:+.4f} after {record['tokens_seen']:,} tokens in {record['seconds']:.0f} s"
+    )
+    if record["best_step"] == 0:
+        click.echo("WARNING: nothing was gained; the twin saved is the one this run started from", err=True)
+    elif record["lost_after"] > record["lost_before"]:
+        click.echo("WARNING: nearer to the original's predictions, but WORSE on held-out text than before", err=True)
+    click.echo(f"{settings.output}: reloaded in a fresh process and compared")
+
+
+@cli.command()
+@click.argument("twin")
 @click.option("--base-model", help="Hub id of the original, where the twin does not know it.")
 @click.option("--license", "licence", help="The original's licence.  [default: as on the Hub]")
 def card(twin: str, base_model: str | None, licence: str | None) -> None:

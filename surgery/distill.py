@@ -1,0 +1,89 @@
+"""What distillation needs to know of a twin: which parameters to train, what to share with the teacher, the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surgery.blocks import survey
+from surgery.errors import ModelError, RecipeError, did_you_mean
+
+SETS = ("coefficients", "readout", "block", "all")
+
+
+def kl(goal: Tensor, found: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² KL(softmax(goal ÷ T) ‖ softmax(found ÷ T)), mean over tokens; logits of shape (..., vocabulary)."""
+    p = (goal.detach().float().flatten(0, -2) / temperature).log_softmax(-1)
+    q = (found.float().flatten(0, -2) / temperature).log_softmax(-1)
+    return F.kl_div(q, p, reduction="batchmean", log_target=True) * temperature**2
+
+
+def replaced_modules(twin: Any) -> list[tuple[tuple[str, ...], str]]:
+    """For every polynomial block: paths of its modules, and of its last map."""
+    found: list[tuple[tuple[str, ...], str]] = []
+    for entry in getattr(twin.config, "polynomial_blocks", None) or ():
+        if entry["kind"].startswith("plain"):
+            found.append(((entry["first"], entry["activation"], entry["last"]), entry["last"]))
+        else:
+            affine = entry["kind"] == "affine"
+            found.append(((entry["path"],), entry["path"] if affine else f"{entry['path']}.down_proj"))
+    return found or [((block.path,), block.last) for block in survey(twin).blocks]
+
+
+def named_trainable(twin: Any, which: str) -> dict[str, nn.Parameter]:
+    """The parameters to train, by name; all others are frozen.
+
+    Raises:
+        RecipeError: an unknown set, or one that this twin does not have.
+    """
+    if which not in SETS:
+        raise RecipeError(f"no set of parameters {which!r}{did_you_mean(which, SETS)}", fix=f"one of {', '.join(SETS)}")
+    blocks = replaced_modules(twin)
+    inside = tuple(f"{path}." for paths, _ in blocks for path in paths)
+    last = tuple(f"{path}." for _, path in blocks)
+    chosen = {}
+    for name, parameter in twin.named_parameters():
+        wanted = {
+            "all": True,
+            "block": name.startswith(inside),
+            "readout": name.startswith(last),
+            "coefficients": name.startswith(inside) and name.endswith("coefficients"),
+        }[which]
+        parameter.requires_grad_(wanted)
+        if wanted:
+            chosen[name] = parameter
+    if not chosen:
+        raise RecipeError(
+            f"this twin has no {which} to train",
+            cause="a native twin's coefficients are folded into its weights",
+            fix="train the readout or the block",
+        )
+    return chosen
+
+
+def share(twin: Any, teacher: Any, trained: set[str]) -> int:
+    """Lets the teacher use the twin's tensors wherever nothing is trained; the bytes this saves.
+
+    Raises:
+        ModelError: the teacher is not what the twin was made from: outside the blocks their weights differ.
+    """
+    inside = tuple(f"{path}." for paths, _ in replaced_modules(twin) for path in paths)
+    ours, saved = dict(twin.named_parameters()), 0
+    for name, parameter in list(teacher.named_parameters()):
+        if name.startswith(inside):
+            continue
+        own = ours.get(name)
+        if own is None or own.shape != parameter.shape or not bool(torch.isclose(own, parameter, rtol=1e-2).all()):
+            raise ModelError(
+                f"{name} differs between the teacher and the twin",
+                cause="the twin was made from another model",
+                fix="name the model that the twin was converted from",
+            )
+        if name not in trained:
+            parameter.data = own.data
+            saved += own.numel() * own.element_size()
+    teacher.requires_grad_(False)
+    return saved
