@@ -202,10 +202,9 @@ class _Run:
     def _rate(self) -> float:
         """Linear warm-up, then a cosine to a tenth."""
         warm = max(1, round(self.settings.warmup * self.total))
-        if self.step < warm:
-            return self.settings.rate * (self.step + 1) / warm
         done = (self.step - warm) / max(1, self.total - warm)
-        return float(self.settings.rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done))))
+        share: float = (self.step + 1) / warm if done < 0 else 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+        return self.settings.rate * share
 
     def _look(self) -> None:
         """Held-out nats and KL; the best state so far is kept."""
