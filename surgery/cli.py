@@ -157,7 +157,7 @@ def evaluate(twin: str, nproc: int, **given: Any) -> None:
 @click.option("--train", help="coefficients, readout, block or all.  [default: block]")
 @click.option("--rate", type=float, help="Peak learning rate.  [default: 1e-4]")
 @click.option("--temperature", type=float, help="Of the distillation loss.  [default: 1]")
-@click.option("--validate-tokens", type=int, help="Held-out tokens.  [default: 8192]")
+@click.option("--validate-tokens", type=int, help="Held-out tokens.  [default: 4096]")
 @click.option("--validate-every", type=int, help="Steps between two looks at them.  [default: 10]")
 @click.option("--patience", type=int, help="Stop after so many looks without improvement; 0: never.  [default: 0]")
 @click.option("--dtype", help="Precision to train in.  [default: float32]")

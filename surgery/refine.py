@@ -58,7 +58,7 @@ class RefineSettings:
     warmup: float = 0.05
     clip: float = 1.0
     temperature: float = 1.0
-    validate_tokens: int = 8192
+    validate_tokens: int = 4096
     validate_every: int = 10
     patience: int = 0
     dtype: str = "float32"
@@ -84,12 +84,11 @@ def refine(
     student: Any = loaded.model
     trainable = named_trainable(student, settings.train)
     teacher: Any = loading.load(settings.teacher, settings.teacher_revision, settings.dtype).model
-    saved = share(student, teacher, set(trainable))
     held, windows = _windows(settings, loaded.tokenizer, report, accelerator.num_processes)
-    student.config.use_cache = False
     optimizer = torch.optim.AdamW(trainable.values(), lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.0)
     network, optimizer = accelerator.prepare(student, optimizer)
     teacher.to(accelerator.device)
+    saved = share(student, teacher, set(trainable))  # only now, since moving to a device copies
 
     run = _Run(settings, accelerator, network, teacher, trainable, optimizer, held, windows)
     place = out.with_name(out.name + ".refining")

@@ -58,6 +58,7 @@ def test_distillation_lowers_the_loss_and_a_native_twin_stays_native(place, tmp_
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["hidden_act"] == "linear"
+    assert config == json.loads((place / "twin" / "config.json").read_text())
     report = json.loads((tmp_path / "out" / "surgery.json").read_text())
     assert report["refinement"]["tokens_seen"] == 4096 // 256 * 256 - 512 + 512
     assert report["verification"]["verified"]
