@@ -18,6 +18,7 @@ import json
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from surgery.errors import CalibrationError, RecipeError
 
 BUILT_IN = ("python", "samples")
+MODULES_PER_TOPIC = 4  # there are about four modules with long docstrings to a topic of the language reference
 CHARACTERS_PER_TOKEN = 6  # an overestimate of English, so that enough text is read and no more
 
 
@@ -70,13 +72,11 @@ def _python_english() -> Iterator[str]:
             "this Python was installed without pydoc_data",
             fix="give a text file with --calibration FILE.txt",
         ) from error
-    reference = [text for _, text in sorted(topics.topics.items())]
-    library = list(_docstrings(Path(sysconfig.get_paths()["stdlib"])))
-    step = max(1, len(library) // max(1, len(reference)))
-    for index, text in enumerate(reference):  # interleaved, so that any prefix holds both kinds
+    library = _docstrings(Path(sysconfig.get_paths()["stdlib"]))  # read as far as needed: parsing it all takes seconds
+    for _, text in sorted(topics.topics.items()):  # interleaved, so that any prefix holds both kinds
         yield text
-        yield from library[index * step : (index + 1) * step]
-    yield from library[len(reference) * step :]
+        yield from islice(library, MODULES_PER_TOPIC)
+    yield from library
 
 
 def _docstrings(root: Path) -> Iterator[str]:
