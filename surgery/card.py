@@ -17,7 +17,6 @@ from surgery.errors import CheckpointError
 
 EVALUATION = Path("evaluation") / "evaluation.json"
 PLOT = Path("evaluation") / "blocks.png"
-LICENSES = ("apache-2.0", "mit", "llama3", "gemma", "other")
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def convert(
         swap.finish_custom(network, entries)
     after = _perplexity(network, unseen)
     report = Report(
-        recipe=plan.resolved(),
+        recipe=plan.resolved() | _public(plan),
         source=loaded.source.as_dict(),
         calibration=data.as_dict(),
         form=form,
@@ -198,6 +198,12 @@ def convert(
         )
         workshop.close()
     return network, report
+
+
+def _public(plan: Recipe) -> dict[str, Any]:
+    """Local paths by their last part only: the report travels with the checkpoint."""
+    local = {"model": Path(plan.model).expanduser().exists(), "output": True}
+    return {key: Path(value).name for key, here in local.items() if here and (value := getattr(plan, key))}
 
 
 def _inputs(

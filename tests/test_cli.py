@@ -54,6 +54,8 @@ def test_convert_prints_perplexity_and_keeps_the_companions(llama, tmp_path):
     report = json.loads((tmp_path / "twin" / "surgery.json").read_text())
     assert report["perplexity"]["tokens"] >= 400
     assert report["calibration"]["source"] == "python"
+    assert report["recipe"]["output"] == "twin", "no path of this machine travels with the checkpoint"
+    assert report["recipe"]["model"] == "model"
     again = surgery(*arguments, "-o", tmp_path / "twin")
     assert again.returncode == 2
     assert "--overwrite" in again.stderr
