@@ -6,16 +6,12 @@ import json
 import os
 import sys
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from surgery import __version__
+from surgery import __version__, terminal
 from surgery.errors import SurgeryError
-
-if TYPE_CHECKING:
-    from surgery.pipeline import Inspection
-    from surgery.report import Report
 
 EXIT_USER, EXIT_INTERNAL, EXIT_INTERRUPTED = 2, 1, 130
 
@@ -41,7 +37,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(seen.as_dict(), indent=2))
     else:
-        _print_blocks(seen)
+        terminal.print_blocks(seen)
 
 
 @cli.command()
@@ -86,7 +82,7 @@ def convert(
         from surgery.pipeline import plan
 
         planned = plan(recipe)
-        click.echo(json.dumps(planned, indent=2) if as_json else _plan_text(planned))
+        click.echo(json.dumps(planned, indent=2) if as_json else terminal.plan_text(planned))
         return
     if not recipe.output:
         raise SurgeryError("no output folder was named", fix="give -o OUT, or --dry-run to see the plan")
@@ -100,7 +96,7 @@ def convert(
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=2))
     else:
-        _print_report(report, recipe.output)
+        terminal.print_report(report, recipe.output)
 
 
 @cli.command("eval")
@@ -192,6 +188,76 @@ def refine(overwrite: bool, restart: bool, as_json: bool, **given: Any) -> None:
 
 @cli.command()
 @click.argument("twin")
+@click.option("--block", type=click.IntRange(0), required=True, help="Its number, as `surgery inspect` counts.")
+@click.option(
+    "--output",
+    "direction",
+    help="Direction of the block's output: token:TEXT, neuron:BLOCK.UNIT, coordinate:I, class:I, file:PATH, linear:K "
+    "or quadratic:K.  [default: list the block's own]",
+)
+@click.option("--minus", help="A direction to subtract, as in the difference of two logits.")
+@click.option("--pairs", type=click.IntRange(1), default=6, show_default=True, help="Eigenpairs to show.")
+@click.option(
+    "--coordinates",
+    type=click.Choice(["data", "raw"]),
+    default="data",
+    show_default=True,
+    help="Eigenpairs of Σ^½ Γ Σ^½ (shares are of variance) or of Γ itself.",
+)
+@click.option("--text", default="python", show_default=True, help="python, samples, hub:NAME, or a text file.")
+@click.option("--tokens", type=click.IntRange(2), default=4096, show_default=True, help="Tokens of it.")
+@click.option("--window", type=click.IntRange(2), default=256, show_default=True, help="Tokens a window.")
+@click.option(
+    "--fit", type=click.IntRange(2, 9), help="Fit the block now at this degree, where it is not a polynomial."
+)
+@click.option("--revision", help="Hub revision of TWIN.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("-o", "--folder", help="Folder for explanation.html, explanation.json and spectrum.png.")
+@click.option("--json", "as_json", is_flag=True, help="Print the explanation as JSON.")
+def explain(twin: str, direction: str | None, folder: str | None, as_json: bool, **given: Any) -> None:
+    """Read one block of TWIN: which inputs make it write a direction, by the eigenvectors of its quadratic part."""
+    from pathlib import Path
+
+    from surgery.explain import page
+    from surgery.explain.explaining import ExplainSettings
+    from surgery.explain.explaining import explain as run
+
+    found = run(ExplainSettings(twin, output=direction, **given))
+    files = page.write(found, Path(folder)) if folder else []
+    for line in [json.dumps(found, indent=2)] if as_json else page.lines(found):
+        click.echo(line)
+    if files and not as_json:
+        click.echo(f"{folder}: {', '.join(files)}")
+
+
+@cli.command()
+@click.argument("checkpoints", nargs=-1, required=True)
+@click.option("--revisions", help="Hub revisions of one model, separated by commas, instead of several checkpoints.")
+@click.option("--degrees", default="1,2", show_default=True, help="Degrees to try, separated by commas.")
+@click.option("--text", default="python", show_default=True, help="python, hub:NAME, or a .txt or .jsonl file.")
+@click.option("--tokens", type=click.IntRange(2), default=4096, show_default=True, help="Half to fit, half to score.")
+@click.option("--window", type=click.IntRange(2), default=256, show_default=True, help="Tokens a window.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("-o", "--output", help="Folder for trace.json and trace.png; finished checkpoints are kept there.")
+@click.option("--restart", is_flag=True, help="Measure every checkpoint anew.")
+@click.option("--json", "as_json", is_flag=True, help="Print the trace as JSON; no progress bar.")
+def trace(
+    checkpoints: tuple[str, ...], revisions: str | None, output: str | None, restart: bool, as_json: bool, **given: Any
+) -> None:
+    """Measure how well polynomials fit every block of CHECKPOINTS, through training."""
+    from pathlib import Path
+
+    from surgery.explain import trace as tracing
+
+    settings = tracing.settings(**given)
+    moments = tracing.checkpoints(checkpoints, revisions)
+    found = tracing.trace(moments, settings, Path(output) if output else None, restart, quiet=as_json)
+    for line in [json.dumps(found, indent=2)] if as_json else tracing.lines(found):
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("twin")
 @click.option("--base-model", help="Hub id of the original, where the twin does not know it.")
 @click.option("--license", "licence", help="The original's licence.  [default: as on the Hub]")
 def card(twin: str, base_model: str | None, licence: str | None) -> None:
@@ -248,76 +314,6 @@ def push(twin: str, repository: str, dry_run: bool, base_model: str | None, lice
         click.echo(f"\n{planned.card.text}")
         return
     click.echo(hub.push(planned, **how))
-
-
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
-def _print_blocks(seen: Inspection) -> None:
-    rows = [
-        [
-            block.path, block.kind, block.activation, f"{block.width} → {block.hidden} → {block.out}",
-            f"{block.parameters:,}", ", ".join(seen.forms(block)),
-        ]
-        for block in seen.survey.blocks
-    ]  # fmt: skip
-    _table(
-        f"{seen.name}: {seen.architecture}, {len(rows)} feed-forward blocks",
-        ["block", "kind", "activation", "widths", "parameters", "forms at degree 2"],
-        rows,
-    )
-    for path, reason in seen.survey.left_alone:
-        click.echo(f"left alone: {path}: {reason}")
-
-
-def _plan_text(planned: dict[str, Any]) -> str:
-    recipe = planned["recipe"]
-    lines = [
-        f"model         {planned['model']} ({planned['architecture']})",
-        f"blocks        {len(planned['convert'])} of {len(planned['blocks'])}",
-        f"degree        {recipe['degree']} ({planned['coefficients_per_unit']} coefficients a unit)",
-        f"optimum for   {recipe['assume']}, readout {recipe['readout']}, target {recipe['target']}",
-        f"calibration   {recipe['calibration']}: {recipe['tokens']} tokens in sequences of {recipe['length']}",
-        f"form          {planned['form']}",
-        f"output        {recipe['output'] or '(none)'}",
-    ]
-    lines += [f"left alone    {item['path']}: {item['reason']}" for item in planned["left_alone"]]
-    return "\n".join(lines)
-
-
-def _print_report(report: Report, output: str) -> None:
-    rows = [
-        [
-            row["path"], f"{row['r2_held']:.4f}", f"{row['r2_fit']:.4f}", f"{row['r2_units_median']:.4f}",
-            "-" if row["ridge"] is None else f"{row['ridge']:g}", f"{row['condition']:.1e}",
-            f"{row['sink_tokens']}" + (f" ({row['sink_error']:.1%})" if row["sink_tokens"] else ""),
-            f"{row['seconds']:.1f}",
-        ]
-        for row in report.blocks
-    ]  # fmt: skip
-    _table(
-        f"{len(rows)} blocks, degree {report.recipe['degree']}, {report.calibration['tokens']:,} tokens of "
-        f"{report.calibration['source']}",
-        ["block", "R² held out", "R² fitted", "R² unit", "ridge", "condition", "sinks (error)", "s"],
-        rows,
-    )
-    if report.perplexity:
-        seen = report.perplexity
-        click.echo(
-            f"perplexity {seen['original']:.2f} → {seen['twin']:.2f} ({seen['nats']:+.4f} nats) on {seen['text']}"
-        )
-    for path, reason in report.left_alone:
-        click.echo(f"left alone: {path}: {reason}")
-    click.echo(f"{output}: {report.form} form, reloaded in a fresh process and compared")
 
 
 def main() -> None:

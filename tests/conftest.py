@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 # The same examples in every run: a test that fails does so for everybody. A busy machine is no failure.
-settings.register_profile("steady", derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("steady", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")
 torch.set_num_threads(max(1, min(4, os.cpu_count() or 1)))
 

@@ -23,7 +23,8 @@ def tensors(case):
     return {key.split("/")[1]: torch.from_numpy(FILE[key]) for key in FILE.files if key.startswith(case + "/")}
 
 
-def closed_form(case, data, degree):
+def factors(case, data, degree):
+    """Units, first map(s) and readout of our answer."""
     activation = ACTIVATIONS[NAMES.get(case.split("_")[-1], case.split("_")[-1])]
     first = data["W1"] if "W1" in data else data["W"]
     d = first.shape[1]
@@ -38,7 +39,11 @@ def closed_form(case, data, degree):
     readout = (
         Affine(data["W2"], data["b2"]) if up is None else Affine(torch.eye(out).double(), torch.zeros(out).double())
     )
-    return expand_dense(units, folded, second, readout)
+    return units, folded, second, readout
+
+
+def closed_form(case, data, degree):
+    return expand_dense(*factors(case, data, degree))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "mixture" not in case])
