@@ -60,11 +60,11 @@ class NormScale:
             return NormScale(None, False)
         like = next(norm.parameters())
         signs = torch.where(torch.arange(width, device=like.device) % 2 == 0, 1.0, -1.0).to(like)
-        signs[width - width % 2 :] = 0
-        shifted = signs.roll(1)
+        signs[width - width % 2 :] = 0  # of an odd number one is left out, and its turn comes after the roll
+        shifted, size = signs.roll(1), signs.square().mean().sqrt()
         with torch.no_grad():
             origin, one, two, moved = (norm(value[None])[0] for value in (0 * signs, signs, shifted, signs + 3))
-        scale = torch.where(signs != 0, (one - origin) * signs, (two - origin) * shifted)
+        scale = torch.where(signs != 0, (one - origin) * signs, (two - origin) * shifted) * size
         return NormScale(scale.double(), torch.allclose(moved, one, atol=1e-3 * float(one.abs().max())))
 
     def before(self, directions: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from surgery.blocks import Block, layer_of, norms_before, survey
 from surgery.errors import ModelError, RecipeError
 from surgery.explain.expansion import BlockPolynomial
-from surgery.modeling_polynomial import MODEL_TYPE
+from surgery.modeling_polynomial import MODEL_TYPE, BilinearGLU
 from surgery.polynomial import Affine
 
 
@@ -78,10 +78,11 @@ def twin_blocks(model: Any) -> list[dict[str, Any]]:
     """The entries of `polynomial_blocks`; for a native twin, those it would have."""
     if getattr(model.config, "model_type", None) == MODEL_TYPE:
         return list(model.config.polynomial_blocks)
+    loaded = {block.path for block in survey(model).blocks if block.kind == "gated" and block.activation == "linear"}
     return [
-        {"path": block.path, "kind": "bilinear", "degree": 2}
-        for block in survey(model).blocks
-        if block.kind == "gated" and block.activation == "linear"
+        {"path": path, "kind": "bilinear", "degree": 2}
+        for path, module in model.named_modules()
+        if path in loaded or isinstance(module, BilinearGLU)  # the latter just after its conversion
     ]
 
 
