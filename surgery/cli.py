@@ -199,10 +199,10 @@ def refine(overwrite: bool, restart: bool, as_json: bool, **given: Any) -> None:
 @click.option("--pairs", type=click.IntRange(1), default=6, show_default=True, help="Eigenpairs to show.")
 @click.option(
     "--coordinates",
-    type=click.Choice(["data", "raw"]),
-    default="data",
+    type=click.Choice(["raw", "data"]),
+    default="raw",
     show_default=True,
-    help="Eigenpairs of Σ^½ Γ Σ^½ (shares are of variance) or of Γ itself.",
+    help="Eigenpairs of Γ itself, or of Σ^½ Γ Σ^½: shares are then of variance.",
 )
 @click.option("--text", default="python", show_default=True, help="python, samples, hub:NAME, or a text file.")
 @click.option("--tokens", type=click.IntRange(2), default=4096, show_default=True, help="Tokens of it.")

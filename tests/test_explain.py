@@ -49,7 +49,7 @@ def twin_of(name, ids, degree=2):
 def test_the_polynomial_read_is_the_block_that_runs(name, degree, ids):
     model = twin_of(name, ids, degree)
     place = find(model, 1)
-    x, y = activity(model, place, [{"input_ids": ids[:4]}])
+    x, y, _ = activity(model, place, [{"input_ids": ids[:4]}])
     assert place.polynomial.degree == degree
     torch.testing.assert_close(place.polynomial(x.double()).float(), y, rtol=1e-4, atol=1e-5)
 
@@ -61,7 +61,7 @@ def test_stopping_at_the_block_changes_nothing_it_sees(ids):
     with torch.no_grad():
         model(ids[:4])
     handle.remove()
-    x, _ = activity(model, place, [{"input_ids": ids[:2]}, {"input_ids": ids[2:4]}])
+    x, _, _ = activity(model, place, [{"input_ids": ids[:2]}, {"input_ids": ids[2:4]}])
     torch.testing.assert_close(x, seen[0])
 
 
@@ -128,19 +128,20 @@ def test_coordinates_agree_with_dense_linear_algebra(folders, report):
     """λ in data coordinates: the generalised eigenvalues of Γ against Σ⁻¹, computed another way."""
     model = surgery.load(folders["twin"])
     place = find(model, 1)
-    raw = explain(ExplainSettings(folders["twin"], 1, "coordinate:3", pairs=32, coordinates="raw", **TEXT))
+    raw = explain(ExplainSettings(folders["twin"], 1, "coordinate:3", pairs=32, **TEXT))
     w = torch.eye(32, dtype=torch.float64)[3]
     gamma = place.polynomial.expand().quadratic(w).dense()
     expected = torch.linalg.eigvalsh(gamma)
     found = torch.tensor([pair["value"] for pair in raw["eigenpairs"]], dtype=torch.float64).sort().values
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-    data = explain(ExplainSettings(folders["twin"], 1, "coordinate:3", pairs=32, **TEXT))
+    data = explain(ExplainSettings(folders["twin"], 1, "coordinate:3", pairs=32, coordinates="data", **TEXT))
     ids = torch.zeros(1, 1, dtype=torch.long)
     assert data["spectrum"]["square"] != pytest.approx(raw["spectrum"]["square"])
     calibration = surgery.calibration.prepare(
         "python", model, surgery.loading.load(folders["twin"]).tokenizer, tokens=1024, length=32, batch=8
     )
-    seen = Activity.of(ids, *activity(model, place, calibration.batches))
+    x, _, size = activity(model, place, calibration.batches)
+    seen = Activity.of(ids, x, size)
     found = torch.tensor([pair["value"] for pair in data["eigenpairs"]], dtype=torch.float64)
     expected = torch.linalg.eigvals(gamma @ seen.covariance).real
     torch.testing.assert_close(found.sort().values, expected.sort().values, rtol=1e-6, atol=1e-9)

@@ -33,8 +33,8 @@ class ExplainSettings:
         output: direction of its output (see :mod:`surgery.explain.directions`); None for a survey of its own.
         minus: a direction to subtract, as in the difference of two logits.
         pairs: eigenpairs to show.
-        coordinates: `data` for the eigenpairs of Σ^½ Γ Σ^½ (shares are of the variance that the quadratic part has
-            under N(μ, Σ)), `raw` for those of Γ itself.
+        coordinates: `raw` for the eigenpairs of Γ itself, `data` for those of Σ^½ Γ Σ^½ (shares are then of the
+            variance that the quadratic part has under N(μ, Σ)).
         text, tokens, window: what drives them: a text source, how much of it, in windows of how many tokens.
         words, contexts: tokens and contexts to show for each.
         fit: fit the block now, where it is not a polynomial yet, at this degree; None: do not.
@@ -45,7 +45,7 @@ class ExplainSettings:
     output: str | None = None
     minus: str | None = None
     pairs: int = 6
-    coordinates: str = "data"
+    coordinates: str = "raw"
     text: str = "python"
     tokens: int = 4096
     window: int = 256
@@ -73,7 +73,8 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
         raise SurgeryError("only models that read tokens are explained with text", where=settings.twin)
     ids = torch.cat([batch["input_ids"] for batch in inputs.batches])
     place = places.surroundings(model, place, {name: value[:1, :8] for name, value in inputs.batches[0].items()})
-    seen = Activity.of(ids, *(part.cpu() for part in places.activity(model, place, inputs.batches)))
+    x, _, size = places.activity(model, place, inputs.batches)
+    seen = Activity.of(ids, x.cpu(), size.cpu())
     expansion = place.polynomial.expand(seen.mean)
     vocabulary = Vocabulary.of(model, loaded.tokenizer, place)
     report: dict[str, Any] = {

@@ -165,17 +165,21 @@ class _BlockReached(Exception):  # noqa: N818 - no error
 
 
 @contextmanager
-def _recorded(place: Place, rows: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    entered: list[Tensor] = []
+def _recorded(place: Place, rows: list[tuple[Tensor, Tensor, Tensor]]) -> Iterator[None]:
+    entered: dict[str, Tensor] = {}
 
     def leave(_: nn.Module, __: Any, output: Tensor) -> None:
-        rows.append((entered.pop().flatten(0, -2), output.detach().flatten(0, -2)))
+        x, written = entered["x"], output.detach().flatten(0, -2)
+        stream = entered.get("stream", x).float().norm(dim=-1)
+        rows.append((x, written, torch.maximum(stream, written.float().norm(dim=-1))))
         raise _BlockReached
 
-    handles = [
-        place.entry.register_forward_pre_hook(lambda _, args: entered.append(args[0].detach())),
-        place.exit.register_forward_hook(leave),
-    ]
+    def note(name: str) -> Any:
+        return lambda _, args: entered.update({name: args[0].detach().flatten(0, -2)})
+
+    handles = [place.entry.register_forward_pre_hook(note("x")), place.exit.register_forward_hook(leave)]
+    if place.norm is not None:
+        handles.append(place.norm.register_forward_pre_hook(note("stream")))
     try:
         yield
     finally:
@@ -183,12 +187,13 @@ def _recorded(place: Place, rows: list[tuple[Tensor, Tensor]]) -> Iterator[None]
             handle.remove()
 
 
-def activity(model: Any, place: Place, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(inputs, outputs) of the block over all tokens of `batches`, (tokens, d) and (tokens, out).
+def activity(model: Any, place: Place, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """The block over all tokens of `batches`: inputs (tokens, d), outputs (tokens, out), and the larger of the norms of
+    the residual stream before it and of its output, (tokens,): massive at attention sinks.
 
     Every forward pass ends at the block: the layers behind it cost nothing.
     """
-    rows: list[tuple[Tensor, Tensor]] = []
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
     with torch.no_grad(), _recorded(place, rows):
         for batch in batches:
             before = len(rows)
@@ -198,4 +203,5 @@ def activity(model: Any, place: Place, batches: Sequence[Mapping[str, Tensor]]) 
                 continue
             if len(rows) == before:
                 raise ModelError("the forward pass never reached this block", where=place.path)
-    return torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows])
+    x, y, size = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    return x, y, size

@@ -21,7 +21,7 @@ class Activity:
     Attributes:
         ids: token ids, (windows, length).
         x: the block's inputs, (windows · length, d), float64.
-        ordinary: rows that are no attention sinks (output norm at most 20 times the median), bool.
+        ordinary: rows that are no attention sinks (norm at most 20 times the median), bool.
         mean, covariance: of the ordinary rows.
     """
 
@@ -32,8 +32,8 @@ class Activity:
     covariance: Tensor
 
     @staticmethod
-    def of(ids: Tensor, x: Tensor, output: Tensor) -> Activity:
-        size = output.float().norm(dim=-1)
+    def of(ids: Tensor, x: Tensor, size: Tensor) -> Activity:
+        """From inputs (tokens, d), and norms (tokens,) that are massive at attention sinks."""
         ordinary = size <= MASSIVE * size.median()
         x = x.double()
         mean = x[ordinary].mean(0)
