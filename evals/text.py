@@ -1,8 +1,9 @@
 """Text to measure on: one stream of tokens, cut into windows that score every token once.
 
-The documents of a source are joined by the end-of-text token. A window holds up to `length` tokens; the next one
-starts `stride` tokens later. Each token is predicted in the first window in which it is not the first token, so with
-stride < length every prediction after the first window has at least length − stride tokens of context.
+The documents of a source are joined by the end-of-text token. A window holds up to `length` tokens, with the start
+token where the tokenizer puts one; the next starts `stride` tokens later. Each token of the text is predicted in the
+first window in which something stands before it, so with stride < length every prediction after the first window has at
+least length − stride tokens of context.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.calibration import tokens_of
+from surgery.calibration import frame, tokens_of
 from surgery.errors import SurgeryError
 
 
@@ -70,29 +71,45 @@ def read(source: str, tokenizer: Any, *, tokens: int, length: int, stride: int |
     Raises:
         EvaluationError: less text than one window, or a stride that leaves gaps.
     """
-    stride = stride or length
-    if not 0 < stride <= length or length < 2:
+    before, after = frame(tokenizer) if tokenizer is not None else ([], [])
+    room = length - len(before) - len(after)
+    stride = room if stride is None or stride == length else stride
+    if not 0 < stride <= room or room < 2:
         raise EvaluationError(
             f"a stride of {stride} with windows of {length} tokens", fix="the stride is at least 1, at most the window"
         )
     ids = tokens_of(source, tokenizer, tokens, skip)
-    if len(ids) < length:
+    if len(ids) < room:
         raise EvaluationError(
             f"{len(ids)} tokens are fewer than one window of {length}"
             + (f", after the {skip} that calibration used" if skip else ""),
             where=source,
             fix="give more text, or lower --window",
         )
-    return cut(ids, source, length, stride, tokenizer)
+    return cut(ids, source, room, stride, tokenizer, (before, after))
 
 
-def cut(ids: Tensor, source: str, length: int, stride: int, tokenizer: Any | None = None) -> Text:
-    """Windows over token ids, shape (tokens,); a rest too short for a whole stride is left out."""
+def cut(
+    ids: Tensor,
+    source: str,
+    length: int,
+    stride: int,
+    tokenizer: Any | None = None,
+    framed: tuple[list[int], list[int]] = ([], []),
+) -> Text:
+    """Windows over token ids, shape (tokens,); a rest too short for a whole stride is left out.
+
+    Args:
+        framed: ids before and after every `length` tokens of text; predicted are tokens of the text alone.
+    """
     starts = range(0, len(ids) - length + 1, stride)
-    windows = torch.stack([ids[start : start + length] for start in starts])
-    fresh = torch.ones(len(windows), length - 1, dtype=torch.bool)
-    if stride < length:
-        fresh[1:, : length - stride - 1] = False
+    bodies = torch.stack([ids[start : start + length] for start in starts])
+    before, after = (torch.tensor(part, dtype=ids.dtype).expand(len(bodies), -1) for part in framed)
+    windows = torch.cat([before, bodies, after], dim=1)
+    fresh = torch.zeros_like(windows, dtype=torch.bool)
+    text = fresh[:, before.shape[1] : windows.shape[1] - after.shape[1]]
+    text[0], text[1:, length - stride :] = True, True
+    fresh = fresh[:, 1:]  # the first token of a window has nothing before it
     scored = windows[:, 1:][fresh]
     size = 0 if tokenizer is None else len(tokenizer.decode(scored, skip_special_tokens=True).encode())
     digest = hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest()

@@ -164,6 +164,18 @@ def tokens_of(source: str, tokenizer: Any, count: int, skip: int = 0) -> Tensor:
     return torch.tensor(ids[skip : skip + count], dtype=torch.long)
 
 
+def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text, as ids: a start token (Llama, Gemma), [CLS] and [SEP] (BERT).
+
+    A model trained with a start token is another model without it, so every window gets the frame it knows.
+    """
+    bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return list(whole[:start]), list(whole[start + len(bare) :])
+    return [], []
+
+
 def sample(model: Any, tokenizer: Any, count: int, length: int, seed: int, batch: int = 32) -> Tensor:
     """The model's own text: (count ÷ length, length) ids, drawn at temperature 1 from the start token."""
     start = next(
@@ -222,10 +234,12 @@ def prepare(
         if source == "samples":
             ids = sample(model, tokenizer, tokens, length, seed)
         else:
-            ids = tokens_of(source, tokenizer, tokens)
-        inputs = [_text_inputs(_windows(ids, length, label), model)]
+            ids = sequences(tokens_of(source, tokenizer, tokens), length, frame(tokenizer), label)
+        inputs = [_text_inputs(ids, model)]
     elif isinstance(source, Tensor):
-        inputs = [_text_inputs(source if source.dim() == 2 else _windows(source, length, label), model)]
+        inputs = [
+            _text_inputs(source if source.dim() == 2 else sequences(source.flatten(), length, label=label), model)
+        ]
     elif isinstance(source, Mapping):
         inputs = [dict(source)]
     else:
@@ -234,18 +248,24 @@ def prepare(
     return _described(batches, label, model)
 
 
-def _windows(ids: Tensor, length: int, label: str) -> Tensor:
-    ids = ids.flatten() if ids.dim() != 2 else ids
-    if ids.dim() == 2:
-        return ids
-    if len(ids) < 2 * length:
+def sequences(ids: Tensor, length: int, framed: tuple[list[int], list[int]] = ([], []), label: str = "given") -> Tensor:
+    """Sequences of `length` tokens, frame included, from a stream of ids; (sequences, length). A rest is left out.
+
+    Raises:
+        CalibrationError: fewer than two sequences.
+    """
+    before, after = (torch.tensor(part, dtype=ids.dtype) for part in framed)
+    room = length - len(before) - len(after)
+    rows = len(ids) // room if room > 0 else 0
+    if rows < 2:
         raise CalibrationError(
             f"{len(ids)} tokens are fewer than two sequences of {length}",
             where=label,
             cause="the file is empty or too short",
             fix="give more text, or lower --length",
         )
-    return ids[: len(ids) // length * length].view(-1, length)
+    bodies = ids[: rows * room].view(rows, room)
+    return torch.cat([before.expand(rows, -1), bodies, after.expand(rows, -1)], dim=1)
 
 
 def _text_inputs(ids: Tensor, model: Any) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery import checkpoint, loading
-from surgery.calibration import tokens_of
+from surgery.calibration import frame, sequences, tokens_of
 from surgery.card import read_twin
 from surgery.distill import kl, named_trainable, share
 from surgery.errors import CalibrationError, CheckpointError, RecipeError
@@ -114,7 +114,7 @@ def _windows(settings: RefineSettings, tokenizer: Any, report: dict[str, Any], p
     used = report["calibration"]
     skip = used["tokens"] if used["source"] == settings.text else 0
     ids = tokens_of(settings.text, tokenizer, settings.validate_tokens + settings.tokens, skip)
-    rows = ids[: len(ids) // settings.length * settings.length].view(-1, settings.length)
+    rows = sequences(ids, settings.length, frame(tokenizer), settings.text)
     held = max(1, settings.validate_tokens // settings.length)
     if len(rows) - held < settings.batch * settings.accumulate * processes:
         raise CalibrationError(

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from surgery.calibration import check_source, documents, prepare, sample, tokens_of
+from evals.text import read
+from surgery.calibration import check_source, documents, frame, prepare, sample, tokens_of
 from surgery.errors import CalibrationError, RecipeError
 from tests import tiny
 
@@ -16,6 +17,9 @@ class Characters:
     """A tokenizer that maps characters to ids 3 … 95."""
 
     eos_token_id, bos_token_id = 2, 1
+
+    def decode(self, ids, **_):
+        return "x" * len(ids)
 
     def __call__(self, text, **_):
         return {"input_ids": [3 + ord(c) % 93 for c in text]}
@@ -92,3 +96,33 @@ def test_bad_sources_are_clear_errors(name, content, message, tmp_path):
 def test_a_misspelt_source_is_caught_before_anything_is_loaded():
     with pytest.raises(RecipeError, match="did you mean 'samples'"):
         check_source("sample")
+
+
+class WithStart(Characters):
+    """A tokenizer that begins every text with a start token, as Llama's and Gemma's do, and ends it."""
+
+    def __call__(self, text, add_special_tokens=True, **_):
+        ids = super().__call__(text)["input_ids"]
+        return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
+
+
+def test_every_window_gets_the_frame_the_tokenizer_gives_a_text(tmp_path):
+    (tmp_path / "a.txt").write_text("hello world " * 40)
+    assert frame(WithStart()) == ([1], [2])
+    assert frame(Characters()) == ([], [])
+    data = prepare(str(tmp_path / "a.txt"), MODEL, WithStart(), tokens=320, length=16, batch=8)
+    ids = torch.cat([batch["input_ids"] for batch in data.batches])
+    assert (ids[:, 0] == 1).all()
+    assert (ids[:, -1] == 2).all()
+    assert ids.shape == (320 // 14, 16)
+    assert torch.equal(ids[:, 1:-1].flatten(), tokens_of(str(tmp_path / "a.txt"), Characters(), 320)[: 22 * 14])
+
+
+def test_evaluation_predicts_every_token_of_the_text_once_behind_a_start_token(tmp_path):
+    (tmp_path / "a.txt").write_text("hello world " * 40)
+    for stride in (None, 5):
+        text = read(str(tmp_path / "a.txt"), WithStart(), tokens=301, length=16, stride=stride)
+        assert (text.windows[:, 0] == 1).all()
+        predicted = text.windows[:, 1:][text.fresh]
+        assert torch.equal(predicted, tokens_of(str(tmp_path / "a.txt"), Characters(), 301)[: len(predicted)])
+        assert len(predicted) > 280

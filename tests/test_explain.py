@@ -135,13 +135,12 @@ def test_coordinates_agree_with_dense_linear_algebra(folders, report):
     found = torch.tensor([pair["value"] for pair in raw["eigenpairs"]], dtype=torch.float64).sort().values
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     data = explain(ExplainSettings(folders["twin"], 1, "coordinate:3", pairs=32, coordinates="data", **TEXT))
-    ids = torch.zeros(1, 1, dtype=torch.long)
     assert data["spectrum"]["square"] != pytest.approx(raw["spectrum"]["square"])
     calibration = surgery.calibration.prepare(
         "python", model, surgery.loading.load(folders["twin"]).tokenizer, tokens=1024, length=32, batch=8
     )
     x, _, size = activity(model, place, calibration.batches)
-    seen = Activity.of(ids, x, size)
+    seen = Activity.of(torch.cat([batch["input_ids"] for batch in calibration.batches]), x, size)
     found = torch.tensor([pair["value"] for pair in data["eigenpairs"]], dtype=torch.float64)
     expected = torch.linalg.eigvals(gamma @ seen.covariance).real
     torch.testing.assert_close(found.sort().values, expected.sort().values, rtol=1e-6, atol=1e-9)

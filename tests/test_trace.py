@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,3 +144,38 @@ def test_checkpoints_and_degrees_are_checked():
         trace.checkpoints(["a", "b"], "step0")
     with pytest.raises(SurgeryError, match="1 to 9"):
         trace.settings("1,x")
+
+
+def test_the_digits_recipe_shows_the_shape_of_the_paper(tmp_path):
+    """Short training: quadratic beats linear at every step, and the attacks beat random directions."""
+    pytest.importorskip("sklearn")
+    recipe = Path(__file__).parent.parent / "recipes" / "digits.py"
+    done = subprocess.run(
+        [sys.executable, str(recipe), "--steps", "64", "-o", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "digits.json").read_text())
+    for moment in report["history"]:
+        for linear, quadratic in zip(moment["rows"][::2], moment["rows"][1::2], strict=True):
+            assert quadratic["on_samples"] is None or quadratic["on_samples"] < linear["on_samples"]
+    assert report["accuracy"]["network"] > 0.85
+    by_name = report["attacks"]
+    for name in ("SVD of the linear part", "eigenvectors of the quadratic part"):
+        assert by_name[name][0] == report["accuracy"]["network"]
+        assert by_name[name][-1] < by_name["random directions"][-1] - 0.3
+    for picture in ("digits.png", "eigenvectors.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_pythia_recipe_asks_for_sixteen_checkpoints(tmp_path):
+    """Dry: the shell script's own words, checked without a network by a stand-in for the command."""
+    (tmp_path / "surgery").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "surgery").chmod(0o755)
+    recipe = Path(__file__).parent.parent / "recipes" / "trace_pythia.sh"
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([str(recipe)], capture_output=True, text=True, check=True, env=environment)
+    words = done.stdout.split()
+    named = trace.checkpoints([words[1]], words[words.index("--revisions") + 1])
+    assert [moment.step for moment in named][:3] == [0, 1, 2]
+    assert named[-1].revision == "step143000"
+    assert len(named) == 16

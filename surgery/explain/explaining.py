@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,13 +80,13 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
     vocabulary = Vocabulary.of(model, loaded.tokenizer, place)
     report: dict[str, Any] = {
         "format": FORMAT,
-        "settings": asdict(settings),
+        "settings": asdict(settings) | _public(settings),
         "model": loaded.source.as_dict(),
         "block": {
             "index": place.index, "path": place.path, "degree": place.polynomial.degree,
             "width": place.polynomial.width, "hidden": len(place.polynomial.gate.bias), "out": place.polynomial.out,
         },
-        "text": inputs.as_dict() | {"sinks": int((~seen.ordinary).sum())},
+        "text": inputs.as_dict() | {"source": _public(settings)["text"], "left_out": int((~seen.ordinary).sum())},
         "notes": _notes(place, settings),
     }  # fmt: skip
     reader = _Reader(settings, seen, expansion, vocabulary, loaded.tokenizer)
@@ -125,6 +126,12 @@ def _place(settings: ExplainSettings, loaded: loading.LoadedModel) -> tuple[Plac
         tokens=max(FIT_TOKENS, settings.tokens), measure=0, form="custom", seed=settings.seed,
     )  # fmt: skip
     return places.find(model, settings.block), inputs()
+
+
+def _public(settings: ExplainSettings) -> dict[str, str]:
+    """Local paths by their last part: a page is for showing."""
+    names = {"twin": settings.twin, "text": settings.text}
+    return {key: Path(name).name if Path(name).expanduser().exists() else name for key, name in names.items()}
 
 
 def _notes(place: Place, settings: ExplainSettings) -> list[str]:

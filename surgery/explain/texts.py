@@ -16,12 +16,12 @@ APART = 12  # tokens between two examples
 
 @dataclass(frozen=True)
 class Activity:
-    """A block's inputs over a text, attention sinks left out of the statistics.
+    """A block's inputs over a text; attention sinks and the windows' first tokens are left out of the statistics.
 
     Attributes:
         ids: token ids, (windows, length).
         x: the block's inputs, (windows · length, d), float64.
-        ordinary: rows that are no attention sinks (norm at most 20 times the median), bool.
+        ordinary: rows that are no attention sinks (norm at most 20 times the median) and have some context, bool.
         mean, covariance: of the ordinary rows.
     """
 
@@ -35,6 +35,7 @@ class Activity:
     def of(ids: Tensor, x: Tensor, size: Tensor) -> Activity:
         """From inputs (tokens, d), and norms (tokens,) that are massive at attention sinks."""
         ordinary = size <= MASSIVE * size.median()
+        ordinary &= torch.arange(len(size)) % ids.shape[1] != 0
         x = x.double()
         mean = x[ordinary].mean(0)
         away = x[ordinary] - mean
