@@ -6,6 +6,7 @@ polynomials and the sinks. The second, over all, gives the normal equations of t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,8 @@ from surgery.features import Features, Original, prior_readout, with_sink_units
 from surgery.lstsq import UnitPolynomials, solve_units
 from surgery.moments import InputMoments, Preactivations, UnitMoments, from_data, from_gaussian
 from surgery.polynomial import Affine, guarded, standardised
-from surgery.readout import CHUNK, HELD_OUT_SHARE, Refit, behind, fill_sink_columns, held_out, mistaken, refit
-from surgery.stream import Station
+from surgery.readout import CHUNK, Refit, behind, fill_sink_columns, mistaken, refit
+from surgery.stream import Arrival, Station
 
 TOKENS_PER_UNKNOWN = 20
 
@@ -91,10 +92,9 @@ class FittedBlock:
 
 @dataclass(frozen=True)
 class _Sample:
-    """Rows the first pass looks at: `keep` of every `step`-th batch."""
+    """What the first pass looks at: `rows` of each batch."""
 
-    step: int
-    keep: Tensor
+    rows: tuple[Tensor, ...]
     x: Tensor
     y: Tensor
     z: Tensor | None
@@ -122,8 +122,7 @@ def fit_block(
     """
     block = station.block
     original = Original.of(block, station.modules)
-    sequences = 1 + max(int(arrival.sequence[-1]) for arrival in station.twin)
-    sample = _take_sample(station, original, settings, sequences)
+    sample = _take_sample(station, original, settings)
     inputs = InputMoments.of(sample.x[~sample.massive])
     at = Preactivations.of(inputs, original.gate, original.up)
     moments = _moments(original, at, sample, settings, given)
@@ -154,7 +153,7 @@ def fit_block(
         solution = fill_sink_columns(prior, twin(sample.x[sample.sink]), sample.aim, extra)
     readout = Affine(solution[:-1].T.contiguous(), solution[-1])
     if result and result.outputs:
-        predicted = torch.cat(result.outputs[:: sample.step])[sample.keep]
+        predicted = torch.cat([part[rows] for part, rows in zip(result.outputs, sample.rows, strict=True)])
     else:
         predicted = torch.cat([twin(part) @ solution.to(part) for part in sample.x.split(CHUNK)])
     answers = nn.functional.linear(sample.x, pointing.weight.to(sample.x), pointing.bias.to(sample.x)).square()
@@ -182,16 +181,14 @@ def fit_block(
     )
 
 
-def _take_sample(station: Station, original: Original, settings: FitSettings, sequences: int) -> _Sample:
-    """Evenly spread batches, until there are enough tokens for the units (always several per input dimension)."""
-    arrivals = station.twin
-    wanted = max(settings.unit_tokens, 4 * station.block.width)
-    step = max(1, len(arrivals) * len(arrivals[0].x) // wanted)
-    chosen = arrivals[::step]
-    keep = torch.cat([arrival.keep for arrival in chosen])
-    x = torch.cat([arrival.x for arrival in chosen])[keep]
-    size = torch.cat([arrival.size for arrival in chosen])[keep]
-    held = held_out(torch.cat([arrival.sequence for arrival in chosen])[keep], sequences)
+def _take_sample(station: Station, original: Original, settings: FitSettings) -> _Sample:
+    """Tokens drawn from all batches alike, enough for the units (always several per input dimension)."""
+    rows = _drawn(station.twin, max(settings.unit_tokens, 4 * station.block.width))
+
+    def gathered(name: str, arrivals: tuple[Arrival, ...] = station.twin) -> Tensor:
+        return torch.cat([getattr(arrival, name)[at] for arrival, at in zip(arrivals, rows, strict=True)])
+
+    x, size, held = gathered("x"), gathered("size"), gathered("held")
     unknowns = 2 * settings.degree + 1
     if len(x) < TOKENS_PER_UNKNOWN * unknowns:
         raise CalibrationError(
@@ -207,19 +204,28 @@ def _take_sample(station: Station, original: Original, settings: FitSettings, se
     norm = output.float().norm(dim=-1)
     total = (size.square() + norm.square()).sqrt()
     limit = sinks.threshold(total)
-    truly = torch.cat([arrival.size for arrival in (station.original or arrivals)[::step]])[keep]
-    sink = ((truly.square() + norm.square()).sqrt() > limit) | torch.cat([arrival.known_sink for arrival in chosen])[
-        keep
-    ]
+    truly = gathered("size", station.original or station.twin)
+    sink = ((truly.square() + norm.square()).sqrt() > limit) | gathered("known_sink")
     aim = output[sink]
     if station.original and station.block.additive:
-        parts = sink.split([int(arrival.keep.sum()) for arrival in chosen])
-        rows = [arrival.keep.nonzero()[:, 0][part] for arrival, part in zip(chosen, parts, strict=True)]
-        triples = zip(chosen, station.original[::step], rows, strict=True)
+        parts = sink.split([len(at) for at in rows])
+        triples = zip(
+            station.twin, station.original, (at[part] for at, part in zip(rows, parts, strict=True)), strict=True
+        )
         aim = torch.cat([original(other.x[at]) + behind(twin, other, at) for twin, other, at in triples])
-    if bool(held.all()) or not bool(held.any()):
-        held = torch.arange(len(held), device=held.device) % HELD_OUT_SHARE == 0
-    return _Sample(step, keep, x, y, z, output, size, ~sink, sink, held, total > limit, limit, aim)
+    return _Sample(rows, x, y, z, output, size, ~sink, sink, held, total > limit, limit, aim)
+
+
+def _drawn(arrivals: tuple[Arrival, ...], wanted: int) -> tuple[Tensor, ...]:
+    """Row numbers, ascending, of about `wanted` real tokens: the same share of every batch, the same draw every time."""
+    real = [arrival.keep.nonzero()[:, 0] for arrival in arrivals]
+    share = min(1.0, wanted / max(1, sum(len(rows) for rows in real)))
+    generator = torch.Generator().manual_seed(0)
+    drawn = []
+    for rows in real:
+        order = torch.randperm(len(rows), generator=generator)[: math.ceil(share * len(rows))]
+        drawn.append(rows[order.sort().values.to(rows.device)])
+    return tuple(drawn)
 
 
 def _moments(

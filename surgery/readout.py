@@ -14,7 +14,6 @@ from surgery.ridge import Readout, RidgeSums, ridge_path
 from surgery.stream import Arrival, Station
 
 CHUNK = 2048  # tokens whose hidden vectors are held at once
-HELD_OUT_SHARE = 8  # the last eighth of the sequences chooses the ridge; whole texts, so that it is honest
 YOUNG_SINKS = 0.1  # weight of sinks that are not massive yet, all together, against all other tokens
 MISTAKEN = 0.2  # of a sink unit's answer at its sink
 WEIGHT_LIMIT = 100.0  # of a token with a small residual, against the typical one
@@ -32,11 +31,6 @@ class Refit:
     choice: Readout
     outputs: tuple[Tensor, ...]
     written: tuple[Tensor, ...]
-
-
-def held_out(sequence: Tensor, sequences: int) -> Tensor:
-    """Which rows choose the ridge instead of fitting: those of the last eighth of the sequences, at least one."""
-    return sequence >= sequences - max(1, sequences // HELD_OUT_SHARE)
 
 
 def refit(
@@ -70,7 +64,6 @@ def refit(
     tokens = sum(len(arrival.x) for arrival in station.twin)
     whole = block.kind != "plain"  # else the passes wait inside the block and finish it themselves
     hold = whole and tokens * prior.shape[0] * station.twin[0].x.element_size() <= cache_bytes
-    sequences = 1 + max(int(arrival.sequence[-1]) for arrival in station.twin)
     typical = torch.cat([arrival.size[arrival.keep] for arrival in station.twin]).median()
     fit, chosen_on = (RidgeSums.zeros(prior.shape[0], prior.shape[1], prior.device) for _ in range(2))
     at_sinks: list[tuple[Tensor, Tensor]] = []
@@ -78,7 +71,7 @@ def refit(
     written: list[list[Tensor]] = [[] for _ in station.twin]
     for number, arrival in enumerate(station.twin):
         other = station.original[number] if station.original else arrival
-        for rows, held in _pieces(arrival, sequences):
+        for rows, held in _pieces(arrival):
             features = twin(arrival.x[rows])
             output = original(other.x[rows])
             if hold:
@@ -115,9 +108,9 @@ def refit(
     )
 
 
-def _pieces(arrival: Arrival, sequences: int) -> Iterator[tuple[slice, bool]]:
+def _pieces(arrival: Arrival) -> Iterator[tuple[slice, bool]]:
     """Slices of at most CHUNK rows, each wholly held out or wholly not."""
-    border = int((~held_out(arrival.sequence, sequences)).sum())
+    border = int((~arrival.held).sum())
     for begin, end, held in ((0, border, False), (border, len(arrival.x), True)):
         for start in range(begin, end, CHUNK):
             yield slice(start, min(start + CHUNK, end)), held

@@ -28,6 +28,8 @@ from surgery.errors import CalibrationError, ModelError
 from surgery.modeling_polynomial import install
 from surgery.sinks import MASSIVE
 
+HELD_OUT_SHARE = 8
+
 
 @dataclass(frozen=True)
 class Arrival:
@@ -38,7 +40,7 @@ class Arrival:
         keep: which rows are real tokens, bool.
         residual: the residual stream that the block's output will be added to, (tokens, d), where it is known.
         size: norm of the residual stream (or, where unknown, of the layer's input), (tokens,).
-        sequence: which sequence of the whole calibration set each row belongs to.
+        held: rows of held-out sequences, which choose the ridge instead of fitting; the last ones of a batch.
         known_sink: rows known beforehand to be attention sinks (see :func:`first_token_is_sink`), bool.
     """
 
@@ -46,7 +48,7 @@ class Arrival:
     keep: Tensor
     residual: Tensor | None
     size: Tensor
-    sequence: Tensor
+    held: Tensor
     known_sink: Tensor
 
 
@@ -97,6 +99,19 @@ class _Fork(nn.Module):
             return getattr(super().__getattr__("current"), name)
 
 
+def fitted_sequences(batches: Sequence[Mapping[str, Tensor]]) -> list[int]:
+    """How many sequences of each batch are fitted on. The others, the last eighth of all of one length (at least one),
+    choose the ridge: whole texts, so that the choice is honest."""
+    shapes = [next(iter(batch.values())).shape for batch in batches]
+    left = {shape[1:]: max(1, sum(s[0] for s in shapes if s[1:] == shape[1:]) // HELD_OUT_SHARE) for shape in shapes}
+    fitted = []
+    for shape in reversed(shapes):
+        held = min(shape[0], left[shape[1:]])
+        left[shape[1:]] -= held
+        fitted.append(shape[0] - held)
+    return fitted[::-1]
+
+
 class Stream:
     """Forward passes over `batches`, advanced together from block to block; iterate to get :class:`Station`.
 
@@ -118,6 +133,7 @@ class Stream:
         first_is_sink: bool = False,
     ) -> None:
         self.model, self.batches, self.blocks = model, batches, blocks
+        self._fitted = fitted_sequences(batches)
         self.follow_original, self.first_is_sink = follow_original, first_is_sink
         self._forks: dict[str, _Fork] = {}
         self._hooks: list[Any] = []
@@ -184,9 +200,6 @@ class Stream:
             path: self._forks[path].original if path in self._forks else attribute(self.model, path) for path in paths
         }
 
-    def _offset(self, number: int) -> int:
-        return sum(len(next(iter(batch.values()))) for batch in self.batches[:number])
-
     def _arrival(self, block: Block, x: Any, forward: _Pass, number: int) -> Arrival:
         batch = self.batches[number]
         if not isinstance(x, Tensor):
@@ -211,13 +224,13 @@ class Stream:
         if size is None or len(size) != len(flat):
             size = flat.norm(dim=-1)
         rows = len(next(iter(batch.values())))
-        sequence = torch.arange(len(flat), device=flat.device) // max(1, len(flat) // rows) + self._offset(number)
+        held = torch.arange(len(flat), device=flat.device) >= self._fitted[number] * max(1, len(flat) // rows)
         keep = _mask(block, batch, flat)
         known = torch.zeros_like(keep)
         if self.first_is_sink and len(flat) % rows == 0:
             order = keep.view(rows, -1).long().cumsum(-1)
             known = (keep.view(rows, -1) & (order == 1)).flatten()
-        return Arrival(flat, keep, residual, size.float(), sequence, known)
+        return Arrival(flat, keep, residual, size.float(), held, known)
 
     def _start(self) -> tuple[_Pass, ...]:
         def run(batch: Mapping[str, Tensor]) -> None:
