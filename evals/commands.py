@@ -69,8 +69,8 @@ def evaluate(
 
 def check(settings: EvalSettings, output: str | None) -> None:
     """Everything that can be wrong before a model is loaded."""
-    from surgery.calibration import check_source
     from surgery.loading import load_config
+    from surgery.texts import check_source
 
     check_source(settings.text)
     for name, revision in ((settings.twin, settings.revision), (settings.original, settings.original_revision)):

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.calibration import frame, tokens_of
 from surgery.errors import SurgeryError
+from surgery.texts import frame, tokens_of
 
 
 class EvaluationError(SurgeryError):

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from evals.perplexity import token_nats
-from surgery.calibration import tokens_of
 from surgery.loading import load
 from surgery.report import read_report
+from surgery.texts import tokens_of
 
 POSITIONS = (1, 8, 32, 128, 512)
 COUNTS = (0, 1, 10, 100, 10**9)

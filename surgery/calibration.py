@@ -1,35 +1,32 @@
-"""Calibration inputs: text, samples or tensors → batches of model inputs.
+"""Calibration inputs: a text source, the model's own samples or tensors → batches of model inputs.
 
 Sources (never a silent fallback: what was used is returned, printed and recorded):
 
-    python              English that ships with Python: its language reference and the docstrings of its library
     samples             the model's own samples, drawn at temperature 1 (data-free)
-    FILE.txt            plain text
-    FILE.jsonl          one JSON object a line with a "text" field
+    python, FILE.txt, FILE.jsonl, hub:NAME      texts, see :mod:`surgery.texts`
     FILE.safetensors    model inputs by name (pixel_values, input_ids, attention_mask, …), first dimension examples
-    hub:NAME[:CONFIG[:SPLIT]]   a Hub dataset with a "text" column (needs `datasets`)
+
+Windows of text are long or short: part of the tokens comes in short windows that begin as a text begins, and half of
+the long ones do too, unless the tokenizer gives every text a start token anyway. A model is used on short texts as well
+as in the midst of long ones; calibrated on long windows alone, its twin is lost in the first tokens (docs/log.md).
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import json
-import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from surgery.errors import CalibrationError, RecipeError
+from surgery.errors import CalibrationError
+from surgery.texts import frame, tokens_of
 
-BUILT_IN = ("python", "samples")
-MODULES_PER_TOPIC = 4  # there are about four modules with long docstrings to a topic of the language reference
-CHARACTERS_PER_TOKEN = 6  # an overestimate of English, so that enough text is read and no more
+SHORT = 64  # tokens of a short window
+SAMPLED_TOGETHER = 64  # sequences
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,7 @@ class Calibration:
         batches: keyword arguments of `model(**batch)`, tensors with the same first dimension.
         source, tokens, length: what was used, tokens in all (padding excluded), sequence length.
         fingerprint: SHA-256 of the tensors.
+        unseen: further batches that no fit may see, to measure on.
     """
 
     batches: tuple[dict[str, Tensor], ...]
@@ -47,162 +45,88 @@ class Calibration:
     tokens: int
     length: int
     fingerprint: str
+    unseen: tuple[dict[str, Tensor], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         described = asdict(self)
-        del described["batches"]
+        del described["batches"], described["unseen"]
         return described
 
 
-def documents(source: str) -> Iterator[str]:
-    """The texts of a text source, in order."""
-    if source == "python":
-        yield from _python_english()
-    elif source.startswith("hub:"):
-        yield from _hub_texts(source)
-    else:
-        yield from _file_texts(Path(source).expanduser())
+def start_tokens(tokenizer: Any) -> list[int]:
+    """What a text begins with: what the tokenizer puts there, else its start token, else its end-of-text token."""
+    before, _ = frame(tokenizer)
+    if before:
+        return before
+    known = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
+    return [token for token in known if token is not None][:1]
 
 
-def _python_english() -> Iterator[str]:
-    try:
-        from pydoc_data import topics
-    except ImportError as error:
-        raise CalibrationError(
-            "this Python was installed without pydoc_data",
-            fix="give a text file with --calibration FILE.txt",
-        ) from error
-    library = _docstrings(Path(sysconfig.get_paths()["stdlib"]))  # read as far as needed: parsing it all takes seconds
-    for _, text in sorted(topics.topics.items()):  # interleaved, so that any prefix holds both kinds
-        yield text
-        yield from islice(library, MODULES_PER_TOPIC)
-    yield from library
-
-
-def _docstrings(root: Path) -> Iterator[str]:
-    """Docstrings of at least a paragraph, a text per module, from the standard library's sources."""
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(parts) or parts[0].startswith("_"):
-            continue
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError, OSError):
-            continue
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        texts = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
-        long = [text for text in texts if len(text) > 200]
-        if long:
-            yield "\n\n".join(long)
-
-
-def _file_texts(path: Path) -> Iterator[str]:
-    if not path.is_file():
-        known = ", ".join(BUILT_IN)
-        raise CalibrationError(
-            "there is no such calibration file",
-            where=str(path),
-            fix=f"give a .txt, .jsonl or .safetensors file, hub:NAME, or one of: {known}",
-        )
-    try:
-        if path.suffix == ".jsonl":
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-                if not line.strip():
-                    continue
-                record = json.loads(line)
-                if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                    raise CalibrationError('a line without a "text" string', where=f"{path}:{number}")
-                yield record["text"]
-        else:
-            yield path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CalibrationError(
-            f"the file cannot be read as UTF-8 {'JSON lines' if path.suffix == '.jsonl' else 'text'}: {error}",
-            where=str(path),
-        ) from error
-
-
-def _hub_texts(source: str) -> Iterator[str]:
-    _, name, *rest = source.split(":")
-    config, split = [*rest, None, None][:2]
-    try:
-        import datasets
-    except ImportError as error:
-        raise CalibrationError(
-            "reading a Hub dataset needs the datasets package", fix="pip install 'polysurgery[eval]'"
-        ) from error
-    try:
-        stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        for row in stream:
-            if not isinstance(row.get("text"), str):
-                raise CalibrationError(f"the dataset has no text column, only {sorted(row)}", where=source)
-            if row["text"].strip():
-                yield row["text"]
-    except CalibrationError:
-        raise
-    except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CalibrationError(
-            f"the dataset could not be read: {first}", where=source, fix="check name and network"
-        ) from error
-
-
-def tokens_of(source: str, tokenizer: Any, count: int, skip: int = 0) -> Tensor:
-    """Token ids skip … skip + count of a text source, documents joined by the end-of-text token; shape (≤ count,)."""
-    if tokenizer is None:
-        raise CalibrationError(
-            "the model comes with no tokenizer, so text cannot be used",
-            fix="give model inputs as a .safetensors file (pixel_values or input_ids)",
-        )
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids: list[int] = []
-    for text in documents(source):
-        budget = (skip + count - len(ids)) * CHARACTERS_PER_TOKEN * 4
-        ids += tokenizer(text[:budget], add_special_tokens=False, verbose=False)["input_ids"] + separator
-        if len(ids) >= skip + count:
-            break
-    return torch.tensor(ids[skip : skip + count], dtype=torch.long)
-
-
-def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text, as ids: a start token (Llama, Gemma), [CLS] and [SEP] (BERT).
-
-    A model trained with a start token is another model without it, so every window gets the frame it knows.
-    """
-    bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    for start in range(len(whole) - len(bare) + 1):
-        if whole[start : start + len(bare)] == bare:
-            return list(whole[:start]), list(whole[start + len(bare) :])
-    return [], []
-
-
-def sample(model: Any, tokenizer: Any, count: int, length: int, seed: int, batch: int = 32) -> Tensor:
-    """The model's own text: (count ÷ length, length) ids, drawn at temperature 1 from the start token."""
-    start = next(
-        (
-            i
-            for i in (getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None))
-            if i is not None
-        ),
-        None,
-    )
-    if start is None or not hasattr(model, "generate") or not model.can_generate():
+def sample(model: Any, tokenizer: Any, rows: int, length: int, batch: int = SAMPLED_TOGETHER) -> Tensor:
+    """The model's own texts from their start tokens on, (rows, length) ids, at temperature 1; global random state."""
+    start = [] if tokenizer is None else start_tokens(tokenizer)
+    if not start or not hasattr(model, "generate") or not model.can_generate():
         raise CalibrationError("this model cannot generate text of its own", fix="give a text file with --calibration")
     from tqdm import tqdm
 
-    torch.manual_seed(seed)
-    rows: list[Tensor] = []
-    needed = -(-count // length)
-    with tqdm(total=needed, desc="sampling", unit="seq", leave=False) as bar:
-        while len(rows) < needed:
-            prompt = torch.full((min(batch, needed - len(rows)), 1), start, device=model.device)
+    drawn: list[Tensor] = []
+    with tqdm(total=rows, desc=f"sampling {length} tokens", unit="seq", leave=False) as bar:
+        while len(drawn) < rows:
+            prompt = torch.tensor(start, device=model.device).expand(min(batch, rows - len(drawn)), -1)
+            new = length - len(start)
             out = model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                min_new_tokens=length - 1, max_new_tokens=length - 1, pad_token_id=start,
+                min_new_tokens=new, max_new_tokens=new, pad_token_id=start[0],
             )  # fmt: skip
-            rows += list(out[:, :length].cpu())
+            drawn += list(out[:, :length].cpu())
             bar.update(len(out))
-    return torch.stack(rows[:needed])
+    return torch.stack(drawn)
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """How much of a text, in what pieces."""
+
+    tokens: int
+    length: int
+    short: float
+    unseen: int
+
+    @property
+    def mixed(self) -> bool:
+        return self.short > 0 and self.length > SHORT
+
+    @property
+    def long_tokens(self) -> int:
+        return round(self.tokens * (1 - self.short)) if self.mixed else self.tokens
+
+    def of_text(self, source: str, tokenizer: Any) -> tuple[list[Tensor], Tensor | None]:
+        """Sets of windows to calibrate on, and unseen ones: from the tokens after those, at most a quarter."""
+        ids = tokens_of(source, tokenizer, self.tokens + self.unseen)
+        framed = frame(tokenizer)
+        kept = len(ids) - min(self.unseen, max(len(ids) - self.tokens, len(ids) // 4)) if self.unseen else len(ids)
+        unseen = sequences(ids[kept:], self.length, framed, source, 1) if kept < len(ids) else None
+        long = sequences(ids[: min(kept, self.long_tokens)], self.length, framed, source)
+        if not self.mixed:
+            return [long], unseen
+        start = start_tokens(tokenizer)
+        if start and not framed[0]:
+            long[::2, 0] = start[0]
+        used = len(long) * (self.length - len(framed[0]) - len(framed[1]))
+        short = sequences(ids[used:kept], SHORT, (start, framed[1]), source, 1)
+        return [long, short], unseen
+
+    def of_samples(self, model: Any, tokenizer: Any, seed: int) -> tuple[list[Tensor], Tensor | None]:
+        torch.manual_seed(seed)
+        rows, extra = -(-self.long_tokens // self.length), -(-self.unseen // self.length)
+        midst = self.mixed and not (tokenizer is not None and frame(tokenizer)[0])
+        drawn = sample(model, tokenizer, rows + extra, self.length + midst)
+        if midst:
+            drawn = torch.stack([row[number % 2 :][: self.length] for number, row in enumerate(drawn)])
+        sets = [drawn[:rows]]
+        if self.mixed:
+            sets.append(sample(model, tokenizer, (self.tokens - self.long_tokens) // SHORT, SHORT))
+        return sets, drawn[rows:] if extra else None
 
 
 def prepare(
@@ -214,6 +138,8 @@ def prepare(
     length: int,
     batch: int,
     seed: int = 0,
+    short: float = 0.0,
+    unseen: int = 0,
 ) -> Calibration:
     """Batches from any source.
 
@@ -221,45 +147,52 @@ def prepare(
         source: a source name (see the module), token ids of shape (tokens,) or (sequences, length), or model inputs.
         tokens: how many to use at most.
         length: tokens a sequence; lowered to the model's own limit.
-        batch: sequences a forward pass.
+        batch: sequences a forward pass; of short ones as many as have the same number of tokens.
+        short: share of the tokens in short windows; 0 where `length` is short itself.
+        unseen: further tokens to measure on, from sources that have any.
     Raises:
         CalibrationError: nothing to read, or less than two sequences.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     length = min(length, limit) if isinstance(limit, int) and limit > 0 else length
     label = source if isinstance(source, str) else "given"
+    rest: Tensor | None = None
     if isinstance(source, str) and source.endswith(".safetensors"):
         inputs = _tensor_file(Path(source).expanduser())
     elif isinstance(source, str):
-        if source == "samples":
-            ids = sample(model, tokenizer, tokens, length, seed)
-        else:
-            ids = sequences(tokens_of(source, tokenizer, tokens), length, frame(tokenizer), label)
-        inputs = [_text_inputs(ids, model)]
+        plan = _Windows(tokens, length, short, unseen)
+        sets, rest = plan.of_samples(model, tokenizer, seed) if source == "samples" else plan.of_text(source, tokenizer)
+        inputs = [_text_inputs(ids, model) for ids in sets]
     elif isinstance(source, Tensor):
-        inputs = [
-            _text_inputs(source if source.dim() == 2 else sequences(source.flatten(), length, label=label), model)
-        ]
+        inputs = [_text_inputs(source if source.dim() == 2 else sequences(source.flatten(), length), model)]
     elif isinstance(source, Mapping):
         inputs = [dict(source)]
     else:
         inputs = [dict(item) for item in source]
-    batches = tuple(part for item in inputs for part in _split(item, batch))
-    return _described(batches, label, model)
+    batches = tuple(part for item in inputs for part in _split(item, max(1, batch * length // _length(item, length))))
+    further = () if rest is None else tuple(_split(_text_inputs(rest, model), batch))
+    return replace(_described(batches, label, model), unseen=further)
 
 
-def sequences(ids: Tensor, length: int, framed: tuple[list[int], list[int]] = ([], []), label: str = "given") -> Tensor:
+def _length(inputs: Mapping[str, Tensor], otherwise: int) -> int:
+    ids = inputs.get("input_ids")
+    return otherwise if ids is None else ids.shape[1]
+
+
+def sequences(
+    ids: Tensor, length: int, framed: tuple[list[int], list[int]] = ([], []), label: str = "given", least: int = 2
+) -> Tensor:
     """Sequences of `length` tokens, frame included, from a stream of ids; (sequences, length). A rest is left out.
 
     Raises:
-        CalibrationError: fewer than two sequences.
+        CalibrationError: fewer than `least` sequences.
     """
     before, after = (torch.tensor(part, dtype=ids.dtype) for part in framed)
     room = length - len(before) - len(after)
     rows = len(ids) // room if room > 0 else 0
-    if rows < 2:
+    if rows < least:
         raise CalibrationError(
-            f"{len(ids)} tokens are fewer than two sequences of {length}",
+            f"{len(ids)} tokens are fewer than {'one sequence' if least == 1 else 'two sequences'} of {length}",
             where=label,
             cause="the file is empty or too short",
             fix="give more text, or lower --length",
@@ -317,16 +250,3 @@ def _described(batches: tuple[dict[str, Tensor], ...], label: str, model: Any) -
             fix="give more text, or lower --length",
         )
     return Calibration(batches, label, tokens, length, digest.hexdigest())
-
-
-def check_source(source: str) -> None:
-    """Raises RecipeError for a source that cannot be what was meant, before a model is loaded."""
-    if source in BUILT_IN or source.startswith("hub:") or Path(source).expanduser().is_file():
-        return
-    from surgery.errors import did_you_mean
-
-    raise RecipeError(
-        f"no calibration source {source!r}{did_you_mean(source, BUILT_IN)}",
-        cause="neither an existing file nor a built-in source",
-        fix=f"one of {', '.join(BUILT_IN)}, hub:NAME, or a .txt, .jsonl or .safetensors file",
-    )

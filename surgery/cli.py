@@ -50,9 +50,14 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
 @click.option("--readout", help="refit or keep the last map of each block.  [default: refit; keep for gaussian]")
 @click.option("--target", help="stream or block: what a refitted block aims at.  [default: stream]")
 @click.option("--blocks", help="Which blocks, as in 0-5,8.  [default: all]")
-@click.option("--calibration", help="python, samples, hub:NAME, or a .txt, .jsonl or .safetensors file.")
+@click.option(
+    "--calibration",
+    help="samples, python, hub:NAME, or a .txt, .jsonl or .safetensors file.  [default: the model's own samples; "
+    "python where it cannot generate]",
+)
 @click.option("--tokens", type=int, help="Calibration tokens.  [default: 65536]")
 @click.option("--length", type=int, help="Tokens a sequence.  [default: 512]")
+@click.option("--short", type=float, help="Share of the tokens in short sequences.  [default: 0.5]")
 @click.option("--batch", type=int, help="Sequences a forward pass.  [default: 8]")
 @click.option("--measure", type=int, help="Unseen tokens to measure perplexity on; 0: none.  [default: 8192]")
 @click.option("--seed", type=int, help="Seed for the model's own samples.  [default: 0]")
@@ -75,7 +80,7 @@ def convert(
     recipe = load_recipe(recipe_file, given)
     if not recipe.model:
         raise SurgeryError("no model was named", fix="surgery convert MODEL -o OUT, or name it in the recipe")
-    from surgery.calibration import check_source
+    from surgery.texts import check_source
 
     check_source(recipe.calibration)
     if dry_run:
@@ -89,7 +94,8 @@ def convert(
     from surgery.pipeline import convert as run
 
     if not as_json:
-        click.echo(f"calibration: {recipe.calibration}, {recipe.tokens} tokens", err=True)
+        source = "the model's own samples (python if it cannot generate)" if recipe.calibration == "auto" else ""
+        click.echo(f"calibration: {source or recipe.calibration}, {recipe.tokens} tokens", err=True)
     _, report = run(
         recipe.model, recipe=recipe, output=recipe.output, overwrite=overwrite, restart=restart, quiet=as_json
     )

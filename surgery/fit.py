@@ -217,7 +217,7 @@ def _take_sample(station: Station, original: Original, settings: FitSettings) ->
 
 
 def _drawn(arrivals: tuple[Arrival, ...], wanted: int) -> tuple[Tensor, ...]:
-    """Row numbers, ascending, of about `wanted` real tokens: the same share of every batch, drawn the same each time."""
+    """Row numbers, ascending, of about `wanted` real tokens: the same share of every batch, the same in every run."""
     real = [arrival.keep.nonzero()[:, 0] for arrival in arrivals]
     share = min(1.0, wanted / max(1, sum(len(rows) for rows in real)))
     generator = torch.Generator().manual_seed(0)

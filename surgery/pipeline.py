@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from surgery import checkpoint, loading, swap
 from surgery.blocks import Block, Survey, attribute, confirm, survey
-from surgery.calibration import Calibration, prepare
+from surgery.calibration import Calibration, prepare, start_tokens
 from surgery.errors import ModelError, RecipeError
 from surgery.fit import FitSettings, Gaussian, fit_block
 from surgery.modeling_polynomial import install
@@ -142,7 +142,7 @@ def convert(
     from surgery.recipe import load_recipe
 
     plan = load_recipe(None, chosen)
-    inputs = calibration if calibration is not None and not isinstance(calibration, str) else plan.calibration
+    given_inputs = calibration is not None and not isinstance(calibration, str)
     started = time.monotonic()
     target = Path(plan.output) if plan.output else None
     if target is not None:
@@ -153,8 +153,9 @@ def convert(
     else:
         loaded = loading.in_memory(model, tokenizer)
     loaded_at = time.monotonic()
-    data, unseen = _inputs(inputs, loaded, plan)
-    network = loaded.model
+    plan = _chosen_source(plan, loaded)
+    data = _inputs(calibration if given_inputs else plan.calibration, loaded, plan)
+    unseen, network = data.unseen, loaded.model
     found = survey(network)
     blocks = choose(found, plan)
     probe = _probe(network, data)
@@ -206,22 +207,21 @@ def _public(plan: Recipe) -> dict[str, Any]:
     return {key: Path(value).name for key, here in local.items() if here and (value := getattr(plan, key))}
 
 
-def _inputs(
-    source: Any, loaded: loading.LoadedModel, plan: Recipe
-) -> tuple[Calibration, tuple[dict[str, Tensor], ...]]:
+def _inputs(source: Any, loaded: loading.LoadedModel, plan: Recipe) -> Calibration:
     """Calibration batches, and further ones that no fit sees, to measure perplexity on."""
-    measures = plan.measure if _is_causal(loaded.model) else 0
-    extra = measures if isinstance(source, str) and not source.endswith(".safetensors") else 0
-    common: dict[str, Any] = {"length": plan.length, "batch": plan.batch, "seed": plan.seed}
-    data = prepare(source, loaded.model, loaded.tokenizer, tokens=plan.tokens + extra, **common)
-    if not extra:
-        return data, ()
-    rows = torch.cat([batch["input_ids"] for batch in data.batches])
-    held = min(-(-extra // rows.shape[1]), max(1, len(rows) // 4))
-    used = prepare(rows[:-held], loaded.model, loaded.tokenizer, tokens=plan.tokens, **common)
-    used = replace(used, source=data.source)
-    unseen = tuple({"input_ids": part} for part in rows[-held:].split(plan.batch))
-    return used, unseen
+    measured = plan.measure if isinstance(source, str) and _is_causal(loaded.model) else 0
+    return prepare(
+        source, loaded.model, loaded.tokenizer,
+        tokens=plan.tokens, length=plan.length, batch=plan.batch, seed=plan.seed, short=plan.short, unseen=measured,
+    )  # fmt: skip
+
+
+def _chosen_source(plan: Recipe, loaded: loading.LoadedModel) -> Recipe:
+    """`auto` spelled out: the model's own samples, unless it cannot generate or has no tokenizer to begin with."""
+    if plan.calibration != "auto":
+        return plan
+    generates = _is_causal(loaded.model) and loaded.tokenizer is not None and start_tokens(loaded.tokenizer)
+    return plan.model_copy(update={"calibration": "samples" if generates else "python"})
 
 
 def _is_causal(model: Any) -> bool:

@@ -5,6 +5,7 @@ Every problem of a file is reported at once, with its line and the nearest known
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,9 +44,16 @@ class Recipe(BaseModel):
         description="what a refitted block aims at: the original's residual stream, or its own block's output",
     )
     blocks: str | None = Field(None, description="which blocks, as in 0-5,8 (default: all)")
-    calibration: str = Field("python", description="python, samples, hub:NAME, or a .txt/.jsonl/.safetensors file")
+    calibration: str = Field(
+        "auto",
+        description="samples, python, hub:NAME, or a .txt/.jsonl/.safetensors file; auto: the model's own samples, and "
+        "python for a model that cannot generate",
+    )
     tokens: int = Field(65536, ge=1, description="calibration tokens")
     length: int = Field(512, ge=2, description="tokens a sequence")
+    short: float = Field(
+        0.5, ge=0, lt=1, description="share of the tokens in short sequences that begin as a text begins"
+    )
     batch: int = Field(8, ge=1, description="sequences a forward pass")
     measure: int = Field(8192, ge=0, description="further tokens to measure perplexity on, 0 for none")
     seed: int = Field(0, ge=0, description="seed for the model's own samples")
@@ -70,8 +78,9 @@ class Recipe(BaseModel):
             problems.append("form: native needs degree 2 (a bilinear block is quadratic)")
         if self.tail_weight and self.assume != "data":
             problems.append("tail_weight needs assume: data")
-        if self.tokens < 2 * self.length and self.calibration in ("python", "samples"):
-            problems.append(f"tokens ({self.tokens}) must be at least two sequences of length ({self.length})")
+        if self.tokens * (1 - self.short) < 2 * self.length and self.calibration in ("auto", "python", "samples"):
+            least = f"{math.ceil(2 * self.length / (1 - self.short))}"
+            problems.append(f"tokens ({self.tokens}) must be at least {least}: two sequences of length ({self.length})")
         if self.blocks is not None:
             try:
                 parse_blocks(self.blocks)

@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery import checkpoint, loading
-from surgery.calibration import frame, sequences, tokens_of
+from surgery.calibration import sequences
 from surgery.card import read_twin
 from surgery.distill import kl, named_trainable, share
 from surgery.errors import CalibrationError, CheckpointError, RecipeError
+from surgery.texts import frame, tokens_of
 
 MOST_SKIPPED = 10  # steps in a row that may be skipped for not being finite
 

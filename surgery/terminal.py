@@ -48,7 +48,8 @@ def plan_text(planned: dict[str, Any]) -> str:
         f"blocks        {len(planned['convert'])} of {len(planned['blocks'])}",
         f"degree        {recipe['degree']} ({planned['coefficients_per_unit']} coefficients a unit)",
         f"optimum for   {recipe['assume']}, readout {recipe['readout']}, target {recipe['target']}",
-        f"calibration   {recipe['calibration']}: {recipe['tokens']} tokens in sequences of {recipe['length']}",
+        f"calibration   {recipe['calibration']}: {recipe['tokens']} tokens in sequences of {recipe['length']}, "
+        f"{recipe['short']:.0%} of them in short ones",
         f"form          {planned['form']}",
         f"output        {recipe['output'] or '(none)'}",
     ]

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from evals.text import read
-from surgery.calibration import check_source, documents, frame, prepare, sample, tokens_of
+from surgery.calibration import SHORT, prepare, sample
 from surgery.errors import CalibrationError, RecipeError
+from surgery.texts import check_source, documents, frame, tokens_of
 from tests import tiny
 
 
@@ -61,12 +62,51 @@ def test_fingerprint_tells_inputs_apart():
 
 def test_samples_are_the_models_own_and_follow_the_seed():
     model = tiny.make("llama")
-    one = sample(model, Characters(), 40, 10, seed=1)
+    torch.manual_seed(1)
+    one = sample(model, Characters(), 4, 10)
+    torch.manual_seed(1)
+    assert torch.equal(one, sample(model, Characters(), 4, 10))
     assert one.shape == (4, 10)
-    assert torch.equal(one, sample(model, Characters(), 40, 10, seed=1))
-    assert not torch.equal(one, sample(model, Characters(), 40, 10, seed=2))
+    assert (one[:, 0] == 1).all(), "from the start token"
     with pytest.raises(CalibrationError, match="cannot generate"):
-        sample(tiny.make("vit"), Characters(), 40, 10, seed=1)
+        sample(tiny.make("bert"), Characters(), 4, 10)
+
+
+@pytest.mark.parametrize("source", ["text", "samples"])
+def test_windows_are_long_and_short_and_begin_both_ways(source, tmp_path):
+    (tmp_path / "a.txt").write_text("hello world, how are you? " * 200)
+    name = str(tmp_path / "a.txt") if source == "text" else "samples"
+    model = tiny.make("llama")
+    settings = {"tokens": 2048, "length": 96, "batch": 4, "short": 0.5, "unseen": 192}
+    data = prepare(name, model, Characters(), **settings)
+    long, short = ([b["input_ids"] for b in data.batches if b["input_ids"].shape[1] == n] for n in (96, SHORT))
+    assert sum(len(batch) for batch in long) == 2048 // 2 // 96 + (source == "samples")
+    assert all(len(batch) == 4 * 96 // SHORT for batch in short[:-1])
+    assert abs(sum(batch.numel() for batch in short) - 1024) <= 128
+    starts = torch.cat(long)[:, 0] == 1
+    assert starts[::2].all()
+    assert not starts[1::2].any()
+    assert (torch.cat(short)[:, 0] == 1).all()
+    unseen = torch.cat([batch["input_ids"] for batch in data.unseen])
+    assert unseen.shape == (2, 96)
+    again = prepare(name, model, Characters(), **settings)
+    assert again.fingerprint == data.fingerprint != prepare(
+        name, model, Characters(), **settings, seed=1
+    ).fingerprint or (source == "text")
+
+
+def test_unseen_tokens_are_after_those_used(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(chr(33 + i * i % 90) for i in range(4000)))
+    data = prepare(str(tmp_path / "a.txt"), MODEL, Characters(), tokens=2048, length=96, batch=4, short=0.5, unseen=480)
+    ids = tokens_of(str(tmp_path / "a.txt"), Characters(), 4000)
+    assert torch.equal(torch.cat([b["input_ids"] for b in data.unseen]).flatten(), ids[2048 : 2048 + 480])
+
+
+def test_a_start_token_that_the_tokenizer_gives_is_not_given_twice(tmp_path):
+    (tmp_path / "a.txt").write_text("hello world " * 400)
+    data = prepare(str(tmp_path / "a.txt"), MODEL, WithStart(), tokens=2048, length=96, batch=4, short=0.5)
+    ids = [batch["input_ids"] for batch in data.batches]
+    assert all((part[:, 0] == 1).all() and (part[:, 1] != 1).all() for part in ids)
 
 
 def test_model_inputs_come_from_a_safetensors_file(tmp_path):

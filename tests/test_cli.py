@@ -53,7 +53,8 @@ def test_convert_prints_perplexity_and_keeps_the_companions(llama, tmp_path):
     assert "modeling_polynomial.py" not in names
     report = json.loads((tmp_path / "twin" / "surgery.json").read_text())
     assert report["perplexity"]["tokens"] >= 400
-    assert report["calibration"]["source"] == "python"
+    assert report["calibration"]["source"] == report["recipe"]["calibration"] == "samples"
+    assert "the model's own samples" in done.stderr
     assert report["recipe"]["output"] == "twin", "no path of this machine travels with the checkpoint"
     assert report["recipe"]["model"] == "model"
     again = surgery(*arguments, "-o", tmp_path / "twin")

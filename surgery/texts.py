@@ -1,0 +1,159 @@
+"""Texts by name → documents and token ids.
+
+python              English that ships with Python: its language reference and the docstrings of its library
+FILE.txt            plain text
+FILE.jsonl          one JSON object a line with a "text" field
+hub:NAME[:CONFIG[:SPLIT]]   a Hub dataset with a "text" column (needs `datasets`)
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import sysconfig
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.errors import CalibrationError, RecipeError, did_you_mean
+
+BUILT_IN = ("python", "samples")
+MODULES_PER_TOPIC = 4  # there are about four modules with long docstrings to a topic of the language reference
+CHARACTERS_PER_TOKEN = 6  # an overestimate of English, so that enough text is read and no more
+
+
+def documents(source: str) -> Iterator[str]:
+    """The texts of a text source, in order."""
+    if source == "python":
+        yield from _python_english()
+    elif source.startswith("hub:"):
+        yield from _hub_texts(source)
+    else:
+        yield from _file_texts(Path(source).expanduser())
+
+
+def _python_english() -> Iterator[str]:
+    try:
+        from pydoc_data import topics
+    except ImportError as error:
+        raise CalibrationError(
+            "this Python was installed without pydoc_data",
+            fix="give a text file with --calibration FILE.txt",
+        ) from error
+    library = _docstrings(Path(sysconfig.get_paths()["stdlib"]))  # read as far as needed: parsing it all takes seconds
+    for _, text in sorted(topics.topics.items()):  # interleaved, so that any prefix holds both kinds
+        yield text
+        yield from islice(library, MODULES_PER_TOPIC)
+    yield from library
+
+
+def _docstrings(root: Path) -> Iterator[str]:
+    """Docstrings of at least a paragraph, a text per module, from the standard library's sources."""
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(parts) or parts[0].startswith("_"):
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError, OSError):
+            continue
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        texts = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
+        long = [text for text in texts if len(text) > 200]
+        if long:
+            yield "\n\n".join(long)
+
+
+def _file_texts(path: Path) -> Iterator[str]:
+    if not path.is_file():
+        known = ", ".join(BUILT_IN)
+        raise CalibrationError(
+            "there is no such calibration file",
+            where=str(path),
+            fix=f"give a .txt, .jsonl or .safetensors file, hub:NAME, or one of: {known}",
+        )
+    try:
+        if path.suffix == ".jsonl":
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                if not line.strip():
+                    continue
+                record = json.loads(line)
+                if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                    raise CalibrationError('a line without a "text" string', where=f"{path}:{number}")
+                yield record["text"]
+        else:
+            yield path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CalibrationError(
+            f"the file cannot be read as UTF-8 {'JSON lines' if path.suffix == '.jsonl' else 'text'}: {error}",
+            where=str(path),
+        ) from error
+
+
+def _hub_texts(source: str) -> Iterator[str]:
+    _, name, *rest = source.split(":")
+    config, split = [*rest, None, None][:2]
+    try:
+        import datasets
+    except ImportError as error:
+        raise CalibrationError(
+            "reading a Hub dataset needs the datasets package", fix="pip install 'polysurgery[eval]'"
+        ) from error
+    try:
+        stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        for row in stream:
+            if not isinstance(row.get("text"), str):
+                raise CalibrationError(f"the dataset has no text column, only {sorted(row)}", where=source)
+            if row["text"].strip():
+                yield row["text"]
+    except CalibrationError:
+        raise
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CalibrationError(
+            f"the dataset could not be read: {first}", where=source, fix="check name and network"
+        ) from error
+
+
+def tokens_of(source: str, tokenizer: Any, count: int, skip: int = 0) -> Tensor:
+    """Token ids skip … skip + count of a text source, documents joined by the end-of-text token; shape (≤ count,)."""
+    if tokenizer is None:
+        raise CalibrationError(
+            "the model comes with no tokenizer, so text cannot be used",
+            fix="give model inputs as a .safetensors file (pixel_values or input_ids)",
+        )
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids: list[int] = []
+    for text in documents(source):
+        budget = (skip + count - len(ids)) * CHARACTERS_PER_TOKEN * 4
+        ids += tokenizer(text[:budget], add_special_tokens=False, verbose=False)["input_ids"] + separator
+        if len(ids) >= skip + count:
+            break
+    return torch.tensor(ids[skip : skip + count], dtype=torch.long)
+
+
+def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text, as ids: a start token (Llama, Gemma), [CLS] and [SEP] (BERT).
+
+    A model trained with a start token is another model without it, so every window gets the frame it knows.
+    """
+    bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return list(whole[:start]), list(whole[start + len(bare) :])
+    return [], []
+
+
+def check_source(source: str) -> None:
+    """Raises RecipeError for a source that cannot be what was meant, before a model is loaded."""
+    if source in ("auto", *BUILT_IN) or source.startswith("hub:") or Path(source).expanduser().is_file():
+        return
+    raise RecipeError(
+        f"no calibration source {source!r}{did_you_mean(source, BUILT_IN)}",
+        cause="neither an existing file nor a built-in source",
+        fix=f"one of {', '.join(BUILT_IN)}, hub:NAME, or a .txt, .jsonl or .safetensors file",
+    )
