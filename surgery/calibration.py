@@ -52,6 +52,25 @@ class Calibration:
         del described["batches"], described["unseen"]
         return described
 
+    def as_tensors(self) -> dict[str, Tensor]:
+        """All batches by name, to be stored; see :meth:`of_tensors`."""
+        return {
+            f"{part}/{number}/{name}": value.contiguous()
+            for part in ("batches", "unseen")
+            for number, batch in enumerate(getattr(self, part))
+            for name, value in batch.items()
+        }
+
+    @staticmethod
+    def of_tensors(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> Calibration:
+        """What :meth:`as_tensors` and :meth:`as_dict` were made from."""
+        parts: dict[str, dict[int, dict[str, Tensor]]] = {"batches": {}, "unseen": {}}
+        for key, value in tensors.items():
+            part, number, name = key.split("/")
+            parts[part].setdefault(int(number), {})[name] = value
+        batches, unseen = (tuple(batch for _, batch in sorted(parts[part].items())) for part in ("batches", "unseen"))
+        return Calibration(batches, unseen=unseen, **described)
+
 
 def start_tokens(tokenizer: Any) -> list[int]:
     """What a text begins with: what the tokenizer puts there, else its start token, else its end-of-text token."""

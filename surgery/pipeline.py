@@ -20,7 +20,7 @@ from surgery.modeling_polynomial import install
 from surgery.progress import Progress
 from surgery.recipe import Recipe, parse_blocks
 from surgery.report import Report, block_row
-from surgery.resume import Workshop
+from surgery.resume import Workshop, kept
 from surgery.stream import Stream, first_token_is_sink
 
 CACHE_BYTES = 1 << 30  # hidden vectors kept per block, so that they are computed once
@@ -142,7 +142,6 @@ def convert(
     from surgery.recipe import load_recipe
 
     plan = load_recipe(None, chosen)
-    given_inputs = calibration is not None and not isinstance(calibration, str)
     started = time.monotonic()
     target = Path(plan.output) if plan.output else None
     if target is not None:
@@ -154,7 +153,9 @@ def convert(
         loaded = loading.in_memory(model, tokenizer)
     loaded_at = time.monotonic()
     plan = _chosen_source(plan, loaded)
-    data = _inputs(calibration if given_inputs else plan.calibration, loaded, plan)
+    data = _inputs(
+        plan.calibration if calibration is None or isinstance(calibration, str) else calibration, loaded, plan
+    )
     unseen, network = data.unseen, loaded.model
     found = survey(network)
     blocks = choose(found, plan)
@@ -210,10 +211,16 @@ def _public(plan: Recipe) -> dict[str, Any]:
 def _inputs(source: Any, loaded: loading.LoadedModel, plan: Recipe) -> Calibration:
     """Calibration batches, and further ones that no fit sees, to measure perplexity on."""
     measured = plan.measure if isinstance(source, str) and _is_causal(loaded.model) else 0
-    return prepare(
-        source, loaded.model, loaded.tokenizer,
-        tokens=plan.tokens, length=plan.length, batch=plan.batch, seed=plan.seed, short=plan.short, unseen=measured,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "tokens": plan.tokens, "length": plan.length, "batch": plan.batch, "seed": plan.seed, "short": plan.short,
+        "unseen": measured,
+    }  # fmt: skip
+
+    def draw() -> Calibration:
+        return prepare(source, loaded.model, loaded.tokenizer, **settings)
+
+    target = Path(plan.output) if plan.output and source == "samples" else None
+    return kept(target, loaded.source, settings, draw)
 
 
 def _chosen_source(plan: Recipe, loaded: loading.LoadedModel) -> Recipe:

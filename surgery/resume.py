@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,6 +23,39 @@ from surgery.checkpoint import write_json
 from surgery.errors import CheckpointError
 from surgery.loading import Source
 from surgery.recipe import Recipe
+
+SAMPLES = "samples.safetensors"
+
+
+def partial(target: Path) -> Path:
+    """Where an interrupted conversion to `target` keeps what is finished."""
+    return target.with_name(target.name + ".partial")
+
+
+def kept(
+    target: Path | None, source: Source, settings: Mapping[str, Any], draw: Callable[[], Calibration]
+) -> Calibration:
+    """The model's own samples: those of an interrupted run with the same settings, else new ones, which are kept."""
+    if target is None:
+        return draw()
+    key = hashlib.sha256(json.dumps([source.as_dict(), dict(settings)], sort_keys=True).encode()).hexdigest()
+    file = partial(target) / SAMPLES
+    if file.is_file():
+        with safe_open(file, framework="pt") as opened:
+            known = opened.metadata()
+        if known.get("key") == key:
+            return Calibration.of_tensors(load_file(file), json.loads(known["calibration"]))
+    data = draw()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        save_file(data.as_tensors(), temporary, metadata={"key": key, "calibration": json.dumps(data.as_dict())})
+        os.replace(temporary, file)
+    except Exception as error:
+        raise CheckpointError(
+            f"the samples could not be kept: {error}", where=str(file.parent), cause="the disk is full, or not writable"
+        ) from error
+    return data
 
 
 @dataclass(frozen=True)
@@ -35,16 +69,18 @@ class Workshop:
         """Raises CheckpointError if the folder belongs to another run (unless `restart`)."""
         if target is None:
             return Workshop(None)
-        folder = target.with_name(target.name + ".partial")
+        folder = partial(target)
         ours = {
             key: value for key, value in recipe.resolved().items() if key not in ("output", "measure", "save_dtype")
         }
         text = json.dumps([ours, source.as_dict(), data.fingerprint], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()
         note = folder / "run.json"
-        if restart:
-            shutil.rmtree(folder, ignore_errors=True)
-        if folder.exists():
+        if restart and folder.is_dir():
+            for file in folder.iterdir():
+                if file.name != SAMPLES:
+                    file.unlink()
+        if folder.exists() and {file.name for file in folder.iterdir()} - {SAMPLES}:
             known = json.loads(note.read_text())["key"] if note.is_file() else None
             if known != key:
                 raise CheckpointError(
@@ -90,8 +126,6 @@ class Workshop:
             ) from error
 
     def load(self, block: Block, like: Tensor) -> tuple[dict[str, Any], dict[str, Any], dict[str, nn.Module]]:
-        from safetensors import safe_open
-
         with safe_open(self._file(block), framework="pt") as file:
             metadata = file.metadata()
         entry, row = json.loads(metadata["entry"]), json.loads(metadata["row"])

@@ -160,7 +160,7 @@ def test_help_loads_nothing_heavy():
 
 def test_kill_half_way_leaves_no_checkpoint_and_resumes(llama, tmp_path):
     command = [sys.executable, "-m", "surgery", "convert", str(llama), "-o", str(tmp_path / "twin")]
-    command += ["--tokens", "65536", "--length", "32", "--measure", "0"]
+    command += ["--tokens", "65536", "--length", "32", "--measure", "0", "--calibration", "python"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     first = tmp_path / "twin.partial" / "model.layers.0.mlp.safetensors"
     deadline = time.monotonic() + 120

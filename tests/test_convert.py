@@ -189,6 +189,29 @@ def test_twins_generate_and_save_again(ids, tmp_path):
     assert torch.equal(long, short)
 
 
+def test_samples_are_not_drawn_again_after_an_interruption(tmp_path, monkeypatch):
+    from surgery import calibration, pipeline
+
+    tiny.save_with_tokenizer("llama", tmp_path / "model")
+    settings = {"output": tmp_path / "twin", "tokens": 2048, "length": 32, "measure": 64}
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "fit_block", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            surgery.convert(tmp_path / "model", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "sample", interrupted)
+        with pytest.raises(KeyboardInterrupt):  # negative control: other settings need other samples
+            surgery.convert(tmp_path / "model", **settings, seed=1)
+        _, report = surgery.convert(tmp_path / "model", **settings)
+    assert report.calibration["source"] == "samples"
+    assert report.perplexity["tokens"] == 62
+    assert not (tmp_path / "twin.partial").exists()
+
+
 def test_interrupted_runs_resume_and_do_not_redo_finished_blocks(ids, tmp_path, monkeypatch):
     from surgery import pipeline
 
