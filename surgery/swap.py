@@ -142,8 +142,14 @@ def finish_native(model: Any, blocks: Sequence[Block]) -> None:
 
 
 def finish_custom(model: Any, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Turns the model into an instance of the twin's own class, so that it saves, and saves again, as one."""
-    if type(model).__module__ != modeling.__name__:
+    """Turns the model into an instance of the twin's own class, so that it saves, and saves again, as one.
+
+    A twin some of whose blocks were left as they were may be converted further: then the entries are added.
+    """
+    described = [dict(entry) for entry in entries]
+    if isinstance(model, modeling.PolynomialModel):
+        model.config.polynomial_blocks = [*model.config.polynomial_blocks, *described]
+    else:
         values = model.config.to_dict()
         architecture, base_type = type(model).__name__, model.config.model_type
         values |= {
@@ -152,7 +158,7 @@ def finish_custom(model: Any, entries: Sequence[Mapping[str, Any]]) -> None:
             "base_architecture": architecture,
             "architectures": [f"Polynomial{architecture}"],
             "polynomial_format": modeling.FORMAT,
-            "polynomial_blocks": [dict(entry) for entry in entries],
+            "polynomial_blocks": described,
             "auto_map": modeling.auto_map(architecture),
         }
         config: Any = modeling.config_class_for(base_type)

@@ -189,6 +189,17 @@ def test_twins_generate_and_save_again(ids, tmp_path):
     assert torch.equal(long, short)
 
 
+def test_a_partial_twin_can_be_converted_further(ids, tmp_path):
+    surgery.convert(tiny.make("llama"), calibration=ids, output=tmp_path / "half", blocks="1")
+    half = surgery.load(str(tmp_path / "half"))
+    _, report = surgery.convert(half, calibration=ids, output=tmp_path / "whole", degree=3)
+    assert [row["path"] for row in report.blocks] == ["model.layers.0.mlp"]
+    whole = surgery.load(str(tmp_path / "whole"))
+    assert {entry["path"]: entry["degree"] for entry in whole.config.polynomial_blocks} == {
+        "model.layers.1.mlp": 2, "model.layers.0.mlp": 3,
+    }  # fmt: skip
+
+
 def test_samples_are_not_drawn_again_after_an_interruption(tmp_path, monkeypatch):
     from surgery import calibration, pipeline
 

@@ -27,9 +27,10 @@ def folders(tmp_path_factory):
     place = tmp_path_factory.mktemp("explain")
     tiny.save_with_tokenizer("llama", place / "original")
     made = {"original": str(place / "original")}
+    settings = {"tokens": 2048, "length": 32, "measure": 0}
     for name, more in {"twin": {}, "partial": {"blocks": "1", "degree": 3}, "affine": {"degree": 1}}.items():
         made[name] = str(place / name)
-        surgery.convert(made["original"], output=made[name], tokens=2048, length=32, measure=0, **more)
+        surgery.convert(made["original"], output=made[name], calibration="python", **settings, **more)
     return made
 
 
@@ -233,6 +234,7 @@ def test_a_block_can_be_fitted_on_the_fly(folders):
     found = explain(ExplainSettings(folders["original"], 1, "coordinate:0", fit=2, **TEXT))
     assert found["block"]["degree"] == 2
     assert found["block"]["path"] == "model.layers.1.mlp"
+    assert explain(ExplainSettings(folders["partial"], 0, "coordinate:0", fit=2, **TEXT))["block"]["degree"] == 2
 
 
 def test_the_blocks_own_directions(folders):

@@ -36,8 +36,9 @@ def twins(tmp_path_factory):
     """A native and a custom twin of a tiny Llama."""
     folder = tmp_path_factory.mktemp("publish")
     tiny.save_with_tokenizer("llama", folder / "base")
+    settings = {"calibration": "python", "tokens": 4096, "length": 32, "measure": 512}
     for name, degree in (("native", 2), ("custom", 3)):
-        surgery.convert(folder / "base", output=folder / name, tokens=4096, length=32, measure=512, degree=degree)
+        surgery.convert(folder / "base", output=folder / name, degree=degree, **settings)
     return folder
 
 
