@@ -21,7 +21,9 @@ PLACES = {2: "build/quadratic", 3: "build/cubic"}
 def main(model: str, tokens: int) -> None:
     for degree, place in PLACES.items():
         print(f"degree {degree} → {place}", file=sys.stderr)
-        surgery.convert(model, degree=degree, tokens=tokens, output=place, overwrite=True, quiet=False)
+        surgery.convert(
+            model, degree=degree, calibration="python", tokens=tokens, output=place, overwrite=True, quiet=False
+        )
     table = Table(title=f"{model}: {tokens:,} calibration tokens of English that ships with Python")
     for column in ("feed-forward blocks", "perplexity", "nats lost", "form", "seconds in blocks"):
         table.add_column(column, justify="left" if column == "feed-forward blocks" else "right")

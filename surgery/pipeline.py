@@ -212,7 +212,7 @@ def _inputs(source: Any, loaded: loading.LoadedModel, plan: Recipe) -> Calibrati
     """Calibration batches, and further ones that no fit sees, to measure perplexity on."""
     measured = plan.measure if isinstance(source, str) and _is_causal(loaded.model) else 0
     settings: dict[str, Any] = {
-        "tokens": plan.tokens, "length": plan.length, "batch": plan.batch, "seed": plan.seed, "short": plan.short,
+        "tokens": plan.tokens, "length": plan.length, "batch": plan.batch, "seed": plan.seed, "short": plan.short_share,
         "unseen": measured,
     }  # fmt: skip
 

@@ -51,8 +51,11 @@ class Recipe(BaseModel):
     )
     tokens: int = Field(65536, ge=1, description="calibration tokens")
     length: int = Field(512, ge=2, description="tokens a sequence")
-    short: float = Field(
-        0.5, ge=0, lt=1, description="share of the tokens in short sequences that begin as a text begins"
+    short: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="share of tokens in short sequences that begin as texts do (default: 0.5 of samples, else 0)",
     )
     batch: int = Field(8, ge=1, description="sequences a forward pass")
     measure: int = Field(8192, ge=0, description="further tokens to measure perplexity on, 0 for none")
@@ -78,8 +81,8 @@ class Recipe(BaseModel):
             problems.append("form: native needs degree 2 (a bilinear block is quadratic)")
         if self.tail_weight and self.assume != "data":
             problems.append("tail_weight needs assume: data")
-        if self.tokens * (1 - self.short) < 2 * self.length and self.calibration in ("auto", "python", "samples"):
-            least = f"{math.ceil(2 * self.length / (1 - self.short))}"
+        least = math.ceil(2 * self.length / (1 - self.short_share))
+        if self.tokens < least and self.calibration in ("auto", "python", "samples"):
             problems.append(f"tokens ({self.tokens}) must be at least {least}: two sequences of length ({self.length})")
         if self.blocks is not None:
             try:
@@ -94,9 +97,15 @@ class Recipe(BaseModel):
     def refit(self) -> bool:
         return (self.readout or ("refit" if self.assume == "data" else "keep")) == "refit"
 
+    @property
+    def short_share(self) -> float:
+        """Texts are measured as they are calibrated on, in long windows; samples stand for whatever comes."""
+        own = 0.5 if self.calibration in ("auto", "samples") else 0.0
+        return own if self.short is None else self.short
+
     def resolved(self) -> dict[str, Any]:
         """As recorded beside the twin: every value spelled out."""
-        return {**self.model_dump(), "readout": "refit" if self.refit else "keep"}
+        return {**self.model_dump(), "readout": "refit" if self.refit else "keep", "short": self.short_share}
 
 
 def parse_blocks(text: str) -> list[int]:
