@@ -4,13 +4,15 @@
     >>> twin, report = surgery.convert("HuggingFaceTB/SmolLM2-135M", degree=2, output="twin")
     >>> model = surgery.load("twin")
 
-The verbs are imported on first use, so that `import surgery` is quick. Importing this package and calling
-:func:`load`, or :func:`register`, also lets transformers' Auto classes load custom-code twins with no trust flag.
+The verbs are imported on first use, so that `import surgery` is quick. Importing this package also lets transformers'
+Auto classes load custom-code twins with no trust flag.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from surgery.registration import register, register_when_possible
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "Report", "SurgeryError", "convert", "inspect", "load", "register"]
@@ -37,16 +39,12 @@ def load(name: str, **options: Any) -> Any:
     return loading.load(name, **options).model
 
 
-def register() -> None:
-    """Lets transformers' Auto classes load custom-code twins without `trust_remote_code`."""
-    from surgery import modeling_polynomial
-
-    modeling_polynomial.register()
-
-
 def __getattr__(name: str) -> Any:
     if name in _PLACES:
         import importlib
 
         return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register_when_possible()

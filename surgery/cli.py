@@ -58,7 +58,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
 @click.option("--tokens", type=int, help="Calibration tokens.  [default: 65536]")
 @click.option("--length", type=int, help="Tokens a sequence.  [default: 512]")
 @click.option(
-    "--short", type=float, help="Share of the tokens in short sequences.  [default: 0.5 of samples, 0 of texts]"
+    "--short", type=float, help="Share of the tokens in short sequences.  [default: 0.5 of samples, 0.1 of texts]"
 )
 @click.option("--batch", type=int, help="Sequences a forward pass.  [default: 8]")
 @click.option("--measure", type=int, help="Unseen tokens to measure perplexity on; 0: none.  [default: 8192]")

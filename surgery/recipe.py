@@ -55,7 +55,7 @@ class Recipe(BaseModel):
         None,
         ge=0,
         lt=1,
-        description="share of tokens in short sequences that begin as texts do (default: 0.5 of samples, else 0)",
+        description="share of tokens in short sequences that begin as texts do (default: 0.5 of samples, else 0.1)",
     )
     batch: int = Field(8, ge=1, description="sequences a forward pass")
     measure: int = Field(8192, ge=0, description="further tokens to measure perplexity on, 0 for none")
@@ -99,8 +99,8 @@ class Recipe(BaseModel):
 
     @property
     def short_share(self) -> float:
-        """Texts are measured as they are calibrated on, in long windows; samples stand for whatever comes."""
-        own = 0.5 if self.calibration in ("auto", "samples") else 0.0
+        """Texts are measured as they are calibrated on, in long windows; samples stand for whatever comes (docs/log.md)."""
+        own = 0.5 if self.calibration in ("auto", "samples") else 0.1
         return own if self.short is None else self.short
 
     def resolved(self) -> dict[str, Any]:

@@ -92,6 +92,14 @@ def test_push_and_load_back(twins, server, tmp_path, name, trust):
     assert float(got.stdout.split()[-1]) == pytest.approx(expected(twins / name), rel=1e-6)
 
 
+@pytest.mark.parametrize("first", ["import surgery; from transformers import AutoModelForCausalLM as A",
+                                   "from transformers import AutoModelForCausalLM as A; import surgery"])  # fmt: skip
+def test_with_this_package_imported_no_trust_is_needed(twins, first):
+    code = f"{first}; print(type(A.from_pretrained({str(twins / 'custom')!r})).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "PolynomialLlamaForCausalLM", done.stderr
+
+
 def test_a_custom_twin_refuses_loudly_without_trust(twins, server, tmp_path):
     got = load_elsewhere(twins / "custom", server, tmp_path)
     assert got.returncode != 0
