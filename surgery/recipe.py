@@ -99,7 +99,7 @@ class Recipe(BaseModel):
 
     @property
     def short_share(self) -> float:
-        """Texts are measured as they are calibrated on, in long windows; samples stand for whatever comes (docs/log.md)."""
+        """Texts are measured as they are calibrated on, mostly in long windows; samples stand for whatever comes."""
         own = 0.5 if self.calibration in ("auto", "samples") else 0.1
         return own if self.short is None else self.short
 
