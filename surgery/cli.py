@@ -66,7 +66,11 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
 @click.option("--form", help="auto, native or custom: checkpoint form.  [default: auto]")
 @click.option("--dtype", help="Precision to compute in.  [default: float32]")
 @click.option("--save-dtype", help="Precision of the saved weights.  [default: as in the source]")
-@click.option("--tail-weight", type=float, help="Weight of a wide Gaussian that tames high degrees.  [default: 0]")
+@click.option(
+    "--tail-weight",
+    type=float,
+    help="Weight of a wide Gaussian that tames high powers.  [default: 0.01 from degree 4 on]",
+)
 @click.option("--tail-width", type=float, help="Its width in standard deviations.  [default: 3]")
 @click.option("--revision", help="Hub revision of MODEL.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier twin at the output.")

@@ -310,7 +310,7 @@ def _replace_blocks(
         degree=plan.degree,
         assume="data" if plan.assume == "data" else "gaussian",
         refit=plan.refit,
-        tail_weight=plan.tail_weight,
+        tail_weight=plan.tail,
         tail_width=plan.tail_width,
         guard=native,
     )

@@ -67,8 +67,11 @@ class Recipe(BaseModel):
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision of the saved weights (auto: as in the source)"
     )
-    tail_weight: float = Field(
-        0.0, ge=0, description="weight of a wide Gaussian added to the moments: tames high degrees"
+    tail_weight: float | None = Field(
+        None,
+        ge=0,
+        description="weight of a wide Gaussian added to the moments: tames high powers outside the calibrated range "
+        "(default: 0.01 from degree 4 on, else 0)",
     )
     tail_width: float = Field(3.0, gt=1, description="its width, in standard deviations of the data")
 
@@ -98,6 +101,12 @@ class Recipe(BaseModel):
         return (self.readout or ("refit" if self.assume == "data" else "keep")) == "refit"
 
     @property
+    def tail(self) -> float:
+        """High powers explode where the data was thin; up to degree 3 the tail costs more than it saves."""
+        own = 0.01 if self.degree >= 4 and self.assume == "data" else 0.0
+        return own if self.tail_weight is None else self.tail_weight
+
+    @property
     def short_share(self) -> float:
         """Texts are measured as they are calibrated on, mostly in long windows; samples stand for whatever comes."""
         own = 0.5 if self.calibration in ("auto", "samples") else 0.1
@@ -105,7 +114,8 @@ class Recipe(BaseModel):
 
     def resolved(self) -> dict[str, Any]:
         """As recorded beside the twin: every value spelled out."""
-        return {**self.model_dump(), "readout": "refit" if self.refit else "keep", "short": self.short_share}
+        readout = "refit" if self.refit else "keep"
+        return {**self.model_dump(), "readout": readout, "short": self.short_share, "tail_weight": self.tail}
 
 
 def parse_blocks(text: str) -> list[int]:

@@ -180,3 +180,23 @@ def test_a_dead_unit_gets_its_constant_and_nothing_else():
     fitted = solve_units(moments)
     assert torch.isfinite(fitted.a).all()
     torch.testing.assert_close(fitted(u)[:, 0], target[:, 0])
+
+
+def test_a_wide_tail_tames_high_powers_where_the_data_was_thin():
+    """Degree 5 fitted on |u| ≤ 2 leaves silu far behind at 6; a hundredth of N(0, 9) in the moments holds it back."""
+    activation = ACTIVATIONS["silu"]
+    y = torch.linspace(-2, 2, 1001, dtype=torch.float64)[:, None] ** 3 / 4
+    one = torch.ones(1, dtype=torch.float64)
+    at = Preactivations(0 * one, y.std() * one)
+    measured = from_data(activation, at, y, None, 5)
+    wide = from_gaussian(activation, at, Preactivations(0 * one, 3 * y.std() * one), 5, 0.01 * measured.weight)
+    far = torch.tensor([[-6.0], [6.0]], dtype=torch.float64)
+
+    def errors(moments):
+        units = solve_units(moments)
+        inside, outside = ((units(x / at.y_std) - activation.function(x)).abs().max() for x in (y, far * y.std()))
+        return float(inside), float(outside)
+
+    (inside, outside), (tamed_inside, tamed_outside) = errors(measured), errors(measured + wide)
+    assert tamed_outside < 0.5 * outside
+    assert inside <= tamed_inside < 0.1

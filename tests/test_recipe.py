@@ -73,3 +73,16 @@ def test_block_lists_mean_what_they_say(wanted):
     assert parse_blocks(",".join(map(str, wanted))) == sorted(wanted)
     low, high = min(wanted), max(wanted)
     assert parse_blocks(f"{low}-{high}") == list(range(low, high + 1))
+
+
+def test_defaults_that_depend_on_other_settings_are_spelled_out():
+    def resolved(**settings):
+        return load_recipe(None, settings).resolved()
+
+    assert resolved(degree=3)["tail_weight"] == 0
+    assert resolved(degree=5)["tail_weight"] == 0.01
+    assert resolved(degree=5, tail_weight=0.0)["tail_weight"] == 0
+    assert resolved(degree=5, assume="gaussian")["tail_weight"] == 0
+    assert resolved()["short"] == 0.5
+    assert resolved(calibration="python")["short"] == 0.1
+    assert resolved(calibration="python", short=0.0)["short"] == 0
