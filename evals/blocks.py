@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from surgery.blocks import Block, attribute
+from surgery.moments import InputMoments
 from surgery.ridge import RidgeSums, ridge_path
 
 GAUSSIAN_TOKENS = 4096
@@ -156,13 +157,8 @@ def block_rows(
 
 
 def _gaussian_fvu(original: Any, twin: Any, block: Block, sums: RidgeSums, seed: int) -> float:
-    gram = sums.full_gram() / sums.weight
-    mean = gram[-1, :-1]
-    covariance = gram[:-1, :-1] - torch.outer(mean, mean)
-    values, vectors = torch.linalg.eigh(covariance)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(GAUSSIAN_TOKENS, len(mean), generator=generator, dtype=torch.float64)
-    x = mean + (noise * values.clamp_min(0).sqrt()) @ vectors.T
+    gram = sums.full_gram()
+    x = InputMoments(float(sums.weight), gram[-1, :-1], gram[:-1, :-1]).draw(GAUSSIAN_TOKENS, seed)
     with torch.no_grad():
         truth, found = (
             block_function(model, block)(x.to(next(model.parameters()))).double().cpu() for model in (original, twin)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from surgery.activations import ACTIVATIONS
-from surgery.explain.approximation import gaussian_sample, r_squared, under_data, under_gaussian, under_mixture
+from surgery.explain.approximation import r_squared, under_data, under_gaussian, under_mixture
 from surgery.explain.attack import linear_directions, project_out, quadratic_directions
 from surgery.features import Original
 from surgery.moments import InputMoments
@@ -65,10 +65,8 @@ def distributions(x, y):
 
 def draw(moments, parts):
     if parts is None:
-        return gaussian_sample(moments, SAMPLES)
-    return torch.cat(
-        [gaussian_sample(part, max(1, round(SAMPLES * weight)), i) for i, (weight, part) in enumerate(parts)]
-    )
+        return moments.draw(SAMPLES)
+    return torch.cat([part.draw(max(1, round(SAMPLES * weight)), i) for i, (weight, part) in enumerate(parts)])
 
 
 def approximants(network, x, y):

@@ -47,13 +47,14 @@ class UnitPolynomials:
 
     def __call__(self, u: Tensor, v: Tensor | None = None) -> Tensor:
         """p(u[, v]) for every unit, by Horner's rule; u, v of shape (..., h)."""
-        value = _horner(self.a.to(u), u)
+        value = horner(self.a.to(u), u)
         if v is not None and self.b is not None:
-            value = torch.addcmul(value, _horner(self.b.to(u), u), v)
+            value = torch.addcmul(value, horner(self.b.to(u), u), v)
         return value
 
 
-def _horner(coefficients: Tensor, u: Tensor) -> Tensor:
+def horner(coefficients: Tensor, u: Tensor) -> Tensor:
+    """Σ_k c_k u^k per unit; coefficients (h, n + 1), ascending; u (..., h)."""
     value = coefficients[:, -1].expand_as(u)
     for k in range(coefficients.shape[-1] - 2, -1, -1):
         value = torch.addcmul(coefficients[:, k], value, u)

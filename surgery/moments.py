@@ -62,6 +62,14 @@ class InputMoments:
     def covariance(self) -> Tensor:
         return self.square / self.count - torch.outer(self.mean, self.mean)
 
+    def draw(self, count: int, seed: int = 0) -> Tensor:
+        """`count` rows of the Gaussian with these moments, (count, d)."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(count, len(values), generator=generator, dtype=torch.float64).to(vectors)
+        spread: Tensor = (noise * values.clamp_min(0).sqrt()) @ vectors.T
+        return self.mean + spread
+
 
 @dataclass(frozen=True)
 class Preactivations:

@@ -17,7 +17,7 @@ from surgery.activations import ACTIVATIONS
 from surgery.cli import cli
 from surgery.errors import SurgeryError
 from surgery.explain import BlockPolynomial, attack, trace
-from surgery.explain.approximation import approximations, gaussian_sample, r_squared, under_gaussian, under_mixture
+from surgery.explain.approximation import approximations, r_squared, under_gaussian, under_mixture
 from surgery.features import Original
 from surgery.moments import InputMoments
 from surgery.polynomial import Affine
@@ -38,7 +38,7 @@ def test_one_relu_under_a_standard_normal_is_the_textbook_case():
     one = torch.ones(1, 1, dtype=torch.float64)
     block = Original(ACTIVATIONS["relu"], (one, None), None, (one, None))
     moments = InputMoments.gaussian(torch.zeros(1), torch.eye(1))
-    x = gaussian_sample(moments, 200_000)
+    x = moments.draw(200_000)
     whole = 0.5 - 1 / (2 * math.pi)
     for degree, explained in ((1, 0.25), (2, 0.25 + 1 / (4 * math.pi))):
         found = r_squared(block, under_gaussian(block, moments, degree), x)
@@ -50,7 +50,7 @@ def test_one_relu_under_a_standard_normal_is_the_textbook_case():
 def test_higher_degrees_explain_more_of_what_they_are_for(seed, activation):
     block = network(activation, seed=seed)
     moments = InputMoments.gaussian(torch.zeros(5), torch.eye(5))
-    x = gaussian_sample(moments, 20_000)
+    x = moments.draw(20_000)
     found = [r_squared(block, under_gaussian(block, moments, degree), x) for degree in (1, 2, 3)]
     assert found[0] < found[1] + 0.01
     assert found[1] < found[2] + 0.01
@@ -120,12 +120,17 @@ def test_a_trace_is_kept_and_goes_on(moments, tmp_path, monkeypatch):
     assert measured == ["step1000"], "step0 was kept"
     report = json.loads((out / "trace.json").read_text())
     assert [row["step"] for row in report["checkpoints"]] == [0, 1000]
+    assert report["others"] == []
     for row in report["checkpoints"]:
         assert [block["path"] for block in row["blocks"]] == ["model.layers.0.mlp", "model.layers.1.mlp"]
         for block in row["blocks"]:
             assert block["r2"]["1"]["gaussian_on_gaussian"] < block["r2"]["2"]["gaussian_on_gaussian"] <= 1
     assert (out / "trace.png").read_bytes().startswith(b"\x89PNG")
     assert "quadratic" in again.output
+    only = CliRunner().invoke(cli, ["trace", moments[0], *ARGUMENTS, "-o", str(out), "--json"])
+    assert [row["label"] for row in json.loads(only.stdout)["checkpoints"]] == ["step0"]
+    assert [row["label"] for row in json.loads((out / "trace.json").read_text())["others"]] == ["step1000"]
+    assert measured == ["step1000"]
     with pytest.raises(SurgeryError, match="other settings"):
         trace.trace(trace.checkpoints(moments, None), trace.TraceSettings(tokens=512, window=32), out)
 

@@ -11,7 +11,6 @@ Used through training, where the question is how the two kinds of figures part (
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from surgery.explain.expansion import BlockPolynomial
@@ -68,21 +67,12 @@ def r_squared(original: Original, found: BlockPolynomial, x: Tensor) -> float:
     return float(1 - (truth - guess).square().sum() / (truth - truth.mean(0)).square().sum().clamp_min(1e-300))
 
 
-def gaussian_sample(inputs: InputMoments, count: int, seed: int = 0) -> Tensor:
-    """`count` rows of N(μ, Σ), float64."""
-    values, vectors = torch.linalg.eigh(inputs.covariance)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(count, len(values), generator=generator, dtype=torch.float64).to(vectors)
-    drawn: Tensor = (noise * values.clamp_min(0).sqrt()) @ vectors.T
-    return inputs.mean + drawn
-
-
 def approximations(
     original: Original, fit: Tensor, score: Tensor, degrees: tuple[int, ...]
 ) -> dict[str, dict[str, float]]:
     """R² by degree and setting, from rows to fit on and held-out rows, (tokens, d) each."""
     inputs = InputMoments.of(fit)
-    drawn = gaussian_sample(inputs, SAMPLES).to(fit)
+    drawn = inputs.draw(SAMPLES).to(fit)
     found: dict[str, dict[str, float]] = {}
     for degree in degrees:
         gaussian = under_gaussian(original, inputs, degree)

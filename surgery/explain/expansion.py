@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from surgery.lstsq import horner
 from surgery.polynomial import Affine
 
 
@@ -73,9 +74,9 @@ class BlockPolynomial:
     def _units(self, u: Tensor, v: Tensor | None, by_u: int, by_v: int) -> Tensor:
         """The derivative ∂^i/∂u^i ∂^j/∂v^j of every unit's polynomial, j ≤ 1."""
         if self.b is None or v is None:
-            return torch.zeros_like(u) if by_v else _evaluate(_derived(self.a, by_u), u)
-        crossed = _evaluate(_derived(self.b, by_u), u)
-        return crossed if by_v else _evaluate(_derived(self.a, by_u), u) + crossed * v
+            return torch.zeros_like(u) if by_v else horner(_derived(self.a, by_u), u)
+        crossed = horner(_derived(self.b, by_u), u)
+        return crossed if by_v else horner(_derived(self.a, by_u), u) + crossed * v
 
 
 @dataclass(frozen=True)
@@ -214,10 +215,3 @@ def _derived(coefficients: Tensor, times: int) -> Tensor:
         if not coefficients.shape[1]:
             return coefficients.new_zeros(len(coefficients), 1)
     return coefficients
-
-
-def _evaluate(coefficients: Tensor, u: Tensor) -> Tensor:
-    value = coefficients[:, -1].expand_as(u)
-    for k in range(coefficients.shape[1] - 2, -1, -1):
-        value = torch.addcmul(coefficients[:, k], value, u)
-    return value

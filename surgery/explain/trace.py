@@ -98,7 +98,7 @@ def trace(
 ) -> dict[str, Any]:
     """R² of the closed-form approximants of every block at every checkpoint; what `trace.json` holds.
 
-    Finished checkpoints are kept in the folder and not measured again.
+    Finished checkpoints are kept in the folder and not measured again; those not asked for now stand under `others`.
 
     Raises:
         SurgeryError: nothing to trace, a checkpoint that does not load, a folder that belongs to other settings.
@@ -111,17 +111,13 @@ def trace(
     from tqdm import tqdm
 
     for moment in tqdm(moments, desc="tracing", unit="checkpoint", disable=quiet):
-        row = known.get(moment.key) or {
+        row = known.pop(moment.key, None) or {
             "key": moment.key, "label": moment.label, "step": moment.step, **measure(moment, settings),
         }  # fmt: skip
         report["checkpoints"].append(row)
         if folder is not None:
-            pending = [
-                other for key, other in known.items() if key not in {row["key"] for row in report["checkpoints"]}
-            ]
-            _write(folder, {**report, "checkpoints": report["checkpoints"] + pending})
+            _write(folder, {**report, "others": list(known.values())})
     if folder is not None:
-        _write(folder, report)
         temporary = folder / f".{PLOT}.tmp"
         temporary.write_bytes(plot(report))
         os.replace(temporary, folder / PLOT)
@@ -138,7 +134,7 @@ def _known(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
             "an earlier trace with other settings is here", where=str(folder),
             fix="repeat its command, choose another -o, or give --restart to discard it",
         )  # fmt: skip
-    return {row["key"]: row for row in found["checkpoints"]}
+    return {row["key"]: row for row in (*found["checkpoints"], *found["others"])}
 
 
 def _write(folder: Path, report: dict[str, Any]) -> None:
