@@ -152,21 +152,21 @@ def convert(
     else:
         loaded = loading.in_memory(model, tokenizer)
     loaded_at = time.monotonic()
-    plan = _chosen_source(plan, loaded)
-    data = _inputs(
-        plan.calibration if calibration is None or isinstance(calibration, str) else calibration, loaded, plan
-    )
-    unseen, network = data.unseen, loaded.model
+    network = loaded.model
     found = survey(network)
     blocks = choose(found, plan)
+    native = not found.left_alone and len(blocks) == len(found.blocks)
+    native = native and swap.native_config(network, blocks, blocks[0].hidden + 1) is not None
+    given = dict(moments or {}) | _moments_file(plan, blocks)
+    form = _form(plan, native)  # whatever can be wrong is said before samples are drawn
+    plan = _chosen_source(plan, loaded)
+    source = plan.calibration if calibration is None or isinstance(calibration, str) else calibration
+    data = _inputs(source, loaded, plan)
+    unseen = data.unseen
     probe = _probe(network, data)
     blocks = confirm(network, blocks, lambda: _once(network, probe))
     first_is_sink = _is_causal(network) and first_token_is_sink(network, probe, blocks)
-    native = not found.left_alone and len(blocks) == len(found.blocks)
-    native = native and swap.native_config(network, blocks, blocks[0].hidden + 1) is not None
-    form = _form(plan, native)
     before = _perplexity(network, unseen)
-    given = dict(moments or {}) | _moments_file(plan, blocks)
     ready_at = time.monotonic()
 
     workshop = Workshop.open(target, plan, loaded.source, data, restart)
