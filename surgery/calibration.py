@@ -115,36 +115,32 @@ class _Windows:
     def mixed(self) -> bool:
         return self.short > 0 and self.length > SHORT
 
-    @property
-    def long_tokens(self) -> int:
-        return round(self.tokens * (1 - self.short)) if self.mixed else self.tokens
-
     def of_text(self, source: str, tokenizer: Any) -> tuple[list[Tensor], Tensor | None]:
-        """Sets of windows to calibrate on, and unseen ones: from the tokens after those, at most a quarter."""
+        """Sets of windows to calibrate on, and unseen ones: of the tokens after those; of a short text a quarter."""
         ids = tokens_of(source, tokenizer, self.tokens + self.unseen)
-        framed = frame(tokenizer)
-        kept = len(ids) - min(self.unseen, max(len(ids) - self.tokens, len(ids) // 4)) if self.unseen else len(ids)
-        unseen = sequences(ids[kept:], self.length, framed, source, 1) if kept < len(ids) else None
-        long = sequences(ids[: min(kept, self.long_tokens)], self.length, framed, source)
-        if not self.mixed:
-            return [long], unseen
-        start = start_tokens(tokenizer)
+        framed, start = frame(tokenizer), start_tokens(tokenizer)
+        room = self.length - len(framed[0]) - len(framed[1])
+        spare = min(self.unseen, max(len(ids) - self.tokens, len(ids) // 4, room)) if len(ids) >= 3 * room else 0
+        ids, rest = ids[: len(ids) - spare], ids[len(ids) - spare :]
+        unseen = sequences(rest, self.length, framed, source, 1) if len(rest) >= room else None
+        share = round(len(ids) * (1 - self.short))
+        if not self.mixed or share < 2 * room or len(ids) - share < SHORT:
+            return [sequences(ids, self.length, framed, source)], unseen
+        long = sequences(ids[:share], self.length, framed, source)
         if start and not framed[0]:
             long[::2, 0] = start[0]
-        used = len(long) * (self.length - len(framed[0]) - len(framed[1]))
-        short = sequences(ids[used:kept], SHORT, (start, framed[1]), source, 1)
-        return [long, short], unseen
+        return [long, sequences(ids[len(long) * room :], SHORT, (start, framed[1]), source, 1)], unseen
 
-    def of_samples(self, model: Any, tokenizer: Any, seed: int) -> tuple[list[Tensor], Tensor | None]:
+    def of_samples(self, model: Any, tokenizer: Any, seed: int, limit: int) -> tuple[list[Tensor], Tensor | None]:
+        """The same of the model's own texts, of up to `limit` tokens."""
         torch.manual_seed(seed)
-        rows, extra = -(-self.long_tokens // self.length), -(-self.unseen // self.length)
-        midst = self.mixed and not (tokenizer is not None and frame(tokenizer)[0])
+        short = int(self.tokens * self.short) // SHORT if self.mixed else 0
+        rows, extra = -(-(self.tokens - short * SHORT) // self.length), -(-self.unseen // self.length)
+        midst = short > 0 and self.length < limit and not (tokenizer is not None and frame(tokenizer)[0])
         drawn = sample(model, tokenizer, rows + extra, self.length + midst)
         if midst:
             drawn = torch.stack([row[number % 2 :][: self.length] for number, row in enumerate(drawn)])
-        sets = [drawn[:rows]]
-        if self.mixed:
-            sets.append(sample(model, tokenizer, (self.tokens - self.long_tokens) // SHORT, SHORT))
+        sets = [drawn[:rows]] + ([sample(model, tokenizer, short, SHORT)] if short else [])
         return sets, drawn[rows:] if extra else None
 
 
@@ -172,15 +168,19 @@ def prepare(
     Raises:
         CalibrationError: nothing to read, or less than two sequences.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    length = min(length, limit) if isinstance(limit, int) and limit > 0 else length
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = known if isinstance(known, int) and known > 0 else 1 << 30
+    length = min(length, limit)
     label = source if isinstance(source, str) else "given"
     rest: Tensor | None = None
     if isinstance(source, str) and source.endswith(".safetensors"):
         inputs = _tensor_file(Path(source).expanduser())
     elif isinstance(source, str):
         plan = _Windows(tokens, length, short, unseen)
-        sets, rest = plan.of_samples(model, tokenizer, seed) if source == "samples" else plan.of_text(source, tokenizer)
+        if source == "samples":
+            sets, rest = plan.of_samples(model, tokenizer, seed, limit)
+        else:
+            sets, rest = plan.of_text(source, tokenizer)
         inputs = [_text_inputs(ids, model) for ids in sets]
     elif isinstance(source, Tensor):
         inputs = [_text_inputs(source if source.dim() == 2 else sequences(source.flatten(), length), model)]

@@ -166,3 +166,21 @@ def test_evaluation_predicts_every_token_of_the_text_once_behind_a_start_token(t
         predicted = text.windows[:, 1:][text.fresh]
         assert torch.equal(predicted, tokens_of(str(tmp_path / "a.txt"), Characters(), 301)[: len(predicted)])
         assert len(predicted) > 280
+
+
+@pytest.mark.parametrize(("characters", "long", "short", "unseen"), [(192, 2, 0, 0), (300, 2, 0, 1), (700, 4, 2, 1)])
+def test_short_texts_are_shared_out(characters, long, short, unseen, tmp_path):
+    """Less text than was asked for: first two long windows, then unseen ones (a quarter), then short ones."""
+    (tmp_path / "a.txt").write_text("x" * (characters - 1))
+    data = prepare(
+        str(tmp_path / "a.txt"), MODEL, Characters(), tokens=65536, length=96, batch=4, short=0.2, unseen=8192
+    )
+    sizes = {n: sum(len(b["input_ids"]) for b in data.batches if b["input_ids"].shape[1] == n) for n in (96, SHORT)}
+    assert sizes == {96: long, SHORT: short}
+    assert sum(len(batch["input_ids"]) for batch in data.unseen) == unseen
+
+
+def test_samples_never_leave_the_models_positions():
+    model = tiny.make("gpt2")
+    data = prepare("samples", model, Characters(), tokens=1024, length=128, batch=4, short=0.5)
+    assert data.length == model.config.n_positions == 128
