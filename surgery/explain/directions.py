@@ -29,7 +29,7 @@ from surgery.explain.expansion import Expansion
 from surgery.explain.place import Place, find, surroundings
 
 KINDS = ("token", "neuron", "coordinate", "class", "file", "linear", "quadratic")
-CHUNK = 16384  # rows of the embedding looked at together
+CHUNK = 4096  # rows of the embedding looked at together
 
 
 @dataclass(frozen=True)
@@ -192,18 +192,21 @@ def _from_file(path: Path) -> Tensor:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What directions of a block's input mean in tokens.
+    """What directions of a block's input mean in tokens; looked through a few thousand tokens at a time, never copied.
 
     Attributes:
-        embedded: every token's embedding as the block would see it, norm(E_t), (vocabulary, d).
-        unembedded: unit logit directions γ_final ⊙ (W_t − mean), as read off the stream; (vocabulary, d) or None.
-        norm: the norm before the block.
+        table: every token's embedding E_t, (vocabulary, d).
+        rows: every token's unembedding W_t, (vocabulary, d), or None.
+        norm: the norm before the block, or None.
+        scale, final: what that norm and the one before the unembedding do to directions.
     """
 
     tokenizer: Any
-    embedded: Tensor
-    unembedded: Tensor | None
-    norm: NormScale
+    table: Tensor
+    rows: Tensor | None
+    norm: nn.Module | None
+    scale: NormScale
+    final: NormScale
 
     @staticmethod
     def of(model: Any, tokenizer: Any, place: Place) -> Vocabulary | None:
@@ -213,35 +216,35 @@ class Vocabulary:
         table = getattr(model.get_input_embeddings(), "weight", None)
         if table is None or table.shape[1] != place.polynomial.width:
             return None
-        embedded = table.detach()
-        if place.norm is not None:
-            with torch.no_grad():
-                embedded = torch.cat([place.norm(part) for part in embedded.split(CHUNK)])
-        norm, rows = NormScale.of(place.norm, table.shape[1]), unembedding(model)
-        if rows is None or rows.shape[1] != table.shape[1]:
-            return Vocabulary(tokenizer, embedded, None, norm)
-        logits = NormScale.of(place.final_norm, rows.shape[1]).before(rows - rows.mean(0))
-        return Vocabulary(tokenizer, embedded, nn.functional.normalize(logits, dim=-1), norm)
+        width, rows = table.shape[1], unembedding(model)
+        if rows is not None and rows.shape[1] != width:
+            rows = None
+        scales = (NormScale.of(norm, width) for norm in (place.norm, place.final_norm))
+        return Vocabulary(tokenizer, table.detach(), rows, place.norm, *scales)
 
     def inputs(self, covector: Tensor, count: int) -> dict[str, list[dict[str, Any]]]:
         """Tokens whose embedding the block would read as most positive and most negative: e·norm(E_t), in standard
         deviations over the vocabulary."""
-        score = self.embedded @ covector.to(self.embedded)
+        with torch.no_grad():
+            seen = (part if self.norm is None else self.norm(part) for part in self.table.split(CHUNK))
+            score = torch.cat([part @ covector.to(part) for part in seen])
         return self._ends((score - score.mean()) / score.std().clamp_min(1e-30), count)
 
     def predictions(self, covector: Tensor, count: int) -> dict[str, list[dict[str, Any]]] | None:
         """Tokens whose logit is read off the stream most like e is: cosine of the two directions."""
-        if self.unembedded is None:
-            return None
-        read = nn.functional.normalize(self.norm.before(covector), dim=0)
-        return self._ends(self.unembedded @ read.to(self.unembedded), count)
+        return self._cosines(self.scale.before(covector), count)
 
     def promoted(self, direction: Tensor, count: int) -> dict[str, list[dict[str, Any]]] | None:
         """Tokens that writing `direction` into the stream makes more and less likely: cosine."""
-        if self.unembedded is None or self.unembedded.shape[1] != len(direction):
+        return self._cosines(direction, count)
+
+    def _cosines(self, direction: Tensor, count: int) -> dict[str, list[dict[str, Any]]] | None:
+        """With every token's logit direction, γ_final ⊙ (W_t − mean)."""
+        if self.rows is None or self.rows.shape[1] != len(direction):
             return None
-        unit = nn.functional.normalize(direction, dim=0)
-        return self._ends(self.unembedded @ unit.to(self.unembedded), count)
+        unit, mean = nn.functional.normalize(direction, dim=0).to(self.rows), self.rows.mean(0)
+        logits = (self.final.before(part - mean) for part in self.rows.split(CHUNK))
+        return self._ends(torch.cat([nn.functional.normalize(part, dim=-1) @ unit for part in logits]), count)
 
     def _ends(self, score: Tensor, count: int) -> dict[str, list[dict[str, Any]]]:
         def listed(order: Tensor) -> list[dict[str, Any]]:
