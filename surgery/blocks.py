@@ -269,24 +269,24 @@ def _silent_layers(model: nn.Module, found: Iterable[Block], left: Iterable[tupl
     return silent
 
 
-def layer_of(model: nn.Module, block: Block) -> str:
+def layer_of(path: str) -> str:
     """Path of the layer (member of the innermost stack) a block belongs to, or the block's own path."""
-    parts = block.path.split(".")
+    parts = path.split(".")
     for end in range(len(parts), 0, -1):
         if parts[end - 1].isdigit():
             return ".".join(parts[:end])
-    return block.path
+    return path
 
 
-def norms_before(model: nn.Module, block: Block) -> list[nn.Module]:
-    """Normalisation layers (one-dimensional parameters, no children) of the block's layer, outside the block."""
-    layer = model.get_submodule(layer_of(model, block))
-    found = []
-    for module in layer.modules():
-        own = list(module.parameters())
-        if own and not list(module.children()) and all(p.dim() == 1 for p in own):
-            found.append(module)
-    return found
+def is_norm(module: nn.Module) -> bool:
+    """A normalisation layer: one-dimensional parameters, no children."""
+    own = list(module.parameters())
+    return bool(own) and not list(module.children()) and all(parameter.dim() == 1 for parameter in own)
+
+
+def norms_around(model: nn.Module, path: str) -> list[nn.Module]:
+    """Normalisation layers of the layer that the block at `path` belongs to."""
+    return [module for module in model.get_submodule(layer_of(path)).modules() if is_norm(module)]
 
 
 def confirm(model: nn.Module, blocks: Iterable[Block], run: Callable[[], object]) -> tuple[Block, ...]:
@@ -322,9 +322,9 @@ def confirm(model: nn.Module, blocks: Iterable[Block], run: Callable[[], object]
     for block in blocks:
         for path in {block.entry, *block.first, block.last}:
             record(path)
-        for norm in norms_before(model, block):
+        for norm in norms_around(model, block.path):
             hooks.append(norm.register_forward_hook(lambda _, args, output: normed.append((args[0], output))))
-        record_layer(layer_of(model, block))
+        record_layer(layer_of(block.path))
     try:
         run()
     finally:
@@ -344,7 +344,7 @@ def _additive(
     layers: dict[str, Tensor],
 ) -> bool:
     entered, written = seen[block.entry][0][0], seen[block.last][0][1]
-    total = layers.get(layer_of(model, block))
+    total = layers.get(layer_of(block.path))
     for before, after in normed:
         if after.data_ptr() == entered.data_ptr() and total is not None and before.numel() == total.numel():
             return _near(before.flatten() + written.flatten(), total)

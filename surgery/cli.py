@@ -74,7 +74,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
 @click.option("--tail-width", type=float, help="Its width in standard deviations.  [default: 3]")
 @click.option("--revision", help="Hub revision of MODEL.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier twin at the output.")
-@click.option("--restart", is_flag=True, help="Discard the finished blocks of an interrupted run.")
+@click.option("--restart", is_flag=True, help="Discard what an interrupted run has finished.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done; load no weights, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON; no progress bar.")
 def convert(

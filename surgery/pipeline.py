@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from surgery.modeling_polynomial import install
 from surgery.progress import Progress
 from surgery.recipe import Recipe, parse_blocks
 from surgery.report import Report, block_row
-from surgery.resume import Workshop, kept
+from surgery.resume import Workshop, kept, partial
 from surgery.stream import Stream, first_token_is_sink
 
 CACHE_BYTES = 1 << 30  # hidden vectors kept per block, so that they are computed once
@@ -123,7 +124,7 @@ def convert(
         moments: distribution of each block's input by path, for `assume="gaussian"`; measured where absent.
         recipe: settings; `settings` (any field of :class:`~surgery.recipe.Recipe`) override it.
         output: folder to save the twin to, verified by reloading it in a fresh process.
-        overwrite, restart: replace an earlier twin; ignore the finished blocks of an interrupted run.
+        overwrite, restart: replace an earlier twin; discard what an interrupted run has finished.
     Returns:
         the model with its blocks swapped, and the report.
     Raises:
@@ -146,6 +147,8 @@ def convert(
     target = Path(plan.output) if plan.output else None
     if target is not None:
         checkpoint.check_target(target, overwrite)
+        if restart:
+            shutil.rmtree(partial(target), ignore_errors=True)
     torch.manual_seed(plan.seed)
     if isinstance(model, str | Path):
         loaded = loading.load(str(model), plan.revision, plan.dtype)
@@ -162,14 +165,13 @@ def convert(
     plan = _chosen_source(plan, loaded)
     source = plan.calibration if calibration is None or isinstance(calibration, str) else calibration
     data = _inputs(source, loaded, plan)
-    unseen = data.unseen
     probe = _probe(network, data)
     blocks = confirm(network, blocks, lambda: _once(network, probe))
     first_is_sink = _is_causal(network) and first_token_is_sink(network, probe, blocks)
-    before = _perplexity(network, unseen)
+    before = _perplexity(network, data.unseen)
     ready_at = time.monotonic()
 
-    workshop = Workshop.open(target, plan, loaded.source, data, restart)
+    workshop = Workshop.open(target, plan, loaded.source, data)
     entries, rows = _replace_blocks(
         network, blocks, data, plan, given, form == "native", first_is_sink, workshop, quiet
     )
@@ -178,7 +180,7 @@ def convert(
         swap.finish_native(network, blocks)
     else:
         swap.finish_custom(network, entries)
-    after = _perplexity(network, unseen)
+    after = _perplexity(network, data.unseen)
     report = Report(
         recipe=plan.resolved() | _public(plan),
         source=loaded.source.as_dict(),

@@ -24,7 +24,7 @@ from surgery.errors import CheckpointError
 from surgery.loading import Source
 from surgery.recipe import Recipe
 
-SAMPLES = "samples.safetensors"
+SAMPLES, UNFINISHED = "samples.safetensors", "samples.tmp"
 
 
 def partial(target: Path) -> Path:
@@ -39,7 +39,7 @@ def kept(
     if target is None:
         return draw()
     key = hashlib.sha256(json.dumps([source.as_dict(), dict(settings)], sort_keys=True).encode()).hexdigest()
-    file = partial(target) / SAMPLES
+    file, temporary = partial(target) / SAMPLES, partial(target) / UNFINISHED
     if file.is_file():
         with safe_open(file, framework="pt") as opened:
             known = opened.metadata()
@@ -48,10 +48,10 @@ def kept(
     data = draw()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
         save_file(data.as_tensors(), temporary, metadata={"key": key, "calibration": json.dumps(data.as_dict())})
         os.replace(temporary, file)
     except Exception as error:
+        temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"the samples could not be kept: {error}", where=str(file.parent), cause="the disk is full, or not writable"
         ) from error
@@ -65,8 +65,8 @@ class Workshop:
     folder: Path | None
 
     @staticmethod
-    def open(target: Path | None, recipe: Recipe, source: Source, data: Calibration, restart: bool) -> Workshop:
-        """Raises CheckpointError if the folder belongs to another run (unless `restart`)."""
+    def open(target: Path | None, recipe: Recipe, source: Source, data: Calibration) -> Workshop:
+        """Raises CheckpointError if the folder belongs to another run."""
         if target is None:
             return Workshop(None)
         folder = partial(target)
@@ -76,11 +76,7 @@ class Workshop:
         text = json.dumps([ours, source.as_dict(), data.fingerprint], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()
         note = folder / "run.json"
-        if restart and folder.is_dir():
-            for file in folder.iterdir():
-                if file.name != SAMPLES:
-                    file.unlink()
-        if folder.exists() and {file.name for file in folder.iterdir()} - {SAMPLES}:
+        if folder.exists() and {file.name for file in folder.iterdir()} - {SAMPLES, UNFINISHED}:
             known = json.loads(note.read_text())["key"] if note.is_file() else None
             if known != key:
                 raise CheckpointError(

@@ -23,7 +23,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
-from surgery.blocks import Block, attribute, layer_of, norms_before
+from surgery.blocks import Block, attribute, layer_of, norms_around
 from surgery.errors import CalibrationError, ModelError
 from surgery.modeling_polynomial import install
 from surgery.sinks import MASSIVE
@@ -149,9 +149,9 @@ class Stream:
                 fork = _Fork(attribute(self.model, path), entrance=path == block.entry)
                 install(self.model, path, fork)
                 self._forks[path] = fork
-            layer = self.model.get_submodule(layer_of(self.model, block))
+            layer = self.model.get_submodule(layer_of(block.path))
             self._hooks.append(layer.register_forward_pre_hook(_note_size, with_kwargs=True))
-            for norm in norms_before(self.model, block):
+            for norm in norms_around(self.model, block.path):
                 self._hooks.append(norm.register_forward_hook(_note_norm))
         return self
 
@@ -286,7 +286,7 @@ def first_token_is_sink(model: nn.Module, batch: Mapping[str, Tensor], blocks: S
             norms = hidden.float().norm(dim=-1)
             found.append(bool(norms[:, 0].median() > MASSIVE * norms[:, 1:].median()))
 
-    layers = {layer_of(model, block) for block in blocks}
+    layers = {layer_of(block.path) for block in blocks}
     handles = [model.get_submodule(path).register_forward_hook(hook) for path in layers]
     try:
         with torch.no_grad():

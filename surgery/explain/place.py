@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.blocks import Block, layer_of, norms_before, survey
+from surgery.blocks import is_norm, norms_around, survey
 from surgery.errors import ModelError, RecipeError
 from surgery.explain.expansion import BlockPolynomial
 from surgery.modeling_polynomial import MODEL_TYPE, BilinearGLU
@@ -118,8 +118,8 @@ def surroundings(model: Any, place: Place, probe: Mapping[str, Tensor]) -> Place
     A norm is known by what it writes: the very tensor that the block (or the unembedding) reads.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    norms = [module for module in model.modules() if _norm_like(module)]
-    inside = _inside(model, place)
+    norms = [module for module in model.modules() if is_norm(module)]
+    inside = norms_around(model, place.path)
     written: dict[int, nn.Module] = {}
     kept: list[Tensor] = []  # so that no address is used twice
     seen: dict[str, Any] = {"norm": None, "final_norm": None, "normed_after": False}
@@ -148,16 +148,6 @@ def surroundings(model: Any, place: Place, probe: Mapping[str, Tensor]) -> Place
         for handle in handles:
             handle.remove()
     return replace(place, **seen)
-
-
-def _norm_like(module: nn.Module) -> bool:
-    own = list(module.parameters())
-    return bool(own) and not list(module.children()) and all(parameter.dim() == 1 for parameter in own)
-
-
-def _inside(model: Any, place: Place) -> list[nn.Module]:
-    block = Block(place.path, "gated", (), "", "", "", 0, 0, 0, 0)
-    return norms_before(model, block) if layer_of(model, block) != place.path else []
 
 
 class _BlockReached(Exception):  # noqa: N818 - no error
