@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,30 @@ def save(
     Raises:
         CheckpointError: not writable, disk full, keys missing or left over, other logits. Nothing is left behind.
     """
+    with whole_folder(out) as temporary:
+        _write(model, tokenizer, temporary, dtype)
+        seen = _verify(model, temporary, probe, dtype, native) if verify else {"verified": False}
+        write_report(temporary, report, seen)
+    return seen
+
+
+def write_report(folder: Path, report: Mapping[str, Any], seen: Mapping[str, Any]) -> None:
+    """`surgery.json`, with what the verification saw and the weights it saw it of."""
+    weights = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+    write_json(folder / REPORT, {**report, "verification": {**seen, "weights": weights}})
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place when the body ends well, and is removed when it does not.
+
+    Raises:
+        CheckpointError: not writable, or the disk is full.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        _write(model, tokenizer, temporary, dtype)
-        seen = _verify(model, temporary, probe, dtype, native) if verify else {"verified": False}
-        weights = {file.name: sha256(file) for file in sorted(temporary.glob("*.safetensors"))}
-        write_json(temporary / REPORT, {**report, "verification": {**seen, "weights": weights}})
+        yield temporary
         temporary.chmod(0o755)
         for file in temporary.iterdir():
             file.chmod(0o644)  # safetensors keeps its files to their owner
@@ -98,7 +116,6 @@ def save(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return seen
 
 
 def _write(model: Any, tokenizer: Any | None, folder: Path, dtype: str) -> None:

@@ -287,16 +287,22 @@ def card(twin: str, base_model: str | None, licence: str | None) -> None:
 @cli.command()
 @click.argument("twin")
 @click.option("-o", "--output", required=True, help="Folder for the export.")
-@click.option("--form", type=click.Choice(["silu"]), default="silu", show_default=True)
+@click.option("--form", type=click.Choice(["silu", "delta", "full"]), default="silu", show_default=True)
+@click.option("--base", help="The original, for delta and full: Hub id, folder or .gguf.  [default: as recorded]")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier twin at the output.")
-def export(twin: str, output: str, form: str, overwrite: bool) -> None:
-    """Write a native TWIN as an ordinary SwiGLU network of twice the width, for engines that know only SiLU."""
+def export(twin: str, output: str, form: str, base: str | None, overwrite: bool) -> None:
+    """Write TWIN in another form.
+
+    \b
+    silu   an ordinary SwiGLU network of twice the width, for engines that know only SiLU (native twins)
+    delta  only what the twin adds to its original: a few numbers per unit where the readout was kept
+    full   the whole twin again, from a delta
+    """
     from pathlib import Path
 
-    from surgery.export import export_silu
+    from surgery.export import export as run
 
-    seen = export_silu(Path(twin), Path(output), overwrite)
-    click.echo(f"{output}: {form} form, reloaded in a fresh process, difference {seen['difference']:.1e}")
+    click.echo(f"{output}: {run(form, Path(twin), Path(output), base, overwrite)}")
 
 
 @cli.command()

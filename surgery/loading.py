@@ -106,23 +106,32 @@ def load_meta(name: str, revision: str | None = None) -> tuple[nn.Module, Any]:
         return model_class(config)._from_config(config), config
 
 
-def load(name: str, revision: str | None = None, dtype: str = "float32", device_map: str | None = None) -> LoadedModel:
+def load(
+    name: str,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device_map: str | None = None,
+    base: str | None = None,
+) -> LoadedModel:
     """Loads weights and tokenizer.
 
     Args:
-        name: Hub id, folder or .gguf file.
+        name: Hub id, folder or .gguf file; a delta is applied to its original.
         dtype: precision to compute in; `auto` is the stored one.
+        base: the original of a delta, where it is not to be loaded from the Hub as recorded.
     Raises:
         ModelError: nothing there, not a transformer, or weights missing from the checkpoint.
     """
     import torch
     import transformers
 
-    from surgery import modeling_polynomial
+    from surgery import delta, modeling_polynomial
 
     modeling_polynomial.register()
     path, extra, kind = locate(name)
     config = load_config(name, revision)
+    if hasattr(config, delta.KEY):
+        return _load_delta(name, revision, dtype, device_map, base, config)
     stored = stored_dtype(Path(path), config) if kind != "gguf" else "float32"
     wanted = stored if dtype == "auto" else dtype
     cls = modeling_polynomial.PolynomialModel if config.model_type == modeling_polynomial.MODEL_TYPE else None
@@ -150,13 +159,50 @@ def load(name: str, revision: str | None = None, dtype: str = "float32", device_
         tokenizer = None
     model.eval()
     source = Source(
-        name=Path(path).name if kind == "folder" else (Path(name).name if kind == "gguf" else name),
+        name=public(name, kind),
         kind=kind,
         revision=getattr(model.config, "_commit_hash", None),
         architecture=type(model).__name__,
         dtype=stored,
     )
     return LoadedModel(model, tokenizer, source)
+
+
+def public(name: str, kind: str) -> str:
+    """A name as it is recorded: local paths by their last part."""
+    return Path(locate(name)[0]).name if kind == "folder" else (Path(name).name if kind == "gguf" else name)
+
+
+def _load_delta(
+    name: str, revision: str | None, dtype: str, device_map: str | None, base: str | None, config: Any
+) -> LoadedModel:
+    """The twin a delta stands for: its original, loaded in the twin's stored precision, with the delta applied."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers.utils import cached_file
+
+    from surgery import delta
+
+    described = getattr(config, delta.KEY)
+    if base is None and described["kind"] != "hub":
+        raise ModelError(
+            f"this delta was taken from {described['base']!r}, which is not on the Hub",
+            where=name,
+            fix='name the original: surgery.load(DELTA, base="ORIGINAL"), or surgery export DELTA --form full --base '
+            "ORIGINAL -o OUT",
+        )
+    try:
+        tensors = load_file(str(cached_file(locate(name)[0], delta.WEIGHTS, revision=revision)))
+    except Exception as error:
+        raise _unreadable(name, error) from error
+    original = load(base or described["base"], None if base else described["revision"], described["dtype"], device_map)
+    twin = delta.apply(original.model, config, tensors)
+    twin.to(dtype=getattr(torch, described["dtype"] if dtype == "auto" else dtype)).eval()
+    kind = locate(name)[2]
+    source = Source(
+        public(name, kind), kind, getattr(config, "_commit_hash", None), type(twin).__name__, described["dtype"]
+    )
+    return LoadedModel(twin, original.tokenizer, source)
 
 
 def in_memory(model: Any, tokenizer: Any | None) -> LoadedModel:

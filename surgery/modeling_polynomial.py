@@ -170,6 +170,11 @@ class PolynomialModel(PreTrainedModel):
             keys = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
             wanted = {key: kwargs[key] for key in keys if key in kwargs}
             config = PolynomialConfig.from_pretrained(pretrained_model_name_or_path, **wanted)
+        if hasattr(config, "polynomial_delta"):
+            raise ValueError(
+                f"this is a delta of {config.polynomial_delta['base']}, not a whole checkpoint: load it with "
+                "polysurgery, surgery.load(NAME), or make it whole with `surgery export NAME --form full -o OUT`"
+            )
         model_class = model_class_for(config)
         return model_class.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 

@@ -12,8 +12,7 @@ import yaml
 
 import surgery
 from surgery import card, hub, loading
-from surgery.errors import CheckpointError, ModelError
-from surgery.export import as_silu, export_silu
+from surgery.errors import CheckpointError
 from tests import tiny
 from tests.hub_server import Hub
 
@@ -216,19 +215,6 @@ def test_the_card_tells_what_the_reports_say(twins, tmp_path):
     from surgery.recipe import load_recipe
 
     assert load_recipe(None, yaml.safe_load(recipe)).degree == 2
-
-
-def test_the_silu_form_is_the_same_function(twins, tmp_path, ids):
-    twin = surgery.load(str(twins / "native"))
-    wide = as_silu(twin)
-    assert wide.config.hidden_act == "silu"
-    with torch.no_grad():
-        torch.testing.assert_close(wide(input_ids=ids).logits, twin(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
-    seen = export_silu(twins / "native", tmp_path / "silu")
-    assert seen["difference"] < 1e-5
-    with pytest.raises(ModelError, match="SiLU form"):
-        export_silu(twins / "custom", tmp_path / "other")
-    assert not (tmp_path / "other").exists()
 
 
 GOLDEN = Path(__file__).parent / "data" / "twin-format-1"
