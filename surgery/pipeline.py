@@ -20,6 +20,7 @@ from surgery.fit import FitSettings, Gaussian, fit_block
 from surgery.modeling_polynomial import install
 from surgery.progress import Progress
 from surgery.recipe import Recipe, parse_blocks
+from surgery.reexpress import as_llama, llama_config
 from surgery.report import Report, block_row
 from surgery.resume import Workshop, kept, partial
 from surgery.stream import Stream, first_token_is_sink
@@ -55,7 +56,7 @@ def inspect(name: str, revision: str | None = None) -> Inspection:
     found = survey(model)
     hidden = found.blocks[0].hidden if found.blocks else 0
     native = not found.left_alone and swap.native_config(model, found.blocks, hidden + 1) is not None
-    return Inspection(name, type(model).__name__, found, native)
+    return Inspection(name, type(model).__name__, found, native or llama_config(model.config) is not None)
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -155,11 +156,7 @@ def convert(
     else:
         loaded = loading.in_memory(model, tokenizer)
     loaded_at = time.monotonic()
-    network = loaded.model
-    found = survey(network)
-    blocks = choose(found, plan)
-    native = not found.left_alone and len(blocks) == len(found.blocks)
-    native = native and swap.native_config(network, blocks, blocks[0].hidden + 1) is not None
+    network, found, blocks, native = _to_replace(loaded, plan)
     given = dict(moments or {}) | _moments_file(plan, blocks)
     form = _form(plan, native)  # whatever can be wrong is said before samples are drawn
     plan = _chosen_source(plan, loaded)
@@ -202,6 +199,24 @@ def convert(
         )
         workshop.close()
     return network, report
+
+
+def _to_replace(loaded: loading.LoadedModel, plan: Recipe) -> tuple[Any, Survey, tuple[Block, ...], bool]:
+    """The network, what it contains, the blocks chosen, and whether their twin can be native.
+
+    A model from disk that is a Llama under another name is written as one where that makes the twin native.
+    """
+    network: Any = loaded.model
+    found = survey(network)
+    blocks = choose(found, plan)
+    whole = not found.left_alone and len(blocks) == len(found.blocks)
+    native = whole and swap.native_config(network, blocks, blocks[0].hidden + 1) is not None
+    if whole and not native and plan.degree == 2 and plan.form != "custom" and loaded.source.kind != "memory":
+        llama = as_llama(network)
+        if llama is not None:
+            found = survey(llama)
+            return llama, found, found.blocks, True
+    return network, found, blocks, native
 
 
 def _public(plan: Recipe) -> dict[str, Any]:

@@ -29,6 +29,8 @@ VIT = {
 
 MAKERS = {
     "llama": lambda: T.LlamaForCausalLM(T.LlamaConfig(**COMMON, num_key_value_heads=2)),
+    "mistral": lambda: T.MistralForCausalLM(T.MistralConfig(**COMMON, num_key_value_heads=2, sliding_window=None)),
+    "qwen2": lambda: T.Qwen2ForCausalLM(T.Qwen2Config(**COMMON, num_key_value_heads=2)),
     "qwen3": lambda: T.Qwen3ForCausalLM(T.Qwen3Config(**COMMON, num_key_value_heads=2, head_dim=8)),
     "gemma": lambda: T.GemmaForCausalLM(T.GemmaConfig(**COMMON, num_key_value_heads=2, head_dim=8)),
     "gemma2": lambda: T.Gemma2ForCausalLM(T.Gemma2Config(**COMMON, num_key_value_heads=2, head_dim=8)),
@@ -42,7 +44,8 @@ MAKERS = {
     "t5": lambda: T.T5ForConditionalGeneration(T.T5Config(**T5)),
     "t5_gated": lambda: T.T5ForConditionalGeneration(T.T5Config(**T5, feed_forward_proj="gated-gelu")),
 }
-KINDS = {"phi3": "fused", "llama": "gated", "qwen3": "gated", "gemma": "gated", "gemma2": "gated", "t5_gated": "gated"}
+GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "t5_gated")
+KINDS = {"phi3": "fused"} | dict.fromkeys(GATED, "gated")
 BLOCKS = {"t5": 2 * LAYERS, "t5_gated": 2 * LAYERS}
 
 

@@ -1,0 +1,100 @@
+"""Models that are a Llama under another name, written as one: their twins then take the native form.
+
+Their own classes have no `mlp_bias`, which a bilinear block needs. As a `LlamaForCausalLM` they compute the same where
+
+    Mistral   attention sees the whole context (no sliding window, or one as long as the positions)
+    Qwen2     every layer attends to everything; Llama's output map gets a bias of zero
+    Gemma     norms scale by 1 + w, written into w; embeddings are multiplied by √d, written into them, so the head is
+              no longer tied to them
+
+Qwen3, Gemma 2 and OLMo 2 are not: they normalise queries and keys or cap logits, and no stock class with `mlp_bias`
+does. What is written is compared with the original on token ids before it is believed.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+"""Relative norm of the difference in logits: norms run in float32, and where 1 + w is
+rounded differs."""
+
+
+def llama_config(config: Any) -> Any | None:
+    """The configuration under which a stock Llama is this model, or None."""
+    if not _whole_context(config) or not isinstance(getattr(config, "hidden_act", None), str):
+        return None
+    from transformers import LlamaConfig
+
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings", "initializer_range", "rms_norm_eps", "pad_token_id",
+        "bos_token_id", "eos_token_id", "rope_parameters", "attention_dropout", "tie_word_embeddings", "dtype",
+    )  # fmt: skip
+    values = {name: copy.deepcopy(getattr(config, name)) for name in names if hasattr(config, name)}
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    bias = config.model_type == "qwen2" or getattr(config, "attention_bias", False)
+    values |= {"head_dim": head, "hidden_act": activation, "attention_bias": bias, "mlp_bias": False}
+    if config.model_type == "gemma":
+        values["tie_word_embeddings"] = False
+    return LlamaConfig(**values)
+
+
+def _whole_context(config: Any) -> bool:
+    if config.model_type == "mistral":
+        window = getattr(config, "sliding_window", None)
+        return window is None or window >= config.max_position_embeddings
+    if config.model_type == "qwen2":
+        return set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    return config.model_type == "gemma" and not getattr(config, "use_bidirectional_attention", False)
+
+
+def as_llama(model: Any) -> Any | None:
+    """The same function as a `LlamaForCausalLM` that shares the model's tensors, or None where there is none."""
+    if not type(model).__name__.endswith("ForCausalLM"):
+        return None
+    config = llama_config(model.config)
+    if config is None:
+        return None
+    from transformers import LlamaForCausalLM
+
+    config._attn_implementation = model.config._attn_implementation
+    state = dict(model.state_dict())
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(config)
+    if model.config.model_type == "gemma":
+        state = _folded(state, model.config.hidden_size)
+    for name, empty in llama.state_dict().items():
+        if name.endswith("o_proj.bias") and name not in state:
+            state[name] = torch.zeros(empty.shape, dtype=model.dtype, device=model.device)
+    if state.keys() != llama.state_dict().keys():
+        return None
+    llama.load_state_dict(state, assign=True)
+    with torch.device(model.device):  # no state dict holds the rotary frequencies
+        llama.model.rotary_emb = type(llama.model.rotary_emb)(config)
+    llama.tie_weights()
+    llama.generation_config = copy.deepcopy(model.generation_config)
+    llama.config._name_or_path = model.config._name_or_path
+    return llama.eval() if _same(model, llama) else None
+
+
+def _folded(state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    """Gemma's weights with 1 + w and √d written into them."""
+    folded = {
+        name: value + 1 if "norm.weight" in name or "layernorm" in name else value for name, value in state.items()
+    }
+    table = state["model.embed_tokens.weight"]
+    folded["model.embed_tokens.weight"] = table * torch.tensor(width**0.5, dtype=table.dtype)
+    return folded
+
+
+def _same(model: Any, llama: Any) -> bool:
+    ids = torch.arange(2 * 16, device=model.device).view(2, 16) % model.config.vocab_size
+    with torch.no_grad():
+        before, after = (network(input_ids=ids, use_cache=False).logits.double() for network in (model, llama))
+    return bool((after - before).norm() <= TOLERANCE.get(model.dtype, 2e-2) * before.norm())
