@@ -287,7 +287,7 @@ def card(twin: str, base_model: str | None, licence: str | None) -> None:
 @cli.command()
 @click.argument("twin")
 @click.option("-o", "--output", required=True, help="Folder for the export.")
-@click.option("--form", type=click.Choice(["silu", "delta", "full"]), default="silu", show_default=True)
+@click.option("--form", type=click.Choice(["silu", "onnx", "delta", "full"]), default="silu", show_default=True)
 @click.option("--base", help="The original, for delta and full: Hub id, folder or .gguf.  [default: as recorded]")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier twin at the output.")
 def export(twin: str, output: str, form: str, base: str | None, overwrite: bool) -> None:
@@ -295,6 +295,7 @@ def export(twin: str, output: str, form: str, base: str | None, overwrite: bool)
 
     \b
     silu   an ordinary SwiGLU network of twice the width, for engines that know only SiLU (native twins)
+    onnx   a graph for onnxruntime and what else reads ONNX, compared there
     delta  only what the twin adds to its original: a few numbers per unit where the readout was kept
     full   the whole twin again, from a delta
     """

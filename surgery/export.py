@@ -145,6 +145,13 @@ def export(form: str, folder: Path, out: Path, base: str | None = None, overwrit
         seen = export_delta(folder, out, base, overwrite)
         share = seen["bytes"] / seen["twin_bytes"]
         return f"{seen['bytes']:,} bytes, {share:.2%} of the twin; applied to the original it gives every bit of it"
+    if form == "onnx":
+        from surgery.export_onnx import export_onnx
+
+        seen = export_onnx(folder, out, base, overwrite)
+        return (
+            f"ONNX graph, differs by {seen['difference']:.1e} in onnxruntime; operators {', '.join(seen['operators'])}"
+        )
     seen = export_silu(folder, out, overwrite) if form == "silu" else export_full(folder, out, base, overwrite)
     return f"{form} form, reloaded in a fresh process, difference {seen['difference']:.1e}"
 

@@ -208,6 +208,7 @@ def model_class_for(config) -> type:
             "save_pretrained": save_pretrained,
             "config_class": config_class_for(config.base_model_type),
             "config_for_dispatch": True,
+            "_auto_class": None,  # else saving again would write this generated name into auto_map
         }
         _MODELS[name] = type(f"Polynomial{name}", (base, PolynomialModel), members)
     return _MODELS[name]

@@ -116,3 +116,37 @@ def test_what_a_delta_refuses(kept, twins, tmp_path, ids):
     )
     done = subprocess.run([sys.executable, "-c", plain, out], capture_output=True, text=True, check=False)
     assert "surgery export" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["native", "custom"])
+def test_onnxruntime_computes_the_twin_without_a_nonlinearity_in_its_blocks(twins, tmp_path, name):
+    pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    done = subprocess.run(
+        [sys.executable, "-m", "surgery", "export", twins / name, "-o", tmp_path / "out", "--form", "onnx"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    operators = {node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node}
+    assert not operators & {"Sigmoid", "Tanh", "Erf", "Relu", "Gelu", "HardSigmoid", "Swish"}
+    assert "MatMul" in done.stdout
+    original = surgery.load(twins / "base")
+    assert "Sigmoid" in _operators(original), "the control: the original's activation is in its graph"
+
+
+def _operators(model):
+    from surgery.export_onnx import _Outputs
+
+    ids = torch.arange(3, 19)[None]
+    program = torch.onnx.export(_Outputs(model).eval(), (ids,), dynamo=True, verbose=False)
+    return {node.op_type for node in program.model.graph}
+
+
+def test_a_graph_that_computes_something_else_is_not_kept(twins, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    from surgery import export_onnx
+
+    monkeypatch.setattr(export_onnx, "TOLERANCE", 0.0)
+    with pytest.raises(ModelError, match="computes something else"):
+        export_onnx.export_onnx(twins / "native", tmp_path / "out")
+    assert not any(tmp_path.iterdir())
