@@ -12,13 +12,38 @@ from surgery.blocks import survey
 from surgery.errors import ModelError, RecipeError, did_you_mean
 
 SETS = ("coefficients", "readout", "block", "all")
+PIECE = 256  # tokens whose probabilities are held at once
 
 
 def kl(goal: Tensor, found: Tensor, temperature: float = 1.0) -> Tensor:
-    """T² KL(softmax(goal ÷ T) ‖ softmax(found ÷ T)), mean over tokens; logits of shape (..., vocabulary)."""
-    p = (goal.detach().float().flatten(0, -2) / temperature).log_softmax(-1)
-    q = (found.float().flatten(0, -2) / temperature).log_softmax(-1)
-    return F.kl_div(q, p, reduction="batchmean", log_target=True) * temperature**2
+    """T² KL(softmax(goal ÷ T) ‖ softmax(found ÷ T)), mean over tokens; logits of shape (…, vocabulary).
+
+    The gradient T (q − p) ÷ n is taken on the way, a piece of the tokens at a time: with 50,000 words the logits are
+    the largest tensors of a step, and this keeps one copy of them.
+    """
+    loss: Tensor = _Divergence.apply(found, goal.detach(), temperature)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, found: Tensor, goal: Tensor, temperature: float) -> Tensor:
+        rows, goals = found.flatten(0, -2), goal.flatten(0, -2)
+        gradient = torch.empty_like(rows)
+        total = torch.zeros((), dtype=torch.float64, device=rows.device)
+        for start in range(0, len(rows), PIECE):
+            piece = slice(start, start + PIECE)
+            q = (rows[piece].float() / temperature).log_softmax(-1)
+            p = (goals[piece].float() / temperature).log_softmax(-1)
+            total += F.kl_div(q, p, reduction="sum", log_target=True)
+            gradient[piece] = q.exp_().sub_(p.exp_()).mul_(temperature / len(rows))
+        ctx.save_for_backward(gradient.view_as(found))
+        return (total * temperature**2 / len(rows)).float()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0].to(gradient.dtype), None, None
 
 
 def replaced_modules(twin: Any) -> list[tuple[tuple[str, ...], str]]:
@@ -33,6 +58,11 @@ def replaced_modules(twin: Any) -> list[tuple[tuple[str, ...], str]]:
     return found or [((block.path,), block.last) for block in survey(twin).blocks]
 
 
+def names_inside(twin: Any) -> tuple[str, ...]:
+    """Beginnings of the names of what is in the replaced blocks."""
+    return tuple(f"{path}." for paths, _ in replaced_modules(twin) for path in paths)
+
+
 def named_trainable(twin: Any, which: str) -> dict[str, nn.Parameter]:
     """The parameters to train, by name; all others are frozen.
 
@@ -42,7 +72,7 @@ def named_trainable(twin: Any, which: str) -> dict[str, nn.Parameter]:
     if which not in SETS:
         raise RecipeError(f"no set of parameters {which!r}{did_you_mean(which, SETS)}", fix=f"one of {', '.join(SETS)}")
     blocks = replaced_modules(twin)
-    inside = tuple(f"{path}." for paths, _ in blocks for path in paths)
+    inside = names_inside(twin)
     last = tuple(f"{path}." for _, path in blocks)
     chosen = {}
     for name, parameter in twin.named_parameters():
@@ -64,14 +94,17 @@ def named_trainable(twin: Any, which: str) -> dict[str, nn.Parameter]:
     return chosen
 
 
-def share(twin: Any, teacher: Any, trained: set[str]) -> int:
+def share(twin: Any, teacher: Any, trained: set[str], inside: tuple[str, ...]) -> int:
     """Lets the teacher use the twin's tensors wherever nothing is trained; the bytes this saves.
+
+    Args:
+        inside: beginnings of the names in the replaced blocks (:func:`names_inside`), which stay the teacher's own.
 
     Raises:
         ModelError: the teacher is not what the twin was made from: outside the blocks their weights differ.
     """
-    inside = tuple(f"{path}." for paths, _ in replaced_modules(twin) for path in paths)
-    ours, saved = dict(twin.named_parameters()), 0
+    ours = {name.replace(".base_layer", "").removeprefix("base_model.model."): p for name, p in twin.named_parameters()}
+    saved = 0
     for name, parameter in list(teacher.named_parameters()):
         if name.startswith(inside):
             continue

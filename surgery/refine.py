@@ -2,69 +2,35 @@
 
     L = mean over tokens of T² KL(softmax(original ÷ T) ‖ softmax(twin ÷ T))
 
-Teacher and twin share every tensor that is not trained, so memory holds one model, the original's feed-forward blocks
-and the optimiser's state. Training windows are drawn in one seeded order and shared out between the processes, so that
-a step sees the same text whatever their number, as long as batch × accumulate × processes is the same.
+Teacher and twin share every tensor that is not trained, so memory holds one model, the original's feed-forward blocks,
+the running mean of what is trained and the optimiser's state. Training windows are drawn in one seeded order and shared
+out between the processes, so that a step sees the same text whatever their number, as long as batch × accumulate ×
+processes is the same.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import copy
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from surgery import checkpoint, loading
-from surgery.calibration import sequences
 from surgery.card import read_twin
-from surgery.distill import kl, named_trainable, share
-from surgery.errors import CalibrationError, CheckpointError, RecipeError
-from surgery.texts import frame, tokens_of
-
-MOST_SKIPPED = 10  # steps in a row that may be skipped for not being finite
-
-
-@dataclass(frozen=True)
-class RefineSettings:
-    """What `surgery refine` does; the options of the same names.
-
-    Attributes:
-        text, tokens, length: training text, how much of it, and tokens a window.
-        batch, accumulate: windows a forward pass and process, and forward passes a step.
-        train: coefficients, readout, block or all.
-        rate, warmup, clip: peak learning rate, share of the steps to reach it, bound on the gradient's norm.
-        temperature: T of the loss.
-        validate_tokens, validate_every: held-out tokens, and steps between two looks at them.
-        patience: looks without improvement after which to stop; 0 never stops early.
-    """
-
-    twin: str
-    teacher: str
-    output: str
-    text: str = "python"
-    tokens: int = 51_200
-    length: int = 256
-    batch: int = 4
-    accumulate: int = 1
-    train: str = "block"
-    rate: float = 1e-4
-    warmup: float = 0.05
-    clip: float = 1.0
-    temperature: float = 1.0
-    validate_tokens: int = 4096
-    validate_every: int = 10
-    patience: int = 0
-    dtype: str = "float32"
-    seed: int = 0
-    teacher_revision: str | None = None
+from surgery.distill import named_trainable, names_inside, share
+from surgery.errors import CalibrationError, ModelError, RecipeError, SurgeryError
+from surgery.objectives import EndToEnd, Local, NextToken, Objective
+from surgery.packing import Windows, apart, joined, pack, packable, tokenised
+from surgery.refine_settings import LORA, RefineSettings, schedule_of
+from surgery.training import Schedule, Training
 
 
 def refine(
@@ -73,244 +39,260 @@ def refine(
     """Distils, keeps the state of least held-out divergence, saves and verifies; the refinement's record.
 
     Raises:
-        SurgeryError: teacher and twin do not match, too little text, values not finite, a folder of another run.
+        SurgeryError: teacher and twin do not match, too little text, values not finite, a folder of another run, or
+            too little memory.
     """
-    from accelerate import Accelerator
-
     out = Path(settings.output)
     report = read_twin(Path(settings.twin))
     checkpoint.check_target(out, overwrite)
-    accelerator = Accelerator(gradient_accumulation_steps=settings.accumulate)
-    loaded = loading.load(settings.twin, dtype=settings.dtype)
-    student: Any = loaded.model
-    trainable = named_trainable(student, settings.train)
-    teacher: Any = loading.load(settings.teacher, settings.teacher_revision, settings.dtype).model
-    held, windows = _windows(settings, loaded.tokenizer, report, accelerator.num_processes)
-    optimizer = torch.optim.AdamW(trainable.values(), lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.0)
-    network, optimizer = accelerator.prepare(student, optimizer)
-    teacher.to(accelerator.device)
-    saved = share(student, teacher, set(trainable))  # only now, since moving to a device copies
+    with _out_of_memory():
+        return _refine(settings, out, report, restart, quiet)
 
-    run = _Run(settings, accelerator, network, teacher, trainable, optimizer, held, windows)
+
+def _refine(settings: RefineSettings, out: Path, report: dict[str, Any], restart: bool, quiet: bool) -> dict[str, Any]:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(
+        gradient_accumulation_steps=settings.accumulate, mixed_precision="no",
+        log_with=list(settings.report_to) or None, project_dir=str(out.parent),
+    )  # fmt: skip
+    _refuse_sharding(accelerator)
+    loaded = loading.load(settings.twin)
+    student: Any = loaded.model
+    chosen = settings.train if settings.train != LORA else "block"
+    trainable = named_trainable(student, chosen)
+    inside = names_inside(student)
+    if settings.train == LORA:
+        student, trainable = _with_lora(student, settings)
+    teacher = _teacher(settings, student)
+    held, windows, passes = _windows(settings, loaded.tokenizer, report, teacher, accelerator.num_processes)
+    if settings.checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    network, optimizer = accelerator.prepare(student, _optimizer(settings, trainable))
+    teacher.to(accelerator.device)
+    saved = share(student, teacher, set(trainable), inside)  # only now, since moving to a device copies
+    precision = _autocast(settings.precision, accelerator.device)
+    objective: Objective = (
+        Local(accelerator, network, teacher, precision)
+        if settings.objective == "local"
+        else EndToEnd(accelerator, network, teacher, precision, settings.temperature, settings.match)
+    )
+    if settings.report_to:
+        accelerator.init_trackers("polysurgery", config={k: str(v) for k, v in asdict(settings).items()})
+    log = (lambda values, step: accelerator.log(values, step=step)) if settings.report_to else None
+    schedule = schedule_of(settings, accelerator.num_processes)
+    key = asdict(settings) | {"processes": accelerator.num_processes}
+    run = Training(
+        accelerator, network, teacher, objective, trainable, optimizer, schedule, held, windows, key, log
+    )  # fmt: skip
     place = out.with_name(out.name + ".refining")
-    run.resume(place, restart)
-    begun = time.monotonic()
-    for _ in run.steps(quiet):
-        run.keep(place)
+    _run(run, place, restart, quiet)
+    control = _control(settings, accelerator, held, windows, schedule, key, place, quiet) if settings.control else None
     run.restore_best()
-    record = run.record(time.monotonic() - begun) | {"shared_bytes": saved}
+    record = _record(settings, run, passes) | {"shared_bytes": saved, "control": control}
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        if settings.train == LORA:
+            student = student.merge_and_unload()
         report["refinement"] = record
-        probe = checkpoint.probe_inputs({"input_ids": held[:2].to(accelerator.device)})
+        probe = checkpoint.probe_inputs({"input_ids": windows.ids[:2].to(accelerator.device)})
         dtype = loaded.source.dtype
         checkpoint.save(student, loaded.tokenizer, out, report, probe, dtype=dtype, native=report["form"] == "native")
+        _draw(record, out)
         shutil.rmtree(place, ignore_errors=True)
     accelerator.end_training()
     return record
 
 
-def _windows(settings: RefineSettings, tokenizer: Any, report: dict[str, Any], processes: int) -> tuple[Tensor, Tensor]:
-    """Held-out windows, then training windows: of the text after what the conversion was calibrated on."""
+def _run(run: Training, place: Path, restart: bool, quiet: bool, label: str = "refining") -> None:
+    run.resume(place, restart)
+    before, begun = run.seconds, time.monotonic()
+    for _ in run.steps(quiet, label):
+        run.seconds = before + time.monotonic() - begun
+        run.keep(place)
+
+
+def _teacher(settings: RefineSettings, student: Any) -> Any:
+    """The original; as a Llama where the twin was made from it as one."""
+    teacher: Any = loading.load(settings.teacher, settings.teacher_revision).model
+    if type(student).__name__ == "LlamaForCausalLM" and type(teacher).__name__ != "LlamaForCausalLM":
+        from surgery.reexpress import as_llama
+
+        return as_llama(teacher) or teacher
+    return teacher
+
+
+def _windows(
+    settings: RefineSettings, tokenizer: Any, report: dict[str, Any], teacher: Any, processes: int
+) -> tuple[dict[str, Windows], Windows, float]:
+    """Held-out windows by text, training windows, and how often the latter are gone through.
+
+    Held out is, of every text, what follows the tokens that the conversion saw: unseen by both. All else is trained on.
+    """
     used = report["calibration"]
-    skip = used["tokens"] if used["source"] == settings.text else 0
-    ids = tokens_of(settings.text, tokenizer, settings.validate_tokens + settings.tokens, skip)
-    rows = sequences(ids, settings.length, frame(tokenizer), settings.text)
-    held = max(1, settings.validate_tokens // settings.length)
-    if len(rows) - held < settings.batch * settings.accumulate * processes:
+    measured = (report.get("perplexity") or {}).get("tokens", 0)
+    positions = packable(teacher)
+    held_each = max(settings.length, settings.validate_tokens // len(settings.text))
+    held: dict[str, Windows] = {}
+    train: list[Windows] = []
+    for source in settings.text:
+        seen = used["tokens"] + measured if used["source"] == source else 0
+        texts = tokenised(source, tokenizer, settings.tokens // len(settings.text) + seen + held_each)
+        total = sum(len(text) for text in texts)
+        begin = min(seen, max(0, total - held_each))
+        rest, kept = apart(texts, begin, begin + held_each)
+        held[Path(source).name] = pack(kept, settings.length, tokenizer, positions)
+        train.append(pack(rest, settings.length, tokenizer, positions))
+    windows = joined(train)
+    a_step = settings.batch * settings.accumulate * processes
+    if any(len(part) == 0 for part in held.values()) or len(windows) < a_step:
         raise CalibrationError(
-            f"{len(ids):,} tokens are too few for {held} held-out windows of {settings.length} and one step",
-            where=settings.text,
-            fix="give more text, or lower --length, --batch or --validate-tokens",
+            f"{windows.ids.numel():,} tokens are too few: a step takes {a_step} windows of {settings.length}, and "
+            f"{held_each} tokens are held out",
+            where=", ".join(settings.text),
+            fix="give more text, or lower --length, --batch, --accumulate or --validate-tokens",
         )
-    return rows[:held], rows[held:]
+    return held, windows, settings.tokens / windows.ids.numel()
 
 
-class _Run:
-    """State of one refinement; everything in it is restored by `resume`."""
+def _with_lora(student: Any, settings: RefineSettings) -> tuple[Any, dict[str, nn.Parameter]]:
+    from peft import LoraConfig, get_peft_model
 
-    def __init__(
-        self, settings: RefineSettings, accelerator: Any, network: nn.Module, teacher: Any,
-        trainable: dict[str, nn.Parameter], optimizer: Any, held: Tensor, windows: Tensor,
-    ) -> None:  # fmt: skip
-        self.settings, self.accelerator, self.network, self.teacher = settings, accelerator, network, teacher
-        self.trainable, self.optimizer, self.held, self.windows = trainable, optimizer, held, windows
-        self.rows = settings.batch * settings.accumulate * accelerator.num_processes  # windows a step
-        self.total = len(windows) // self.rows
-        generator = torch.Generator().manual_seed(settings.seed)
-        self.order = torch.randperm(len(windows), generator=generator)
-        self.step, self.skipped, self.in_a_row, self.stale = 0, 0, 0, 0
-        self.losses: list[float] = []
-        self.curve: list[dict[str, float]] = []
-        self.best: dict[str, Tensor] = {}
-        self.best_divergence = math.inf
+    names = settings.lora_modules
+    try:
+        adapted = get_peft_model(
+            student,
+            LoraConfig(
+                r=settings.lora_rank, lora_alpha=2 * settings.lora_rank,
+                target_modules=names if names == "all-linear" else names.split(","),
+            ),
+        )  # fmt: skip
+    except ValueError as error:
+        raise RecipeError(str(error).splitlines()[0], where="--lora-modules") from error
+    return adapted, {name: value for name, value in adapted.named_parameters() if value.requires_grad}
 
-    def steps(self, quiet: bool) -> Iterator[None]:
-        """Runs to the end; yields after every look at the held-out text."""
-        from tqdm import tqdm
 
-        hidden = quiet or not self.accelerator.is_main_process
-        with tqdm(total=self.total, initial=self.step, desc="refining", unit="step", disable=hidden) as bar:
-            if not self.curve:
-                self._look()
-                yield
-            while self.step < self.total and not (self.settings.patience and self.stale >= self.settings.patience):
-                self.losses.append(self._one_step())
-                self.step += 1
-                bar.set_postfix_str(f"KL {self.losses[-1]:.4f}, held out {self.curve[-1]['nats']:.4f} nats")
-                bar.update(1)
-                if self.step % self.settings.validate_every == 0 or self.step == self.total:
-                    self._look()
-                    yield
+def _optimizer(settings: RefineSettings, trainable: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW without weight decay: the twin begins close to where it should end."""
+    return torch.optim.AdamW(trainable.values(), lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.0)
 
-    def _one_step(self) -> float:
-        settings, accelerator = self.settings, self.accelerator
-        rows = self.windows[self.order[self.step * self.rows : (self.step + 1) * self.rows]]
-        mine = rows[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate()
-        losses = []
-        for part in mine.split(settings.batch):
-            with accelerator.accumulate(self.network):
-                with torch.no_grad():
-                    goal = self.teacher(input_ids=part, use_cache=False).logits
-                loss = kl(goal, self.network(input_ids=part, use_cache=False).logits, settings.temperature)
-                accelerator.backward(loss)
-                losses.append(loss.detach())
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(list(self.trainable.values()), settings.clip)
-                    mean = accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
-                    if bool(torch.isfinite(norm)) and bool(torch.isfinite(mean)):
-                        self.optimizer.step()
-                        self.in_a_row = 0
-                    else:
-                        self._skip()
-                    self.optimizer.zero_grad()
-        value: float = mean.item()
-        return value
 
-    def _skip(self) -> None:
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        if self.in_a_row > MOST_SKIPPED:
-            raise CalibrationError(
-                f"{self.in_a_row} steps in a row were not finite",
-                where=f"step {self.step}",
-                cause="a polynomial left the range it was fitted on",
-                fix="lower --rate, or use --dtype float32",
-            )
+def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """bf16 where the processor multiplies it faster than float32, weights in float32 all the same."""
+    wanted = precision if precision != "auto" else ("bf16" if _fast_bf16(device) else "float32")
+    return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=wanted == "bf16")
 
-    def _rate(self) -> float:
-        """Linear warm-up, then a cosine to a tenth."""
-        warm = max(1, round(self.settings.warmup * self.total))
-        done = (self.step - warm) / max(1, self.total - warm)
-        share: float = (self.step + 1) / warm if done < 0 else 0.1 + 0.45 * (1 + math.cos(math.pi * done))
-        return self.settings.rate * share
 
-    def _look(self) -> None:
-        """Held-out nats and KL; the best state so far is kept."""
-        model = self.accelerator.unwrap_model(self.network)
-        sums = torch.zeros(4, dtype=torch.float64, device=self.accelerator.device)
-        mine = self.held[self.accelerator.process_index :: self.accelerator.num_processes]
-        with torch.no_grad():
-            for part in mine.split(self.settings.batch):
-                ids = part.to(self.accelerator.device)
-                ours, goal = (m(input_ids=ids, use_cache=False).logits[:, :-1] for m in (model, self.teacher))
-                target, count = ids[:, 1:].flatten(), ids[:, 1:].numel()
-                nats = [F.cross_entropy(logits.flatten(0, 1).float(), target) for logits in (ours, goal)]
-                sums += torch.stack([*nats, kl(goal, ours), torch.ones_like(nats[0])]).double() * count
-        sums = self.accelerator.reduce(sums, reduction="sum")
-        nats_now, original, divergence = (sums[:3] / sums[3]).tolist()
-        tokens = self.step * self.rows * self.settings.length
-        self.curve.append(
-            {
-                "step": self.step,
-                "tokens": tokens,
-                "nats": nats_now,
-                "lost": nats_now - original,
-                "divergence": divergence,
-            }
+def _fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    look = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return device.type == "cpu" and look is not None and bool(look())
+
+
+def _refuse_sharding(accelerator: Any) -> None:
+    if str(accelerator.distributed_type).rpartition(".")[2] not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise ModelError(
+            f"refinement does not run under {accelerator.distributed_type}",
+            cause="teacher and twin share their tensors, which sharding would tear apart",
+            fix="use data parallelism (accelerate's MULTI_GPU), --train lora, --checkpointing or --objective local",
         )
-        if divergence < self.best_divergence:
-            self.best_divergence, self.stale = divergence, 0
-            self.best = {name: value.detach().cpu().clone() for name, value in self.trainable.items()}
-        else:
-            self.stale += 1
-
-    def restore_best(self) -> None:
-        with torch.no_grad():
-            for name, value in self.trainable.items():
-                value.copy_(self.best[name])
-
-    def record(self, seconds: float) -> dict[str, Any]:
-        """What the report says of the refinement."""
-        first, best = self.curve[0], min(self.curve, key=lambda row: row["divergence"])
-        return {
-            "settings": asdict(self.settings),
-            "processes": self.accelerator.num_processes,
-            "trained_parameters": sum(value.numel() for value in self.trainable.values()),
-            "tokens_seen": self.step * self.rows * self.settings.length,
-            "seconds": round(seconds, 1),
-            "held_out_tokens": self.held.shape[0] * (self.held.shape[1] - 1),
-            "lost_before": first["lost"],
-            "lost_after": best["lost"],
-            "best_step": best["step"],
-            "divergence_before": first["divergence"],
-            "divergence_after": best["divergence"],
-            "skipped_steps": self.skipped,
-            "curve": self.curve,
-            "losses": self.losses,
-        }
-
-    def _key(self) -> dict[str, Any]:
-        return asdict(self.settings) | {"processes": self.accelerator.num_processes}
-
-    def keep(self, place: Path) -> None:
-        """Everything needed to go on exactly, under a temporary name and then renamed."""
-        if self.accelerator.is_main_process:
-            state = {
-                "key": self._key(), "step": self.step, "skipped": self.skipped, "in_a_row": self.in_a_row,
-                "stale": self.stale, "losses": self.losses, "curve": self.curve,
-                "best_divergence": self.best_divergence,
-            }  # fmt: skip
-            place.mkdir(parents=True, exist_ok=True)
-            tensors = {
-                "state": state, "best": self.best, "optimizer": self.optimizer.state_dict(),
-                "now": {name: value.detach().cpu() for name, value in self.trainable.items()},
-            }  # fmt: skip
-            torch.save(tensors, place / "state.tmp")
-            (place / "state.tmp").replace(place / "state.pt")
-            checkpoint.write_json(place / "progress.json", state)
-
-    def resume(self, place: Path, restart: bool) -> None:
-        """Goes on from `keep`. Raises CheckpointError where the folder is another run's."""
-        file = place / "state.pt"
-        if restart and self.accelerator.is_main_process:
-            shutil.rmtree(place, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        if not file.is_file():
-            return
-        kept = torch.load(file, map_location="cpu", weights_only=True)
-        state = kept["state"]
-        if json.loads(json.dumps(state["key"])) != json.loads(json.dumps(self._key())):
-            raise CheckpointError(
-                "an interrupted refinement with other settings left its state here",
-                where=str(place),
-                fix="repeat the earlier command to finish it, or give --restart to discard it",
-            )
-        self.step, self.skipped, self.in_a_row = state["step"], state["skipped"], state["in_a_row"]
-        self.stale, self.losses, self.curve = state["stale"], state["losses"], state["curve"]
-        self.best, self.best_divergence = kept["best"], state["best_divergence"]
-        self.optimizer.load_state_dict(kept["optimizer"])
-        with torch.no_grad():
-            for name, value in self.trainable.items():
-                value.copy_(kept["now"][name])
 
 
-def check(settings: RefineSettings) -> None:
-    """What can be wrong before a model is loaded."""
-    read_twin(Path(settings.twin))
-    loading.load_config(settings.teacher, settings.teacher_revision)
-    positive = ("tokens", "length", "batch", "accumulate", "rate", "clip", "temperature", "validate_every")
-    for name in positive:
-        if not getattr(settings, name) > 0:
-            raise RecipeError(f"{getattr(settings, name)} is not positive", where=f"--{name.replace('_', '-')}")
+def _control(
+    settings: RefineSettings, accelerator: Any, held: dict[str, Windows], windows: Windows, schedule: Schedule,
+    key: dict[str, Any], place: Path, quiet: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """The original trained alike on the text itself: same parameters, windows, steps and rates.
+
+    By its own divergence it has nothing to learn, so this is what the text alone would teach an original.
+    """
+    original: Any = loading.load(settings.teacher, settings.teacher_revision).model
+    still = copy.deepcopy(original).requires_grad_(False).to(accelerator.device)
+    trainable = named_trainable(original, "block" if settings.train in (LORA, "coefficients") else settings.train)
+    network, optimizer = accelerator.prepare(original, _optimizer(settings, trainable))
+    objective = NextToken(accelerator, network, _autocast(settings.precision, accelerator.device))
+    run = Training(
+        accelerator, network, still, objective, trainable, optimizer, schedule, held, windows, key | {"control": True}
+    )
+    _run(run, place / "control", False, quiet, "control")
+    nats = [row["nats"] for row in run.curve]
+    return {"nats_before": nats[0], "nats_after": nats[-1], "least": min(nats), "curve": run.curve}
+
+
+def _record(settings: RefineSettings, run: Training, passes: float) -> dict[str, Any]:
+    """What the report says of the refinement."""
+    first, best = run.curve[0], min(run.curve, key=lambda row: row["divergence"])
+    shown = asdict(settings) | {name: Path(getattr(settings, name)).name for name in ("twin", "output")}
+    return {
+        "settings": shown | {"teacher": loading.public(settings.teacher, loading.locate(settings.teacher)[2])},
+        "processes": run.accelerator.num_processes,
+        "trained_parameters": sum(value.numel() for value in run.trainable.values()),
+        "tokens_seen": run.tokens_seen,
+        "passes_over_the_text": round(passes, 2),
+        "seconds": round(run.seconds, 1),
+        "held_out_tokens": sum(len(part) * (part.ids.shape[1] - 1) for part in run.held.values()),
+        "lost_before": first["lost"],
+        "lost_after": best["lost"],
+        "best_step": best["step"],
+        "divergence_before": first["divergence"],
+        "divergence_after": best["divergence"],
+        "skipped_steps": run.skipped,
+        "curve": run.curve,
+        "losses": run.losses,
+    }
+
+
+def _draw(record: dict[str, Any], out: Path) -> None:
+    """refinement.png beside the weights, where matplotlib is there."""
+    from surgery import curves
+
+    curves.draw(record, out / "refinement.png")
+
+
+@contextmanager
+def _out_of_memory() -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _too_little_memory() from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise _too_little_memory() from error
+
+
+def _too_little_memory() -> SurgeryError:
+    return SurgeryError(
+        "out of memory",
+        cause="activations grow with batch × length, logits with the vocabulary too; what is trained counts five times",
+        fix="lower --batch (and raise --accumulate by as much) or --length; then --checkpointing, --train readout or "
+        "lora, or --objective local; what was done is kept",
+    )
+
+
+def plan(settings: RefineSettings, processes: int = 1) -> dict[str, Any]:
+    """What a refinement would do, without loading weights: `--dry-run`."""
+    twin, _ = loading.load_meta(settings.twin)
+    inside = set(named_trainable(twin, "block"))
+    trainable = _with_lora(twin, settings)[1] if settings.train == LORA else named_trainable(twin, settings.train)
+    count = sum(value.numel() for value in trainable.values())
+    schedule = schedule_of(settings, processes)
+    a_step = settings.tokens // schedule.steps
+    originals = sum(value.numel() for name, value in twin.named_parameters() if name in inside)
+    return {
+        "settings": asdict(settings),
+        "steps": schedule.steps,
+        "tokens_a_step": a_step,
+        "trained_parameters": count,
+        "parameters": sum(value.numel() for value in twin.parameters()),
+        # weights once, the original's blocks, and of what is trained gradient, mean, best and two moments
+        "bytes_at_least": 4 * (sum(value.numel() for value in twin.parameters()) + originals + 5 * count),
+    }
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that speaks."""
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)

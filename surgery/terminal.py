@@ -12,6 +12,63 @@ if TYPE_CHECKING:
     from surgery.report import Report
 
 
+class _Count(click.ParamType):  # type: ignore[type-arg]
+    """A number of tokens, as 51200, 200k or 4M."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        if isinstance(value, int):
+            return value
+        unit = {"k": 1_000, "m": 1_000_000, "b": 1_000_000_000}.get(value[-1:].lower(), 1)
+        try:
+            return round(float(value if unit == 1 else value[:-1]) * unit)
+        except (ValueError, OverflowError):
+            self.fail(f"{value!r} is no number of tokens: write 51200, 200k or 4M", param, ctx)
+
+
+COUNT = _Count()
+
+
+def refinement_plan(planned: dict[str, Any]) -> str:
+    """`surgery refine --dry-run`."""
+    settings = planned["settings"]
+    return "\n".join(
+        (
+            f"{settings['twin']} → {settings['output']}, from {settings['teacher']}",
+            f"{planned['steps']:,} steps of {planned['tokens_a_step']:,} tokens of {', '.join(settings['text'])}",
+            f"trained: {settings['train']}, {planned['trained_parameters']:,} of {planned['parameters']:,} parameters",
+            f"memory: {planned['bytes_at_least'] / 2**30:.2f} GiB and the activations",
+        )
+    )
+
+
+def refinement_lines(record: dict[str, Any]) -> list[str]:
+    """What a refinement did."""
+    lines = [
+        f"nats lost on {record['held_out_tokens']:,} held-out tokens: {record['lost_before']:+.4f} before, "
+        f"{record['lost_after']:+.4f} after {record['tokens_seen']:,} tokens in {record['seconds']:.0f} s",
+        f"KL to the original: {record['divergence_before']:.4f} before, {record['divergence_after']:.4f} after",
+        f"memory saved by sharing tensors with the teacher: {record['shared_bytes'] / 2**20:,.0f} MiB",
+    ]
+    if record["control"]:
+        change = record["control"]["nats_after"] - record["control"]["nats_before"]
+        lines.append(f"the original, trained alike on the text itself: {change:+.4f} nats on the same tokens")
+    return lines
+
+
+def refinement_warnings(record: dict[str, Any]) -> list[str]:
+    """What must not be overlooked."""
+    lines = []
+    if record["best_step"] == 0:
+        lines.append("WARNING: nothing was gained; the twin saved is the one this run started from")
+    elif record["lost_after"] > record["lost_before"]:
+        lines.append("WARNING: nearer to the original's predictions, but WORSE on held-out text than before")
+    if record["skipped_steps"]:
+        lines.append(f"WARNING: {record['skipped_steps']} steps were not finite and were skipped")
+    return lines
+
+
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table

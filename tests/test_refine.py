@@ -11,8 +11,10 @@ import torch
 
 import surgery
 from surgery import refine as refining
-from surgery.distill import kl, named_trainable, share
+from surgery.distill import kl, named_trainable, names_inside, share
 from surgery.errors import CheckpointError, ModelError, RecipeError
+from surgery.refine_settings import RefineSettings
+from surgery.training import Training
 from tests import tiny
 
 
@@ -33,8 +35,9 @@ def place(tmp_path_factory):
 
 def settings_of(place, out, **more):
     given = {"twin": str(place / "twin"), "teacher": str(place / "base"), "output": str(out)}
-    given |= {"text": str(place / "text.txt"), "tokens": 4096, "length": 32, "batch": 8, "validate_tokens": 512}
-    return refining.RefineSettings(**(given | {"rate": 3e-3, "validate_every": 4} | more))
+    given |= {"text": (str(place / "text.txt"),), "tokens": 4096, "length": 32, "batch": 8, "accumulate": 1}
+    given |= {"validate_tokens": 512, "precision": "float32", "average": 0.5}
+    return RefineSettings(**(given | {"rate": 3e-3, "validate_every": 4} | more))
 
 
 def weights(folder):
@@ -51,6 +54,23 @@ def test_divergence_is_zero_for_equal_logits_and_has_the_right_value(ids):
     assert kl(one, two).item() == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_divergence_and_its_gradient_are_torchs_own(temperature, monkeypatch):
+    from surgery import distill
+
+    monkeypatch.setattr(distill, "PIECE", 4)  # three uneven pieces
+    g = torch.Generator().manual_seed(1)
+    goal, found = torch.randn(2, 5, 11, generator=g), torch.randn(2, 5, 11, generator=g)
+    ours, theirs = found.clone().requires_grad_(), found.clone().requires_grad_()
+    p, q = (x.flatten(0, 1).div(temperature).log_softmax(-1) for x in (goal, theirs))
+    expected = torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True) * temperature**2
+    loss = kl(goal, ours, temperature)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_distillation_lowers_the_loss_and_a_native_twin_stays_native(place, tmp_path):
     record = refining.refine(settings_of(place, tmp_path / "out"))
     assert record["divergence_after"] < 0.7 * record["divergence_before"]
@@ -60,7 +80,7 @@ def test_distillation_lowers_the_loss_and_a_native_twin_stays_native(place, tmp_
     assert config["hidden_act"] == "linear"
     assert config == json.loads((place / "twin" / "config.json").read_text())
     report = json.loads((tmp_path / "out" / "surgery.json").read_text())
-    assert report["refinement"]["tokens_seen"] == 4096 // 256 * 256 - 512 + 512
+    assert report["refinement"]["tokens_seen"] == 4096
     assert report["verification"]["verified"]
     before, after = weights(place / "twin"), weights(tmp_path / "out")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -91,7 +111,7 @@ def test_one_model_in_memory(place):
     """Every tensor that is not trained is shared; the teacher's outputs are the original's all the same."""
     twin, teacher, original = (surgery.load(str(place / name)) for name in ("twin", "base", "base"))
     trained = set(named_trainable(twin, "block"))
-    saved = share(twin, teacher, trained)
+    saved = share(twin, teacher, trained, names_inside(twin))
     ours = {p.data_ptr() for p in twin.parameters()}
     shared = [p for p in teacher.parameters() if p.data_ptr() in ours]
     assert saved == sum(p.numel() * 4 for p in shared)
@@ -105,13 +125,13 @@ def test_another_teacher_is_refused(place):
     twin = surgery.load(str(place / "twin"))
     trained = set(named_trainable(twin, "block"))
     with pytest.raises(ModelError, match="differs between the teacher and the twin"):
-        share(twin, tiny.make("llama", seed=7), trained)
+        share(twin, tiny.make("llama", seed=7), trained, names_inside(twin))
 
 
 def test_a_killed_run_goes_on_exactly(place, tmp_path, monkeypatch):
     whole = refining.refine(settings_of(place, tmp_path / "whole"))
     settings = settings_of(place, tmp_path / "cut")
-    real, looks = refining._Run.keep, []
+    real, looks = Training.keep, []
 
     def stop(self, folder):
         real(self, folder)
@@ -119,7 +139,7 @@ def test_a_killed_run_goes_on_exactly(place, tmp_path, monkeypatch):
         if len(looks) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(refining._Run, "keep", stop)
+    monkeypatch.setattr(Training, "keep", stop)
     with pytest.raises(KeyboardInterrupt):
         refining.refine(settings)
     monkeypatch.undo()
@@ -143,7 +163,9 @@ def test_a_run_that_gains_nothing_keeps_the_start_and_says_so(place, tmp_path):
 
 
 def test_steps_that_are_not_finite_are_skipped_and_then_an_error(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(refining, "kl", lambda goal, found, temperature=1.0: found.float().sum() * float("nan"))
+    from surgery import objectives
+
+    monkeypatch.setattr(objectives, "kl", lambda goal, found, temperature=1.0: found.float().sum() * float("nan"))
     with pytest.raises(surgery.SurgeryError, match="not finite"):
         refining.refine(settings_of(place, tmp_path / "out", validate_every=1000))
     assert not (tmp_path / "out").exists()
@@ -151,7 +173,8 @@ def test_steps_that_are_not_finite_are_skipped_and_then_an_error(place, tmp_path
 
 def command(place, out, **more):
     options = {"--teacher": place / "base", "-o": out, "--text": place / "text.txt", "--tokens": 2048, "--length": 32}
-    options |= {"--validate-tokens": 512, "--rate": 0.003, "--validate-every": 4} | more
+    options |= {"--validate-tokens": 512, "--rate": 0.003, "--validate-every": 4, "--accumulate": 1}
+    options |= {"--precision": "float32"} | more
     return ["-m", "surgery", "refine", str(place / "twin"), *(str(part) for item in options.items() for part in item)]
 
 
@@ -189,6 +212,11 @@ def test_two_processes_give_the_losses_of_one(place, tmp_path):
     ("change", "words"),
     [
         ({"--tokens": 64, "--validate-tokens": 64, "--batch": 64}, ["too few"]),
+        ({"--tokens": "many"}, ["no number of tokens"]),
+        ({"--objective": "locl"}, ["did you mean 'local'"]),
+        ({"--train": "lora", "--lora-modules": "nowhere"}, ["nowhere"]),
+        ({"--report-to": "tensorboard2"}, ["tensorboard2", "not installed"]),
+        ({"--average": 1}, ["--average"]),
         ({"--train": "blok"}, ["did you mean 'block'"]),
         ({"--rate": -1}, ["--rate", "not positive"]),
         ({"--teacher": "nowhere/"}, ["nowhere"]),

@@ -1,0 +1,140 @@
+"""What a step of refinement makes smaller. Each runs forward and backward over one batch and returns the loss.
+
+    EndToEnd   T² KL(original ÷ T ‖ twin ÷ T), plus, with `match`, the blocks' errors below
+    Local      mean over blocks and tokens of ‖f_k(x_k) − t_k‖² ÷ max(‖t_k‖², median ‖t_k‖²)
+    NextToken  the text's own next token: what an original trained alike is trained on
+
+x_k is what enters block k in the twin, t_k what the original's block k writes in the original. Local needs no
+backward pass through the network: a block's gradients are taken while the forward pass stands at it, so memory holds
+one block's activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surgery.distill import kl, replaced_modules
+from surgery.packing import Windows
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+"""The precision the network computes in."""
+
+
+class Objective(Protocol):
+    """One batch forward and backward; the loss, detached."""
+
+    def __call__(self, part: Windows) -> Tensor: ...
+
+
+def _written(model: nn.Module, paths: Sequence[str], into: dict[str, Tensor]) -> list[Any]:
+    """Hooks that note what the modules at `paths` write."""
+
+    def noting(path: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            into[path] = output
+
+        return hook
+
+    return [model.get_submodule(path).register_forward_hook(noting(path)) for path in paths]
+
+
+@contextmanager
+def _hooked(handles: list[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def block_error(found: Tensor, goal: Tensor) -> Tensor:
+    """Relative squared error of a block's output, mean over tokens; (…, d). Sinks count as much as other tokens."""
+    error = (found.float() - goal.float()).square().sum(-1)
+    size = goal.float().square().sum(-1)
+    return (error / torch.maximum(size, size.median()).clamp_min(1e-12)).mean()
+
+
+class EndToEnd:
+    """Divergence of the twin's predictions from the original's."""
+
+    def __init__(
+        self, accelerator: Any, network: nn.Module, teacher: Any, autocast: Autocast, temperature: float = 1.0,
+        match: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.accelerator, self.network, self.teacher, self.autocast = accelerator, network, teacher, autocast
+        self.temperature, self.match = temperature, match
+        twin = accelerator.unwrap_model(network)
+        self.paths = [paths[-1] for paths, _ in replaced_modules(twin)] if match else []
+        self.twin = twin
+
+    def __call__(self, part: Windows) -> Tensor:
+        goals: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
+        given = part.inputs(self.accelerator.device)
+        with torch.no_grad(), self.autocast(), _hooked(_written(self.teacher, self.paths, goals)):
+            goal = self.teacher(**given, use_cache=False).logits
+        with self.autocast(), _hooked(_written(self.twin, self.paths, found)):
+            logits = self.network(**given, use_cache=False).logits
+        loss = kl(goal, logits, self.temperature)
+        if self.match:
+            loss = loss + self.match * torch.stack([block_error(found[p], goals[p]) for p in self.paths]).mean()
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class Local:
+    """Every block against what the original's block writes; no backward pass through the network."""
+
+    unwrapped = True  # gradients do not pass the wrapper that averages them over processes
+
+    def __init__(self, accelerator: Any, network: nn.Module, teacher: Any, autocast: Autocast) -> None:
+        self.accelerator, self.teacher, self.autocast = accelerator, teacher, autocast
+        self.twin = accelerator.unwrap_model(network)
+        self.blocks = [paths for paths, _ in replaced_modules(self.twin)]
+
+    def __call__(self, part: Windows) -> Tensor:
+        goals: dict[str, Tensor] = {}
+        losses: list[Tensor] = []
+        given = part.inputs(self.accelerator.device)
+        last = [paths[-1] for paths in self.blocks]
+        with torch.no_grad(), self.autocast(), _hooked(_written(self.teacher, last, goals)):
+            self.teacher.base_model(**given)
+
+        def at(paths: tuple[str, ...]) -> Any:
+            modules = [self.twin.get_submodule(path) for path in paths]
+
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                with torch.enable_grad():
+                    value = inputs[0].detach()
+                    for module in modules:
+                        value = module.forward(value)  # not called: hooks stay out of it
+                    loss = block_error(value, goals[paths[-1]]) / len(self.blocks)
+                    self.accelerator.backward(loss)
+                losses.append(loss.detach())
+
+            return modules[0].register_forward_pre_hook(hook)
+
+        with torch.no_grad(), self.autocast(), _hooked([at(paths) for paths in self.blocks]):
+            self.twin.base_model(**given)
+        return torch.stack(losses).sum()
+
+
+class NextToken:
+    """Cross-entropy of the text itself."""
+
+    def __init__(self, accelerator: Any, network: nn.Module, autocast: Autocast) -> None:
+        self.accelerator, self.network, self.autocast = accelerator, network, autocast
+
+    def __call__(self, part: Windows) -> Tensor:
+        given = part.inputs(self.accelerator.device)
+        with self.autocast():
+            logits = self.network(**given, use_cache=False).logits[:, :-1]
+        loss = F.cross_entropy(logits.float().flatten(0, 1), given["input_ids"][:, 1:].flatten())
+        self.accelerator.backward(loss)
+        return loss.detach()

@@ -1,0 +1,114 @@
+"""What `surgery refine` can be told, and what of it can be wrong before a model is loaded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery import loading
+from surgery.card import read_twin
+from surgery.distill import SETS
+from surgery.errors import RecipeError, did_you_mean
+from surgery.texts import check_source
+from surgery.training import Schedule
+
+OBJECTIVES, PRECISIONS = ("kl", "local"), ("auto", "bf16", "float32")
+LORA = "lora"
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    """What `surgery refine` does; the options of the same names.
+
+    Attributes:
+        text: training texts; each gives the same number of tokens, as far as it has them.
+        tokens, length: tokens to train on, in windows of this many; a shorter text is gone through again.
+        batch, accumulate: windows a forward pass and process, and forward passes a step.
+        train: coefficients, readout, block, all or lora.
+        lora_rank, lora_modules: rank of LoRA, and the modules it goes on (as peft takes them).
+        objective: kl (end to end) or local (every block by itself).
+        match: weight of the blocks' errors beside KL.
+        rate, warmup, clip: peak learning rate, the share of the steps to reach it, the bound on the gradient's norm.
+        average: decay of the running mean of the weights, which is what is measured and saved; 0: the last weights.
+        temperature: T of the loss.
+        precision: of the forward passes in training; weights and measurements stay in float32.
+        checkpointing: compute activations again in the backward pass instead of keeping them.
+        validate_tokens, validate_every: held-out tokens, and steps between two looks at them.
+        patience: looks without improvement after which to stop; 0 never stops early.
+        control: train the original alike, on the text itself, and report it beside the twin.
+        report_to: trackers, by accelerate's names.
+    """
+
+    twin: str
+    teacher: str
+    output: str
+    text: tuple[str, ...] = ("python",)
+    tokens: int = 1_000_000
+    length: int = 256
+    batch: int = 4
+    accumulate: int = 2
+    train: str = "block"
+    lora_rank: int = 16
+    lora_modules: str = "all-linear"
+    objective: str = "kl"
+    match: float = 0.0
+    rate: float = 2e-4
+    warmup: float = 0.05
+    clip: float = 1.0
+    average: float = 0.98
+    temperature: float = 1.0
+    precision: str = "auto"
+    checkpointing: bool = False
+    validate_tokens: int = 8192
+    validate_every: int = 50
+    patience: int = 0
+    seed: int = 0
+    control: bool = False
+    report_to: tuple[str, ...] = ()
+    teacher_revision: str | None = None
+
+
+def schedule_of(settings: RefineSettings, processes: int) -> Schedule:
+    a_step = settings.batch * settings.accumulate * processes * settings.length
+    return Schedule(
+        steps=max(1, settings.tokens // a_step), batch=settings.batch, accumulate=settings.accumulate,
+        rate=settings.rate, warmup=settings.warmup, clip=settings.clip, average=settings.average,
+        every=settings.validate_every, patience=settings.patience, seed=settings.seed,
+    )  # fmt: skip
+
+
+def check(settings: RefineSettings) -> None:
+    """What can be wrong before a model is loaded."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    read_twin(Path(settings.twin))
+    loading.load_config(settings.teacher, settings.teacher_revision)
+    for source in settings.text:
+        check_source(source)
+        if source in ("samples", "auto"):
+            raise RecipeError(f"{source!r} is no text to train on", where="--text", fix="python, hub:NAME or a file")
+    positive = (
+        "tokens", "length", "batch", "accumulate", "rate", "clip", "temperature", "validate_tokens", "validate_every",
+        "lora_rank",
+    )  # fmt: skip
+    for name in positive:
+        if not getattr(settings, name) > 0:
+            raise RecipeError(f"{getattr(settings, name)} is not positive", where=f"--{name.replace('_', '-')}")
+    if not 0 <= settings.average < 1:
+        raise RecipeError(f"{settings.average} is no decay: 0 up to, not including, 1", where="--average")
+    choices = {"train": (*SETS, LORA), "objective": OBJECTIVES, "precision": PRECISIONS}
+    for name, known in choices.items():
+        value = getattr(settings, name)
+        if value not in known:
+            raise RecipeError(f"no {name} {value!r}{did_you_mean(value, known)}", fix=f"one of {', '.join(known)}")
+    if settings.train == LORA and settings.objective == "local":
+        raise RecipeError("local refinement trains blocks, not LoRA", fix="--train block, or --objective kl")
+    available = {str(name) for name in get_available_trackers()}
+    for tracker in settings.report_to:
+        if tracker not in available:
+            names = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            fix = f"pip install {tracker}" if tracker in LOGGER_TYPE_TO_CLASS else f"one of {names}"
+            raise RecipeError(f"the tracker {tracker!r} is not installed", where="--report-to", fix=fix)
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        raise RecipeError("float16 overflows where polynomials meet outliers", fix="use bf16 or no mixed precision")

@@ -1,0 +1,276 @@
+"""The loop of a refinement: steps, looks at held-out text, the average of the weights, the state kept for a resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surgery import checkpoint
+from surgery.distill import kl
+from surgery.errors import CalibrationError, CheckpointError
+from surgery.objectives import Objective
+from surgery.packing import Windows
+
+MOST_SKIPPED = 10  # steps in a row that may be skipped for not being finite
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, how fast, and how often to look.
+
+    Attributes:
+        steps, batch, accumulate: optimiser steps; windows a forward pass and process; forward passes a step.
+        rate, warmup, clip: peak learning rate, share of the steps to reach it, bound on the gradient's norm.
+        average: decay of the running mean of the weights; 0 keeps the last weights.
+        every, patience: steps between two looks, and looks without improvement after which to stop (0: never).
+        seed: order of the windows.
+    """
+
+    steps: int
+    batch: int
+    accumulate: int
+    rate: float
+    warmup: float
+    clip: float
+    average: float
+    every: int
+    patience: int
+    seed: int
+
+    def rate_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine to a tenth."""
+        warm = max(1, round(self.warmup * self.steps))
+        done = (step - warm) / max(1, self.steps - warm)
+        share: float = (step + 1) / warm if done < 0 else 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+        return self.rate * share
+
+    def decay_at(self, step: int) -> float:
+        """Short memory at first, so that the start does not stay in the mean."""
+        return min(self.average, (1 + step) / (10 + step))
+
+
+def _means(sums: Tensor) -> dict[str, float]:
+    nats, original, divergence = (sums[:3] / sums[3]).tolist()
+    return {"nats": nats, "lost": nats - original, "divergence": divergence}
+
+
+class Training:
+    """One run; everything in it is restored by `resume`.
+
+    Args:
+        objective: one batch forward and backward.
+        teacher: what held-out divergence is measured from.
+        trainable: the parameters, by name.
+        held: held-out windows by the name of their text; each is measured by itself and all together.
+        key: settings that an interrupted run must share to be gone on with.
+        log: called with what a tracker records, and the step.
+    """
+
+    def __init__(
+        self, accelerator: Any, network: nn.Module, teacher: Any, objective: Objective,
+        trainable: dict[str, nn.Parameter], optimizer: Any, schedule: Schedule, held: dict[str, Windows], windows: Windows,
+        key: dict[str, Any], log: Callable[[dict[str, float], int], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.accelerator, self.network, self.teacher, self.objective = accelerator, network, teacher, objective
+        self.trainable, self.optimizer, self.schedule = trainable, optimizer, schedule
+        self.held, self.windows, self.key, self.log = held, windows, key, log
+        self.rows = schedule.batch * schedule.accumulate * accelerator.num_processes  # windows a step
+        self.step, self.skipped, self.in_a_row, self.stale, self.seconds = 0, 0, 0, 0, 0.0
+        self.losses: list[float] = []
+        self.curve: list[dict[str, Any]] = []
+        self.best: dict[str, Tensor] = {}
+        self.best_divergence = math.inf
+        self.mean: dict[str, Tensor] = {}
+        self.orders: dict[int, Tensor] = {}
+
+    @property
+    def tokens_seen(self) -> int:
+        return int(self.step * self.rows * self.windows.ids.shape[1])
+
+    def steps(self, quiet: bool, label: str = "refining") -> Iterator[None]:
+        """Runs to the end; yields after every look at the held-out text."""
+        from tqdm import tqdm
+
+        schedule = self.schedule
+        hidden = quiet or not self.accelerator.is_main_process
+        with tqdm(total=schedule.steps, initial=self.step, desc=label, unit="step", disable=hidden) as bar:
+            if not self.curve:
+                self._look()
+                yield
+            while self.step < schedule.steps and not (schedule.patience and self.stale >= schedule.patience):
+                self.losses.append(self._one_step())
+                self.step += 1
+                if self.log is not None:
+                    self.log({"loss": self.losses[-1], "rate": schedule.rate_at(self.step - 1)}, self.step)
+                bar.set_postfix_str(f"loss {self.losses[-1]:.4f}, held out {self.curve[-1]['lost']:+.4f} nats")
+                bar.update(1)
+                if self.step % schedule.every == 0 or self.step == schedule.steps:
+                    self._look()
+                    yield
+
+    def _rows_of(self, step: int) -> Tensor:
+        """Which windows a step sees: one seeded order after another, so that every window comes before any returns."""
+        count, wanted = len(self.windows), range(step * self.rows, (step + 1) * self.rows)
+        found = []
+        for place in wanted:
+            epoch = place // count
+            if epoch not in self.orders:
+                generator = torch.Generator().manual_seed(self.schedule.seed + epoch)
+                self.orders = {epoch: torch.randperm(count, generator=generator)} | (
+                    {epoch - 1: self.orders[epoch - 1]} if epoch - 1 in self.orders else {}
+                )
+            found.append(self.orders[epoch][place % count])
+        return torch.stack(found)
+
+    def _one_step(self) -> float:
+        accelerator = self.accelerator
+        rows = self._rows_of(self.step)
+        mine = self.windows[rows[accelerator.process_index :: accelerator.num_processes]]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.rate_at(self.step)
+        losses = []
+        for part in mine.split(self.schedule.batch):
+            with accelerator.accumulate(self.network):
+                losses.append(self.objective(part))
+                if accelerator.sync_gradients:
+                    self._share_gradients()
+                    norm = accelerator.clip_grad_norm_(list(self.trainable.values()), self.schedule.clip)
+                    mean = accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
+                    if bool(torch.isfinite(norm)) and bool(torch.isfinite(mean)):
+                        self.optimizer.step()
+                        self.in_a_row = 0
+                        self._average()
+                    else:
+                        self._skip()
+                    self.optimizer.zero_grad()
+        value: float = mean.item()
+        return value
+
+    def _share_gradients(self) -> None:
+        """For an objective that goes past the wrapper which does this by itself."""
+        if self.accelerator.num_processes > 1 and getattr(self.objective, "unwrapped", False):
+            for parameter in self.trainable.values():
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+
+    def _average(self) -> None:
+        if not self.schedule.average:
+            return
+        now = {name: value.detach() for name, value in self.trainable.items()}
+        if not self.mean:
+            self.mean = {name: value.clone() for name, value in now.items()}
+        share = 1 - self.schedule.decay_at(self.step)
+        for name, value in now.items():
+            self.mean[name].lerp_(value, share)
+
+    def _skip(self) -> None:
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        if self.in_a_row > MOST_SKIPPED:
+            raise CalibrationError(
+                f"{self.in_a_row} steps in a row were not finite",
+                where=f"step {self.step}",
+                cause="a polynomial left the range it was fitted on",
+                fix="lower --rate, or train with --precision float32",
+            )
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Inside, the weights are their running mean."""
+        kept = {name: self.trainable[name].detach().clone() for name in self.mean}
+        self._put(self.mean)
+        try:
+            yield
+        finally:
+            self._put(kept)
+
+    def _put(self, values: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in values.items():
+                self.trainable[name].copy_(value)
+
+    def _look(self) -> None:
+        """Held-out nats and KL of the mean weights; the best state so far is kept."""
+        with self._averaged():
+            sums = {name: self._measured(windows) for name, windows in self.held.items()}
+            row = _means(torch.stack(list(sums.values())).sum(0))
+            if row["divergence"] < self.best_divergence:
+                self.best_divergence, self.stale = row["divergence"], 0
+                self.best = {name: value.detach().cpu().clone() for name, value in self.trainable.items()}
+            else:
+                self.stale += 1
+        texts = {"texts": {name: _means(values) for name, values in sums.items()}} if len(sums) > 1 else {}
+        self.curve.append({"step": self.step, "tokens": self.tokens_seen} | row | texts)
+        if self.log is not None:
+            self.log({f"held_out_{name}": value for name, value in row.items()}, self.step)
+
+    def _measured(self, held: Windows) -> Tensor:
+        """Sums over tokens of the twin's nats, the original's, the divergence, and their number; float64.
+
+        In the precision the weights are kept in, so that figures do not hang on how the twin was trained.
+        """
+        accelerator = self.accelerator
+        model: Any = accelerator.unwrap_model(self.network)
+        sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+        mine = held[accelerator.process_index :: accelerator.num_processes]
+        with torch.no_grad():
+            for part in mine.split(self.schedule.batch):
+                given = part.inputs(accelerator.device)
+                ours, goal = (m(**given, use_cache=False).logits[:, :-1] for m in (model, self.teacher))
+                target, count = given["input_ids"][:, 1:].flatten(), given["input_ids"][:, 1:].numel()
+                nats = [F.cross_entropy(logits.flatten(0, 1).float(), target) for logits in (ours, goal)]
+                sums += torch.stack([*nats, kl(goal, ours), torch.ones_like(nats[0])]).double() * count
+        total: Tensor = accelerator.reduce(sums, reduction="sum").cpu()
+        return total
+
+    def restore_best(self) -> None:
+        self._put(self.best)
+
+    def keep(self, place: Path) -> None:
+        """Everything needed to go on exactly, under a temporary name and then renamed."""
+        if self.accelerator.is_main_process:
+            state = {
+                "key": self.key, "step": self.step, "skipped": self.skipped, "in_a_row": self.in_a_row,
+                "stale": self.stale, "losses": self.losses, "curve": self.curve, "seconds": self.seconds,
+                "best_divergence": self.best_divergence,
+            }  # fmt: skip
+            place.mkdir(parents=True, exist_ok=True)
+            tensors = {
+                "state": state, "best": self.best, "optimizer": self.optimizer.state_dict(), "mean": self.mean,
+                "now": {name: value.detach().cpu() for name, value in self.trainable.items()},
+            }  # fmt: skip
+            torch.save(tensors, place / "state.tmp")
+            (place / "state.tmp").replace(place / "state.pt")
+            checkpoint.write_json(place / "progress.json", state)
+
+    def resume(self, place: Path, restart: bool) -> None:
+        """Goes on from `keep`. Raises CheckpointError where the folder is another run's."""
+        file = place / "state.pt"
+        if restart and self.accelerator.is_main_process:
+            shutil.rmtree(place, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if not file.is_file():
+            return
+        kept = torch.load(file, map_location="cpu", weights_only=True)
+        state = kept["state"]
+        if json.loads(json.dumps(state["key"])) != json.loads(json.dumps(self.key)):
+            raise CheckpointError(
+                "an interrupted refinement with other settings left its state here",
+                where=str(place),
+                fix="repeat the earlier command to finish it, or give --restart to discard it",
+            )
+        self.step, self.skipped, self.in_a_row = state["step"], state["skipped"], state["in_a_row"]
+        self.stale, self.losses, self.curve = state["stale"], state["losses"], state["curve"]
+        self.best, self.best_divergence, self.seconds = kept["best"], state["best_divergence"], state["seconds"]
+        self.optimizer.load_state_dict(kept["optimizer"])
+        self.mean = {name: value.to(self.trainable[name].device) for name, value in kept["mean"].items()}
+        self._put(kept["now"])

@@ -1,0 +1,229 @@
+"""Refinement: packing, local and matching objectives, LoRA, the control, averaging, trackers, memory."""
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+
+import surgery
+from surgery import refine as refining
+from surgery.errors import RecipeError, SurgeryError
+from surgery.packing import Windows, apart, pack
+from surgery.refine_settings import RefineSettings, check
+from surgery.training import Schedule
+from tests import tiny
+
+BASES = {"native": "llama", "custom": "llama", "plain": "gpt2", "kin": "mistral"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Tiny originals with rough twins: native, custom, and of plain blocks."""
+    folder = tmp_path_factory.mktemp("refine")
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "(1,", "2)", "[3:", "4];", "=", "fox."]
+    order = torch.randint(len(words), (6000,), generator=torch.Generator().manual_seed(1)).tolist()
+    (folder / "text.txt").write_text(" ".join(words[index] for index in order))
+    settings = {"tokens": 1024, "length": 32, "measure": 0, "readout": "keep", "calibration": "python"}
+    for name, base in BASES.items():
+        if not (folder / base).exists():
+            tiny.save_with_tokenizer(base, folder / base)
+        form = "custom" if name == "custom" else "auto"
+        surgery.convert(folder / base, output=folder / name, degree=2, form=form, **settings)
+    return folder
+
+
+def settings_of(place, out, twin="native", **more):
+    given = {"twin": str(place / twin), "teacher": str(place / BASES[twin]), "output": str(out), "tokens": 4096}
+    given |= {"text": (str(place / "text.txt"),), "length": 32, "batch": 8, "accumulate": 1, "validate_tokens": 512}
+    given |= {"precision": "float32", "average": 0.5, "rate": 3e-3, "validate_every": 4}
+    return RefineSettings(**(given | more))
+
+
+def tokenizer_of(place):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(place / "llama")
+
+
+@pytest.mark.parametrize("twin", ["native", "plain"])
+def test_packed_documents_do_not_see_each_other(place, twin):
+    """Every document in a window gets the logits it gets alone."""
+    model, tokenizer = surgery.load(place / BASES[twin]), tokenizer_of(place)
+    draw = torch.Generator().manual_seed(0)
+    texts = [torch.randint(3, 90, (n,), generator=draw).tolist() for n in (11, 30, 7, 16, 40)]
+    windows = pack(texts, 32, tokenizer, True)
+    assert windows.ids.shape == windows.positions.shape == (3, 32)
+    with torch.no_grad():
+        together = model(**windows.inputs("cpu"), use_cache=False).logits
+        for row in range(3):
+            starts = [*(windows.positions[row] == 0).nonzero().flatten().tolist(), 32]
+            assert len(starts) > 1 + (row == 0)
+            for begin, end in pairwise(starts):
+                alone = model(windows.ids[row, begin:end][None], use_cache=False).logits
+                torch.testing.assert_close(together[row, begin:end], alone[0], rtol=1e-4, atol=1e-4)
+        leaking = model(windows.ids, use_cache=False).logits
+    assert (leaking - together).abs().max() > 1e-2, "the control: without positions they do see each other"
+
+
+def test_windows_lose_no_token_but_those_of_the_last(place):
+    tokenizer = tokenizer_of(place)
+    texts = [list(range(5, 25)), list(range(30, 47)), list(range(50, 90))]
+    windows = pack(texts, 16, tokenizer, False)
+    flat = [token for text in texts for token in text]
+    assert windows.ids.flatten().tolist() == flat[: len(windows) * 16]
+    assert windows.positions is None
+    outside, inside = apart(texts, 18, 45)
+    assert inside == [[23, 24], list(range(30, 47)), list(range(50, 58))]
+    assert outside == [list(range(5, 23)), list(range(58, 90))]
+
+
+def test_a_start_token_goes_before_every_piece(place):
+    class Framed:
+        eos_token_id = 2
+
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [1, 7] if add_special_tokens else [7]}
+
+    windows = pack([list(range(10, 40))], 8, Framed(), True)
+    assert (windows.ids[:, 0] == 1).all()
+    assert windows.positions[0].tolist() == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("twin", "more"),
+    [
+        ("native", {"objective": "local"}), ("plain", {"objective": "local"}), ("custom", {"match": 0.5}),
+        ("plain", {"match": 0.5}), ("native", {"checkpointing": True}), ("native", {"precision": "bf16"}),
+        ("kin", {}), ("custom", {"train": "coefficients", "rate": 1e-2}),
+    ],
+)  # fmt: skip
+def test_every_way_of_refining_comes_nearer(place, tmp_path, twin, more):
+    record = refining.refine(settings_of(place, tmp_path / "out", twin, **more))
+    assert record["divergence_after"] < 0.9 * record["divergence_before"]
+    assert (tmp_path / "out" / "refinement.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_local_gradients_are_those_of_each_block_alone(place):
+    """Against the blocks' errors written out, on inputs taken from the twin and goals from the original."""
+    from accelerate import Accelerator
+
+    from surgery.distill import named_trainable
+    from surgery.objectives import Local, block_error
+
+    twin, teacher = surgery.load(place / "native"), surgery.load(place / "llama")
+    trainable = named_trainable(twin, "block")
+    part = Windows(torch.arange(3, 67).view(2, 32), None)
+    loss = Local(Accelerator(cpu=True), twin, teacher, lambda: torch.autocast("cpu", enabled=False))(part)
+    found = {name: value.grad.clone() for name, value in trainable.items()}
+    twin.zero_grad()
+    seen, goals, handles = {}, {}, []
+    for index in range(tiny.LAYERS):
+        handles += [
+            twin.model.layers[index].mlp.register_forward_pre_hook(
+                lambda _, x, i=index: seen.update({i: x[0].detach()})
+            ),
+            teacher.model.layers[index].mlp.register_forward_hook(lambda _, __, y, i=index: goals.update({i: y})),
+        ]
+    with torch.no_grad():
+        twin(part.ids), teacher(part.ids)
+    for handle in handles:
+        handle.remove()
+    errors = [block_error(twin.model.layers[i].mlp(seen[i]), goals[i]) for i in range(tiny.LAYERS)]
+    expected = torch.stack(errors).mean()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, value in trainable.items():
+        torch.testing.assert_close(found[name], value.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_lora_is_merged_and_a_native_twin_stays_native(place, tmp_path):
+    record = refining.refine(settings_of(place, tmp_path / "out", train="lora", lora_rank=4, rate=1e-2))
+    assert record["divergence_after"] < 0.9 * record["divergence_before"]
+    assert record["trained_parameters"] < 20_000
+    from safetensors.torch import load_file
+
+    before, after = (load_file(folder / "model.safetensors") for folder in (place / "native", tmp_path / "out"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("self_attn" in name for name in changed)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_the_control_is_the_original_trained_on_the_text(place, tmp_path):
+    record = refining.refine(settings_of(place, tmp_path / "out", control=True))
+    control = record["control"]
+    assert control["nats_after"] < control["nats_before"] - 0.5, "a random original learns these few words"
+    assert control["nats_before"] == pytest.approx(record["curve"][0]["nats"] - record["curve"][0]["lost"], abs=1e-5)
+
+
+def test_the_mean_of_the_weights_is_what_is_kept(place, tmp_path):
+    """With one step from a fresh mean, the mean is the step's weights; with decay it lags behind."""
+    schedule = Schedule(10, 1, 1, 1.0, 0.0, 1.0, 0.9, 1, 0, 0)
+    assert [round(schedule.decay_at(step), 3) for step in (0, 8, 1000)] == [0.1, 0.5, 0.9]
+    sharp = refining.refine(settings_of(place, tmp_path / "sharp", average=0.0))
+    mean = refining.refine(settings_of(place, tmp_path / "mean", average=0.9))
+    assert sharp["losses"] == mean["losses"], "the mean is looked at, never trained from"
+    assert sharp["curve"][-1]["divergence"] != mean["curve"][-1]["divergence"]
+
+
+def test_a_short_text_is_gone_through_again_in_another_order(place, tmp_path):
+    record = refining.refine(settings_of(place, tmp_path / "out", tokens=40_000))
+    assert record["tokens_seen"] == 40_000 // 256 * 256
+    assert record["passes_over_the_text"] > 3
+
+
+def test_trackers_get_what_is_measured(place, tmp_path, monkeypatch):
+    from accelerate.tracking import GeneralTracker
+
+    class Noting(GeneralTracker):
+        name, requires_logging_directory, seen = "noting", False, []
+        tracker = None
+
+        def __init__(self):
+            super().__init__()
+
+        def store_init_configuration(self, values):
+            self.seen.append(values)
+
+        def log(self, values, step=None, **_):
+            self.seen.append((step, values))
+
+    record = refining.refine(settings_of(place, tmp_path / "out", report_to=(Noting(),)))
+    logged = [entry for entry in Noting.seen if isinstance(entry, tuple)]
+    assert [values["loss"] for _, values in logged if "loss" in values] == record["losses"]
+    assert [v["held_out_lost"] for _, v in logged if "held_out_lost" in v] == [row["lost"] for row in record["curve"]]
+
+
+def test_too_little_memory_says_what_to_lower(place, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Training := refining.Training, "_one_step", full)
+    with pytest.raises(SurgeryError, match="out of memory") as raised:
+        refining.refine(settings_of(place, tmp_path / "out"))
+    assert "--checkpointing" in str(raised.value)
+    assert Training
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_writes_nothing(place, tmp_path):
+    command = [sys.executable, "-m", "surgery", "refine", place / "native", "--teacher", place / "llama", "-o",
+               tmp_path / "out", "--tokens", "20k", "--length", "32", "--train", "lora", "--dry-run"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "78 steps of 256 tokens" in done.stdout
+    assert "trained: lora" in done.stdout
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_is_refused(place, tmp_path):
+    for more, words in (
+        ({"train": "lora", "objective": "local"}, "not LoRA"),
+        ({"text": ("nowhere.txt",)}, "no calibration source"),
+        ({"precision": "float8"}, "no precision"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            check(settings_of(place, tmp_path / "out", **more))
