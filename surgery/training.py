@@ -78,8 +78,8 @@ class Training:
 
     def __init__(
         self, accelerator: Any, network: nn.Module, teacher: Any, objective: Objective,
-        trainable: dict[str, nn.Parameter], optimizer: Any, schedule: Schedule, held: dict[str, Windows], windows: Windows,
-        key: dict[str, Any], log: Callable[[dict[str, float], int], None] | None = None,
+        trainable: dict[str, nn.Parameter], optimizer: Any, schedule: Schedule, held: dict[str, Windows],
+        windows: Windows, key: dict[str, Any], log: Callable[[dict[str, float], int], None] | None = None,
     ) -> None:  # fmt: skip
         self.accelerator, self.network, self.teacher, self.objective = accelerator, network, teacher, objective
         self.trainable, self.optimizer, self.schedule = trainable, optimizer, schedule
