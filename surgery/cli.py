@@ -171,6 +171,7 @@ def evaluate(twin: str, nproc: int, **given: Any) -> None:
 @click.option("--lora-modules", help="Modules LoRA goes on, separated by commas.  [default: all-linear]")
 @click.option("--objective", help="kl, end to end; or local, every block by itself.  [default: kl]")
 @click.option("--match", type=float, help="Weight of the blocks' own errors beside KL.  [default: 0]")
+@click.option("--blend", type=float, help="Share of the steps in which original blocks fade out.  [default: 0]")
 @click.option("--rate", type=float, help="Peak learning rate.  [default: 2e-4]")
 @click.option("--average", type=float, help="Decay of the weights' running mean; 0: none.  [default: 0.98]")
 @click.option("--temperature", type=float, help="Of the distillation loss.  [default: 1]")

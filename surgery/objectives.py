@@ -1,6 +1,7 @@
 """What a step of refinement makes smaller. Each runs forward and backward over one batch and returns the loss.
 
     EndToEnd   T² KL(original ÷ T ‖ twin ÷ T), plus, with `match`, the blocks' errors below
+               (for a share `blend` of the steps the twin's blocks write a · twin + (1 − a) · original, a → 1)
     Local      mean over blocks and tokens of ‖f_k(x_k) − t_k‖² ÷ max(‖t_k‖², median ‖t_k‖²)
     NextToken  the text's own next token: what an original trained alike is trained on
 
@@ -27,7 +28,9 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 class Objective(Protocol):
-    """One batch forward and backward; the loss, detached."""
+    """One batch forward and backward; the loss, detached. `done` is the share of the steps behind it."""
+
+    done: float
 
     def __call__(self, part: Windows) -> Tensor: ...
 
@@ -42,6 +45,28 @@ def _written(model: nn.Module, paths: Sequence[str], into: dict[str, Tensor]) ->
         return hook
 
     return [model.get_submodule(path).register_forward_hook(noting(path)) for path in paths]
+
+
+def _mixed(twin: nn.Module, teacher: nn.Module, blocks: Sequence[tuple[str, ...]], share: float) -> list[Any]:
+    """Hooks by which every block writes share · twin + (1 − share) · original, of the same input."""
+    handles = []
+    for paths in blocks:
+        entered: list[Tensor] = []
+
+        def enter(_: nn.Module, inputs: tuple[Tensor, ...], entered: list[Tensor] = entered) -> None:
+            entered[:] = [inputs[0]]
+
+        def leave(
+            _: nn.Module, __: Any, output: Tensor, entered: list[Tensor] = entered, paths: tuple[str, ...] = paths
+        ) -> Tensor:  # fmt: skip
+            value = entered.pop()
+            for path in paths:
+                value = teacher.get_submodule(path)(value)
+            return share * output + (1 - share) * value
+
+        handles.append(twin.get_submodule(paths[0]).register_forward_pre_hook(enter))
+        handles.append(twin.get_submodule(paths[-1]).register_forward_hook(leave))
+    return handles
 
 
 @contextmanager
@@ -65,13 +90,14 @@ class EndToEnd:
 
     def __init__(
         self, accelerator: Any, network: nn.Module, teacher: Any, autocast: Autocast, temperature: float = 1.0,
-        match: float = 0.0,
+        match: float = 0.0, blend: float = 0.0,
     ) -> None:  # fmt: skip
         self.accelerator, self.network, self.teacher, self.autocast = accelerator, network, teacher, autocast
-        self.temperature, self.match = temperature, match
-        twin = accelerator.unwrap_model(network)
-        self.paths = [paths[-1] for paths, _ in replaced_modules(twin)] if match else []
-        self.twin = twin
+        self.temperature, self.match, self.blend = temperature, match, blend
+        self.done = 0.0  # share of the steps behind us; the training loop keeps it
+        self.twin = accelerator.unwrap_model(network)
+        self.blocks = [paths for paths, _ in replaced_modules(self.twin)]
+        self.paths = [paths[-1] for paths in self.blocks] if match else []
 
     def __call__(self, part: Windows) -> Tensor:
         goals: dict[str, Tensor] = {}
@@ -79,7 +105,9 @@ class EndToEnd:
         given = part.inputs(self.accelerator.device)
         with torch.no_grad(), self.autocast(), _hooked(_written(self.teacher, self.paths, goals)):
             goal = self.teacher(**given, use_cache=False).logits
-        with self.autocast(), _hooked(_written(self.twin, self.paths, found)):
+        share = 1.0 if self.done >= self.blend else self.done / self.blend
+        mixing = _mixed(self.twin, self.teacher, self.blocks, share) if share < 1 else []
+        with self.autocast(), _hooked(_written(self.twin, self.paths, found) + mixing):
             logits = self.network(**given, use_cache=False).logits
         loss = kl(goal, logits, self.temperature)
         if self.match:
@@ -91,6 +119,7 @@ class EndToEnd:
 class Local:
     """Every block against what the original's block writes; no backward pass through the network."""
 
+    done = 0.0
     unwrapped = True  # gradients do not pass the wrapper that averages them over processes
 
     def __init__(self, accelerator: Any, network: nn.Module, teacher: Any, autocast: Autocast) -> None:
@@ -127,6 +156,8 @@ class Local:
 
 class NextToken:
     """Cross-entropy of the text itself."""
+
+    done = 0.0
 
     def __init__(self, accelerator: Any, network: nn.Module, autocast: Autocast) -> None:
         self.accelerator, self.network, self.autocast = accelerator, network, autocast

@@ -24,12 +24,14 @@ import torch
 from torch import nn
 
 from surgery import checkpoint, loading
+from surgery.calibration import sample
 from surgery.card import read_twin
 from surgery.distill import named_trainable, names_inside, share
 from surgery.errors import CalibrationError, ModelError, RecipeError, SurgeryError
 from surgery.objectives import EndToEnd, Local, NextToken, Objective
 from surgery.packing import Windows, apart, joined, pack, packable, tokenised
 from surgery.refine_settings import LORA, RefineSettings, schedule_of
+from surgery.texts import frame
 from surgery.training import Schedule, Training
 
 
@@ -65,7 +67,11 @@ def _refine(settings: RefineSettings, out: Path, report: dict[str, Any], restart
     if settings.train == LORA:
         student, trainable = _with_lora(student, settings)
     teacher = _teacher(settings, student)
-    held, windows, passes = _windows(settings, loaded.tokenizer, report, teacher, accelerator.num_processes)
+    place = out.with_name(out.name + ".refining")
+    if restart and accelerator.is_main_process:
+        shutil.rmtree(place, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    held, windows, passes = _windows(settings, loaded.tokenizer, report, teacher, accelerator, place)
     if settings.checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     network, optimizer = accelerator.prepare(student, _optimizer(settings, trainable))
@@ -75,18 +81,17 @@ def _refine(settings: RefineSettings, out: Path, report: dict[str, Any], restart
     objective: Objective = (
         Local(accelerator, network, teacher, precision)
         if settings.objective == "local"
-        else EndToEnd(accelerator, network, teacher, precision, settings.temperature, settings.match)
+        else EndToEnd(accelerator, network, teacher, precision, settings.temperature, settings.match, settings.blend)
     )
     if settings.report_to:
         accelerator.init_trackers("polysurgery", config={k: str(v) for k, v in asdict(settings).items()})
     log = (lambda values, step: accelerator.log(values, step=step)) if settings.report_to else None
     schedule = schedule_of(settings, accelerator.num_processes)
-    key = asdict(settings) | {"processes": accelerator.num_processes}
+    key = {**asdict(settings), "report_to": None, "processes": accelerator.num_processes}
     run = Training(
         accelerator, network, teacher, objective, trainable, optimizer, schedule, held, windows, key, log
     )  # fmt: skip
-    place = out.with_name(out.name + ".refining")
-    _run(run, place, restart, quiet)
+    _run(run, place, quiet)
     control = _control(settings, accelerator, held, windows, schedule, key, place, quiet) if settings.control else None
     run.restore_best()
     record = _record(settings, run, passes) | {"shared_bytes": saved, "control": control}
@@ -104,8 +109,8 @@ def _refine(settings: RefineSettings, out: Path, report: dict[str, Any], restart
     return record
 
 
-def _run(run: Training, place: Path, restart: bool, quiet: bool, label: str = "refining") -> None:
-    run.resume(place, restart)
+def _run(run: Training, place: Path, quiet: bool, label: str = "refining") -> None:
+    run.resume(place)
     before, begun = run.seconds, time.monotonic()
     for _ in run.steps(quiet, label):
         run.seconds = before + time.monotonic() - begun
@@ -123,7 +128,7 @@ def _teacher(settings: RefineSettings, student: Any) -> Any:
 
 
 def _windows(
-    settings: RefineSettings, tokenizer: Any, report: dict[str, Any], teacher: Any, processes: int
+    settings: RefineSettings, tokenizer: Any, report: dict[str, Any], teacher: Any, accelerator: Any, place: Path
 ) -> tuple[dict[str, Windows], Windows, float]:
     """Held-out windows by text, training windows, and how often the latter are gone through.
 
@@ -137,14 +142,20 @@ def _windows(
     train: list[Windows] = []
     for source in settings.text:
         seen = used["tokens"] + measured if used["source"] == source else 0
-        texts = tokenised(source, tokenizer, settings.tokens // len(settings.text) + seen + held_each)
+        count = settings.tokens // len(settings.text) + seen + held_each
+        drawn = source == "samples"
+        texts = (
+            _samples(settings, teacher, tokenizer, count, accelerator, place)
+            if drawn
+            else tokenised(source, tokenizer, count)
+        )
         total = sum(len(text) for text in texts)
         begin = min(seen, max(0, total - held_each))
         rest, kept = apart(texts, begin, begin + held_each)
         held[Path(source).name] = pack(kept, settings.length, tokenizer, positions)
         train.append(pack(rest, settings.length, tokenizer, positions))
     windows = joined(train)
-    a_step = settings.batch * settings.accumulate * processes
+    a_step = settings.batch * settings.accumulate * accelerator.num_processes
     if any(len(part) == 0 for part in held.values()) or len(windows) < a_step:
         raise CalibrationError(
             f"{windows.ids.numel():,} tokens are too few: a step takes {a_step} windows of {settings.length}, and "
@@ -153,6 +164,23 @@ def _windows(
             fix="give more text, or lower --length, --batch, --accumulate or --validate-tokens",
         )
     return held, windows, settings.tokens / windows.ids.numel()
+
+
+def _samples(
+    settings: RefineSettings, teacher: Any, tokenizer: Any, count: int, accelerator: Any, place: Path
+) -> list[list[int]]:
+    """The original's own texts, drawn once and kept beside the run's state."""
+    file = place / "samples.pt"
+    if accelerator.is_main_process and not file.is_file():
+        torch.manual_seed(settings.seed)
+        drawn = sample(teacher, tokenizer, -(-count // settings.length), settings.length)
+        place.mkdir(parents=True, exist_ok=True)
+        torch.save(drawn, file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").replace(file)
+    accelerator.wait_for_everyone()
+    before, _ = frame(tokenizer)  # it is put before every piece again when windows are packed
+    rows: list[list[int]] = torch.load(file, weights_only=True).tolist()
+    return [row[len(before) :] if row[: len(before)] == before else row for row in rows]
 
 
 def _with_lora(student: Any, settings: RefineSettings) -> tuple[Any, dict[str, nn.Parameter]]:
@@ -215,7 +243,7 @@ def _control(
     run = Training(
         accelerator, network, still, objective, trainable, optimizer, schedule, held, windows, key | {"control": True}
     )
-    _run(run, place / "control", False, quiet, "control")
+    _run(run, place / "control", quiet, "control")
     nats = [row["nats"] for row in run.curve]
     return {"nats_before": nats[0], "nats_after": nats[-1], "least": min(nats), "curve": run.curve}
 
@@ -223,7 +251,9 @@ def _control(
 def _record(settings: RefineSettings, run: Training, passes: float) -> dict[str, Any]:
     """What the report says of the refinement."""
     first, best = run.curve[0], min(run.curve, key=lambda row: row["divergence"])
-    shown = asdict(settings) | {name: Path(getattr(settings, name)).name for name in ("twin", "output")}
+    shown = {**asdict(settings), "report_to": list(map(str, settings.report_to))}
+    shown |= {name: Path(shown[name]).name for name in ("twin", "output")}
+    shown["text"] = [Path(name).name for name in settings.text]
     return {
         "settings": shown | {"teacher": loading.public(settings.teacher, loading.locate(settings.teacher)[2])},
         "processes": run.accelerator.num_processes,
@@ -278,7 +308,7 @@ def plan(settings: RefineSettings, processes: int = 1) -> dict[str, Any]:
     trainable = _with_lora(twin, settings)[1] if settings.train == LORA else named_trainable(twin, settings.train)
     count = sum(value.numel() for value in trainable.values())
     schedule = schedule_of(settings, processes)
-    a_step = settings.tokens // schedule.steps
+    a_step = settings.batch * settings.accumulate * processes * settings.length
     originals = sum(value.numel() for name, value in twin.named_parameters() if name in inside)
     return {
         "settings": asdict(settings),

@@ -29,6 +29,7 @@ class RefineSettings:
         lora_rank, lora_modules: rank of LoRA, and the modules it goes on (as peft takes them).
         objective: kl (end to end) or local (every block by itself).
         match: weight of the blocks' errors beside KL.
+        blend: share of the steps in which the blocks still write part of what the original's would.
         rate, warmup, clip: peak learning rate, the share of the steps to reach it, the bound on the gradient's norm.
         average: decay of the running mean of the weights, which is what is measured and saved; 0: the last weights.
         temperature: T of the loss.
@@ -53,6 +54,7 @@ class RefineSettings:
     lora_modules: str = "all-linear"
     objective: str = "kl"
     match: float = 0.0
+    blend: float = 0.0
     rate: float = 2e-4
     warmup: float = 0.05
     clip: float = 1.0
@@ -86,8 +88,8 @@ def check(settings: RefineSettings) -> None:
     loading.load_config(settings.teacher, settings.teacher_revision)
     for source in settings.text:
         check_source(source)
-        if source in ("samples", "auto"):
-            raise RecipeError(f"{source!r} is no text to train on", where="--text", fix="python, hub:NAME or a file")
+        if source == "auto" or source.endswith(".safetensors"):
+            raise RecipeError(f"{source!r} is no text", where="--text", fix="python, samples, hub:NAME or a text file")
     positive = (
         "tokens", "length", "batch", "accumulate", "rate", "clip", "temperature", "validate_tokens", "validate_every",
         "lora_rank",
@@ -95,8 +97,9 @@ def check(settings: RefineSettings) -> None:
     for name in positive:
         if not getattr(settings, name) > 0:
             raise RecipeError(f"{getattr(settings, name)} is not positive", where=f"--{name.replace('_', '-')}")
-    if not 0 <= settings.average < 1:
-        raise RecipeError(f"{settings.average} is no decay: 0 up to, not including, 1", where="--average")
+    for name in ("average", "blend"):
+        if not 0 <= getattr(settings, name) < 1:
+            raise RecipeError(f"{getattr(settings, name)} is not from 0 up to, not including, 1", where=f"--{name}")
     choices = {"train": (*SETS, LORA), "objective": OBJECTIVES, "precision": PRECISIONS}
     for name, known in choices.items():
         value = getattr(settings, name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,6 +135,7 @@ class Training:
         accelerator = self.accelerator
         rows = self._rows_of(self.step)
         mine = self.windows[rows[accelerator.process_index :: accelerator.num_processes]]
+        self.objective.done = self.step / self.schedule.steps
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.rate_at(self.step)
         losses = []
@@ -252,12 +252,9 @@ class Training:
             (place / "state.tmp").replace(place / "state.pt")
             checkpoint.write_json(place / "progress.json", state)
 
-    def resume(self, place: Path, restart: bool) -> None:
+    def resume(self, place: Path) -> None:
         """Goes on from `keep`. Raises CheckpointError where the folder is another run's."""
         file = place / "state.pt"
-        if restart and self.accelerator.is_main_process:
-            shutil.rmtree(place, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
         if not file.is_file():
             return
         kept = torch.load(file, map_location="cpu", weights_only=True)

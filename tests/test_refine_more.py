@@ -96,7 +96,9 @@ def test_a_start_token_goes_before_every_piece(place):
     ("twin", "more"),
     [
         ("native", {"objective": "local"}), ("plain", {"objective": "local"}), ("custom", {"match": 0.5}),
-        ("plain", {"match": 0.5}), ("native", {"checkpointing": True}), ("native", {"precision": "bf16"}),
+        ("plain", {"match": 0.5, "rate": 5e-4}), ("native", {"checkpointing": True}),
+        ("native", {"text": ("samples",)}), ("native", {"blend": 0.5}), ("plain", {"blend": 0.5, "rate": 5e-4}),
+        ("native", {"precision": "bf16"}),
         ("kin", {}), ("custom", {"train": "coefficients", "rate": 1e-2}),
     ],
 )  # fmt: skip
@@ -137,6 +139,26 @@ def test_local_gradients_are_those_of_each_block_alone(place):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for name, value in trainable.items():
         torch.testing.assert_close(found[name], value.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["native", "plain"])
+def test_blending_goes_from_the_original_to_the_twin(place, name):
+    from surgery.distill import replaced_modules
+    from surgery.objectives import _hooked, _mixed
+
+    twin, original = surgery.load(place / name), surgery.load(place / BASES[name])
+    ids = torch.arange(3, 35)[None]
+    blocks = [paths for paths, _ in replaced_modules(twin)]
+
+    def logits(share):
+        with torch.no_grad(), _hooked(_mixed(twin, original, blocks, share)):
+            return twin(ids).logits
+
+    with torch.no_grad():
+        theirs, ours = original(ids).logits, twin(ids).logits
+    torch.testing.assert_close(logits(0.0), theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(1.0), ours, rtol=1e-4, atol=1e-4)
+    assert 0 < (logits(0.5) - theirs).norm() < (ours - theirs).norm()
 
 
 def test_lora_is_merged_and_a_native_twin_stays_native(place, tmp_path):
@@ -227,3 +249,20 @@ def test_what_is_refused(place, tmp_path):
     ):
         with pytest.raises(RecipeError, match=words):
             check(settings_of(place, tmp_path / "out", **more))
+
+
+def test_the_card_tells_of_the_refinement_and_how_to_repeat_it(place, tmp_path):
+    from surgery import card
+
+    record = refining.refine(settings_of(place, tmp_path / "out"))
+    text = card.render(tmp_path / "out", base_model="them/base", licence="mit").text
+    assert f"{record['divergence_before']:.4f} before, {record['divergence_after']:.4f} after" in text
+    assert str(tmp_path) not in text
+    command = next(line for line in text.splitlines() if line.startswith("surgery refine")).split()
+    command[2:] = [{"twin": place / "native", "them/base": place / "llama", "refined": tmp_path / "x",
+                    "text.txt": place / "text.txt"}.get(word, word) for word in command[2:]]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, command), "--dry-run"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "16 steps of 256 tokens" in done.stdout
