@@ -83,10 +83,10 @@ def render(folder: Path, base_model: str | None = None, licence: str | None = No
         .from_string(template)
         .render(
             front=_front_matter(report, config, base, licence), base=base, report=report, source=source,
-            architecture=config["architectures"][0], native=report["form"] == "native", licence=licence,
+            form=report["form"], licence=licence,
             recipe=yaml.safe_dump(recipe, sort_keys=False).strip(), blocks=report["blocks"], evaluated=bool(evaluation),
             headline=headline, tasks=tasks, notes=notes, plot=str(PLOT) if (folder / PLOT).is_file() else None,
-            checkpoint=_checkpoint_row(report, config), delta=config.get("polynomial_delta"),
+            checkpoint=_checkpoint_row(report, config),
             refinement=report.get("refinement"), refine_options=_refine_options(report.get("refinement")),
             quadratic=report["recipe"]["degree"] == 2, causal="ForCausalLM" in config["architectures"][0]
             or "LMHead" in config["architectures"][0],

@@ -86,7 +86,8 @@ def save(
 
 def write_report(folder: Path, report: Mapping[str, Any], seen: Mapping[str, Any]) -> None:
     """`surgery.json`, with what the verification saw and the weights it saw it of."""
-    weights = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.onnx*")]
+    weights = {file.name: sha256(file) for file in sorted(files)}
     write_json(folder / REPORT, {**report, "verification": {**seen, "weights": weights}})
 
 

@@ -39,6 +39,9 @@ def test_the_silu_form_is_the_same_function(twins, tmp_path, ids):
         torch.testing.assert_close(wide(input_ids=ids).logits, twin(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
     seen = export_silu(twins / "native", tmp_path / "silu")
     assert seen["difference"] < 1e-5
+    from surgery import card
+
+    assert "trust_remote_code" not in card.render(tmp_path / "silu").text
     with pytest.raises(ModelError, match="SiLU form"):
         export_silu(twins / "custom", tmp_path / "other")
     assert not (tmp_path / "other").exists()
@@ -130,6 +133,10 @@ def test_onnxruntime_computes_the_twin_without_a_nonlinearity_in_its_blocks(twin
     operators = {node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node}
     assert not operators & {"Sigmoid", "Tanh", "Erf", "Relu", "Gelu", "HardSigmoid", "Swish"}
     assert "MatMul" in done.stdout
+    from surgery import card
+
+    assert "onnxruntime.InferenceSession" in card.render(tmp_path / "out").text
+    assert "model.onnx" in card.read_twin(tmp_path / "out")["verification"]["weights"]
     original = surgery.load(twins / "base")
     assert "Sigmoid" in _operators(original), "the control: the original's activation is in its graph"
 

@@ -91,6 +91,29 @@ def test_push_and_load_back(twins, server, tmp_path, name, trust):
     assert float(got.stdout.split()[-1]) == pytest.approx(expected(twins / name), rel=1e-6)
 
 
+def test_a_delta_is_published_and_applied_to_its_original(twins, server, tmp_path):
+    surgery.convert(
+        twins / "base", output=tmp_path / "kept", degree=3, readout="keep", calibration="python", tokens=2048, length=32
+    )
+    made = run(server, tmp_path, "export", tmp_path / "kept", "-o", tmp_path / "delta", "--form", "delta", "--base",
+               twins / "base")  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    pushed = run(
+        server, tmp_path, "push", tmp_path / "delta", "me/delta", "--base-model", "them/base", "--license", "mit"
+    )
+    assert pushed.returncode == 0, pushed.stderr
+    assert "delta.safetensors" in server.files("me/delta")
+    assert "model.safetensors" not in server.files("me/delta")
+    code = "import surgery, sys, torch; m = surgery.load('me/delta', base=sys.argv[1]); "
+    code += "print(m(input_ids=torch.arange(3, 19)[None]).logits.double().abs().sum().item())"
+    got = subprocess.run(
+        [sys.executable, "-c", code, twins / "base"], capture_output=True, text=True, check=False,
+        env=environment(server, tmp_path),
+    )  # fmt: skip
+    assert got.returncode == 0, got.stderr
+    assert float(got.stdout.split()[-1]) == pytest.approx(expected(tmp_path / "kept"), rel=1e-9)
+
+
 @pytest.mark.parametrize("first", ["import surgery; from transformers import AutoModelForCausalLM as A",
                                    "from transformers import AutoModelForCausalLM as A; import surgery"])  # fmt: skip
 def test_with_this_package_imported_no_trust_is_needed(twins, first):
