@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evals import harness, report
-from evals.evaluate import EvalSettings, default_original, seen_by_the_fit
+from evals.evaluate import EvalSettings, default_original, unseen
 from evals.evaluate import evaluate as measure
 from evals.memo import Memo, default_folder
 from evals.processes import Processes, relaunch, started
@@ -40,7 +40,8 @@ def evaluate(
         SurgeryError: a mistake that can be mended.
     """
     if rest["skip"] is None:
-        rest["skip"] = seen_by_the_fit(twin, rest["text"])
+        rest["skip"], most = unseen(twin, rest["text"])
+        rest["tokens"] = min(rest["tokens"], most or rest["tokens"])
     settings = EvalSettings(
         twin=twin,
         original=against or default_original(twin),

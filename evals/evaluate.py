@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -303,6 +304,7 @@ def _models(settings: EvalSettings, pair: _Pair) -> dict[str, Any]:
         described["twin"]["conversion"] = {
             "degree": made["recipe"]["degree"], "assume": made["recipe"]["assume"], "form": made["form"],
             "source": made["source"], "calibration": made["calibration"],
+            "refined_on": (made.get("refinement") or {}).get("held_out"),
         }  # fmt: skip
     except (OSError, KeyError, ValueError):
         described["twin"]["conversion"] = None
@@ -322,13 +324,18 @@ def _versions() -> dict[str, str]:
     return versions | {"python": platform.python_version(), "platform": sys.platform}
 
 
-def seen_by_the_fit(twin: str, text: str) -> int:
-    """How many tokens of this text source the twin was calibrated on: the first so many."""
+def unseen(twin: str, text: str) -> tuple[int, int | None]:
+    """(first token of this text that neither fit nor refinement saw, how many there are; None: all that follow)."""
     try:
-        used = read_report(twin)["calibration"]
+        made = read_report(twin)
     except (OSError, KeyError, ValueError):
-        return 0
-    return int(used["tokens"]) if used["source"] == text else 0
+        return 0, None
+    refined = (made.get("refinement") or {}).get("held_out", {})
+    kept = refined.get(text) or refined.get(Path(text).name)
+    if kept:
+        return kept["begin"], kept["end"] - kept["begin"]
+    used = made["calibration"]
+    return (int(used["tokens"]) if used["source"] == text else 0), None
 
 
 def default_original(twin: str) -> str:

@@ -95,7 +95,15 @@ def notes(report: dict[str, Any]) -> list[str]:
         )
         conversion = (report["models"]["twin"] or {}).get("conversion")
         used = conversion["calibration"] if conversion else {"source": None, "tokens": 0}
-        if used["source"] == text["source"]:
+        refined = ((conversion or {}).get("refined_on") or {}).get(Path(text["source"]).name)
+        if refined:
+            first, last = report["settings"]["skip"], report["settings"]["skip"] + report["settings"]["tokens"]
+            outside = (first >= refined["begin"] and last <= refined["end"]) or first >= refined["read"]
+            lines.append(
+                f"The twin was refined on this text, all but tokens {refined['begin']:,} to {refined['end']:,}; "
+                + ("they alone were measured." if outside else "part of what was measured here was SEEN IN TRAINING.")
+            )
+        elif used["source"] == text["source"]:
             seen = report["settings"]["skip"] < used["tokens"]
             lines.append(
                 f"The twin was calibrated on the first {used['tokens']:,} tokens of this text; "

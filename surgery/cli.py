@@ -199,7 +199,7 @@ def refine(overwrite: bool, restart: bool, dry_run: bool, as_json: bool, **given
     settings = RefineSettings(**{name: value for name, value in given.items() if value not in (None, ())})
     check(settings)
     if dry_run:
-        planned = refining.plan(settings)
+        planned = refining.plan(settings, int(os.environ.get("WORLD_SIZE", "1")))
         click.echo(json.dumps(planned, indent=2) if as_json else terminal.refinement_plan(planned))
         return
     record = refining.refine(settings, overwrite, restart, quiet=as_json)

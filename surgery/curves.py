@@ -20,6 +20,9 @@ def draw(record: dict[str, Any], file: Path) -> bool:
     left.set(title="training loss, nats", xlabel="tokens")
     right.plot(tokens, [row["lost"] for row in record["curve"]], "o-", ms=3, label="perplexity, in nats lost")
     right.plot(tokens, [row["divergence"] for row in record["curve"]], "o-", ms=3, label="KL to the original")
+    for name in record["curve"][0].get("texts", ()):
+        lost = [row["texts"][name]["lost"] for row in record["curve"]]
+        right.plot(tokens, lost, ":", lw=1, label=f"nats lost on {name}")
     right.axhline(0, color="black", lw=0.6)
     right.set(title="held-out text", xlabel="tokens")
     right.legend(frameon=False)

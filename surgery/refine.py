@@ -31,7 +31,7 @@ from surgery.errors import CalibrationError, ModelError, RecipeError, SurgeryErr
 from surgery.objectives import EndToEnd, Local, NextToken, Objective
 from surgery.packing import Windows, apart, joined, pack, packable, tokenised
 from surgery.refine_settings import LORA, RefineSettings, schedule_of
-from surgery.texts import frame
+from surgery.texts import BUILT_IN, frame
 from surgery.training import Schedule, Training
 
 
@@ -64,16 +64,16 @@ def _refine(settings: RefineSettings, out: Path, report: dict[str, Any], restart
     chosen = settings.train if settings.train != LORA else "block"
     trainable = named_trainable(student, chosen)
     inside = names_inside(student)
+    teacher = _teacher(settings, student)
     if settings.train == LORA:
         student, trainable = _with_lora(student, settings)
-    teacher = _teacher(settings, student)
     place = out.with_name(out.name + ".refining")
     if restart and accelerator.is_main_process:
         shutil.rmtree(place, ignore_errors=True)
     accelerator.wait_for_everyone()
-    held, windows, passes = _windows(settings, loaded.tokenizer, report, teacher, accelerator, place)
+    held, windows, ranges = _windows(settings, loaded.tokenizer, report, teacher, accelerator, place)
     if settings.checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(student)
     network, optimizer = accelerator.prepare(student, _optimizer(settings, trainable))
     teacher.to(accelerator.device)
     saved = share(student, teacher, set(trainable), inside)  # only now, since moving to a device copies
@@ -94,7 +94,7 @@ def _refine(settings: RefineSettings, out: Path, report: dict[str, Any], restart
     _run(run, place, quiet)
     control = _control(settings, accelerator, held, windows, schedule, key, place, quiet) if settings.control else None
     run.restore_best()
-    record = _record(settings, run, passes) | {"shared_bytes": saved, "control": control}
+    record = _record(settings, run, ranges) | {"shared_bytes": saved, "control": control}
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if settings.train == LORA:
@@ -129,8 +129,8 @@ def _teacher(settings: RefineSettings, student: Any) -> Any:
 
 def _windows(
     settings: RefineSettings, tokenizer: Any, report: dict[str, Any], teacher: Any, accelerator: Any, place: Path
-) -> tuple[dict[str, Windows], Windows, float]:
-    """Held-out windows by text, training windows, and how often the latter are gone through.
+) -> tuple[dict[str, Windows], Windows, dict[str, dict[str, int]]]:
+    """Held-out windows by text, training windows, and which tokens of each text were held out of how many read.
 
     Held out is, of every text, what follows the tokens that the conversion saw: unseen by both. All else is trained on.
     """
@@ -140,19 +140,20 @@ def _windows(
     held_each = max(settings.length, settings.validate_tokens // len(settings.text))
     held: dict[str, Windows] = {}
     train: list[Windows] = []
+    ranges: dict[str, dict[str, int]] = {}
     for source in settings.text:
         seen = used["tokens"] + measured if used["source"] == source else 0
         count = settings.tokens // len(settings.text) + seen + held_each
-        drawn = source == "samples"
-        texts = (
-            _samples(settings, teacher, tokenizer, count, accelerator, place)
-            if drawn
-            else tokenised(source, tokenizer, count)
-        )
+        if source == "samples":
+            texts = _samples(settings, teacher, tokenizer, count, accelerator, place)
+        else:
+            texts = tokenised(source, tokenizer, count)
         total = sum(len(text) for text in texts)
         begin = min(seen, max(0, total - held_each))
         rest, kept = apart(texts, begin, begin + held_each)
-        held[Path(source).name] = pack(kept, settings.length, tokenizer, positions)
+        name = source if source in BUILT_IN or source.startswith("hub:") else Path(source).name
+        ranges[name] = {"begin": begin, "end": begin + held_each, "read": total}
+        held[name] = pack(kept, settings.length, tokenizer, positions)
         train.append(pack(rest, settings.length, tokenizer, positions))
     windows = joined(train)
     a_step = settings.batch * settings.accumulate * accelerator.num_processes
@@ -163,7 +164,7 @@ def _windows(
             where=", ".join(settings.text),
             fix="give more text, or lower --length, --batch, --accumulate or --validate-tokens",
         )
-    return held, windows, settings.tokens / windows.ids.numel()
+    return held, windows, ranges
 
 
 def _samples(
@@ -198,6 +199,21 @@ def _with_lora(student: Any, settings: RefineSettings) -> tuple[Any, dict[str, n
     except ValueError as error:
         raise RecipeError(str(error).splitlines()[0], where="--lora-modules") from error
     return adapted, {name: value for name, value in adapted.named_parameters() if value.requires_grad}
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Layers keep their input alone and run again in the backward pass; nothing else changes.
+
+    transformers does so in layers that are training, and there only; their children stay as they are, and dropout that
+    a layer applies by itself is set to 0.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.modules():
+        if getattr(layer, "gradient_checkpointing", False):
+            layer.training = True
+            for name, value in list(vars(layer).items()):
+                if "dropout" in name and isinstance(value, float):
+                    setattr(layer, name, 0.0)
 
 
 def _optimizer(settings: RefineSettings, trainable: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -248,18 +264,19 @@ def _control(
     return {"nats_before": nats[0], "nats_after": nats[-1], "least": min(nats), "curve": run.curve}
 
 
-def _record(settings: RefineSettings, run: Training, passes: float) -> dict[str, Any]:
+def _record(settings: RefineSettings, run: Training, ranges: dict[str, dict[str, int]]) -> dict[str, Any]:
     """What the report says of the refinement."""
     first, best = run.curve[0], min(run.curve, key=lambda row: row["divergence"])
     shown = {**asdict(settings), "report_to": list(map(str, settings.report_to))}
     shown |= {name: Path(shown[name]).name for name in ("twin", "output")}
-    shown["text"] = [Path(name).name for name in settings.text]
+    shown["text"] = list(ranges)
     return {
         "settings": shown | {"teacher": loading.public(settings.teacher, loading.locate(settings.teacher)[2])},
         "processes": run.accelerator.num_processes,
         "trained_parameters": sum(value.numel() for value in run.trainable.values()),
         "tokens_seen": run.tokens_seen,
-        "passes_over_the_text": round(passes, 2),
+        "passes_over_the_text": round(run.tokens_seen / run.windows.ids.numel(), 2),
+        "held_out": ranges,
         "seconds": round(run.seconds, 1),
         "held_out_tokens": sum(len(part) * (part.ids.shape[1] - 1) for part in run.held.values()),
         "lost_before": first["lost"],

@@ -86,6 +86,8 @@ def check(settings: RefineSettings) -> None:
 
     read_twin(Path(settings.twin))
     loading.load_config(settings.teacher, settings.teacher_revision)
+    if len({Path(source).name for source in settings.text}) < len(settings.text):
+        raise RecipeError("two texts of one name", where="--text", cause="the report tells them apart by their names")
     for source in settings.text:
         check_source(source)
         if source == "auto" or source.endswith(".safetensors"):

@@ -141,6 +141,27 @@ def test_local_gradients_are_those_of_each_block_alone(place):
         torch.testing.assert_close(found[name], value.grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["native", "custom", "plain"])
+def test_checkpointing_keeps_less_and_gives_the_same_gradients(place, name):
+    """Dropout stays off, though transformers checkpoints training layers alone."""
+
+    def run(checkpointing):
+        twin = surgery.load(place / name)
+        if checkpointing:
+            refining.checkpoint_activations(twin)
+        kept = []
+        ids = torch.arange(3, 67).view(2, 32)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            loss = twin(ids, labels=ids).loss
+        loss.backward()
+        return sum(kept), {key: value.grad for key, value in twin.named_parameters()}
+
+    (whole, ours), (less, theirs) = run(False), run(True)
+    assert less < 0.6 * whole
+    for key, value in ours.items():
+        torch.testing.assert_close(value, theirs[key], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["native", "plain"])
 def test_blending_goes_from_the_original_to_the_twin(place, name):
     from surgery.distill import replaced_modules
@@ -195,6 +216,25 @@ def test_a_short_text_is_gone_through_again_in_another_order(place, tmp_path):
     record = refining.refine(settings_of(place, tmp_path / "out", tokens=40_000))
     assert record["tokens_seen"] == 40_000 // 256 * 256
     assert record["passes_over_the_text"] > 3
+
+
+def test_a_refined_twin_is_measured_on_what_was_held_out(place, tmp_path):
+    from evals.evaluate import unseen
+
+    out = tmp_path / "out"
+    refining.refine(settings_of(place, out))
+    kept = json.loads((out / "surgery.json").read_text())["refinement"]["held_out"]["text.txt"]
+    assert (kept["begin"], kept["end"]) == (0, 512)
+    assert unseen(str(out), str(place / "text.txt")) == (0, 512)
+    assert unseen(str(out), "another.txt") == (0, None)
+    command = [sys.executable, "-m", "surgery", "eval", out, "--against", place / "llama", "--text", place / "text.txt",
+               "--window", "32", "--block-tokens", "64", "--no-speed", "--no-cache", "--json"]  # fmt: skip
+    alone = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert alone.returncode == 0, alone.stderr
+    assert json.loads(alone.stdout)["settings"]["tokens"] == 512
+    command.pop()
+    more = subprocess.run(list(map(str, [*command, "--skip", "100"])), capture_output=True, text=True, check=False)
+    assert "SEEN IN TRAINING" in more.stdout
 
 
 def test_trackers_get_what_is_measured(place, tmp_path, monkeypatch):
