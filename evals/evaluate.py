@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from evals.text import EvaluationError, Text, batches, read
 from surgery import loading
 from surgery.blocks import survey
 from surgery.report import read_report
+from surgery.texts import label
 
 FORMAT = 1
 CHUNK_WINDOWS = 64  # windows per kept piece: what a kill can cost
@@ -331,7 +331,7 @@ def unseen(twin: str, text: str) -> tuple[int, int | None]:
     except (OSError, KeyError, ValueError):
         return 0, None
     refined = (made.get("refinement") or {}).get("held_out", {})
-    kept = refined.get(text) or refined.get(Path(text).name)
+    kept = refined.get(label(text))
     if kept:
         return kept["begin"], kept["end"] - kept["begin"]
     used = made["calibration"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.text import EvaluationError
+from surgery.texts import label
 
 JSON, MARKDOWN, PAGE, PLOT = "evaluation.json", "summary.md", "report.html", "blocks.png"
 INK, BEFORE, AFTER, AFFINE = "#222222", "#9aa0a6", "#1f6feb", "#d29922"
@@ -95,7 +96,7 @@ def notes(report: dict[str, Any]) -> list[str]:
         )
         conversion = (report["models"]["twin"] or {}).get("conversion")
         used = conversion["calibration"] if conversion else {"source": None, "tokens": 0}
-        refined = ((conversion or {}).get("refined_on") or {}).get(Path(text["source"]).name)
+        refined = ((conversion or {}).get("refined_on") or {}).get(label(text["source"]))
         if refined:
             first, last = report["settings"]["skip"], report["settings"]["skip"] + report["settings"]["tokens"]
             outside = (first >= refined["begin"] and last <= refined["end"]) or first >= refined["read"]
@@ -216,8 +217,8 @@ def _block_axes(blocks: list[dict[str, Any]]) -> Any:
             ("twin, under N(μ, Σ)", [row["fvu_gaussian"] for row in blocks], BEFORE, "o:"),
             ("best affine map, on text", [1 - row["r2_affine"] for row in blocks], AFFINE, "o--"),
         )
-        for label, values, colour, style in series:
-            axes.plot(place, [max(value, 1e-6) for value in values], style, color=colour, label=label, markersize=4)
+        for legend, values, colour, style in series:
+            axes.plot(place, [max(value, 1e-6) for value in values], style, color=colour, label=legend, markersize=4)
         axes.set(yscale="log", xlabel="block", ylabel="FVU = 1 − R²")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="y", alpha=0.3)

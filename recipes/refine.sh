@@ -3,7 +3,7 @@
 #
 #   recipes/refine.sh smollm2|pythia|tinyllama|qwen3 [OUT]
 #
-# ACCELERATE=recipes/accelerate/eight_gpus.yaml  several GPUs (divide the accumulation by their number)
+# ACCELERATE=recipes/accelerate/eight_gpus.yaml  several GPUs: keep batch × accumulation × GPUs, as BATCH=4 ACCUMULATE=1
 # DRY_RUN=1                                      check every command, load no weights
 # MODEL, TEXT, TOKENS, BATCH, ACCUMULATE         override what is chosen here
 set -eu
@@ -22,7 +22,7 @@ out="${2:-build/$1}"
 text="${TEXT:-hub:HuggingFaceFW/fineweb-edu:sample-10BT}"
 dry="${DRY_RUN:+--dry-run}"
 
-surgery convert "$model" -o "$out/closed-form" --calibration "$text" --tokens 131072 $dry
+[ -f "$out/closed-form/surgery.json" ] || surgery convert "$model" -o "$out/closed-form" --calibration "$text" --tokens 131072 $dry
 if [ -n "$dry" ] && [ ! -d "$out/closed-form" ]; then
   echo "the twin is not there yet: refining and measuring cannot be checked before it is" >&2
   exit 0

@@ -87,7 +87,7 @@ def render(folder: Path, base_model: str | None = None, licence: str | None = No
             recipe=yaml.safe_dump(recipe, sort_keys=False).strip(), blocks=report["blocks"], evaluated=bool(evaluation),
             headline=headline, tasks=tasks, notes=notes, plot=str(PLOT) if (folder / PLOT).is_file() else None,
             checkpoint=_checkpoint_row(report, config),
-            refinement=report.get("refinement"), refine_options=_refine_options(report.get("refinement")),
+            refinement=report.get("refinement"),
             quadratic=report["recipe"]["degree"] == 2, causal="ForCausalLM" in config["architectures"][0]
             or "LMHead" in config["architectures"][0],
         )
@@ -105,16 +105,6 @@ def _checkpoint_row(report: dict[str, Any], config: dict[str, Any]) -> str:
         "onnx": "ONNX graph",
         "delta": f"delta of {config.get('polynomial_delta', {}).get('base')}: what the twin adds to it",
     }.get(report["form"], f"custom code, `modeling_polynomial.py` (format {report['format']})")
-
-
-def _refine_options(refinement: dict[str, Any] | None) -> str:
-    """The refinement's settings as options of `surgery refine`, where they matter for the result."""
-    if not refinement:
-        return ""
-    given = refinement["settings"]
-    names = ("tokens", "length", "batch", "accumulate", "train", "objective", "match", "rate", "average", "seed")
-    texts = [f"--text {text}" for text in given["text"]]
-    return " ".join([*texts, *(f"--{name} {given[name]}" for name in names)])
 
 
 def _front_matter(report: dict[str, Any], config: dict[str, Any], base: str | None, licence: str | None) -> str:

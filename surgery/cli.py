@@ -157,11 +157,7 @@ def evaluate(twin: str, nproc: int, **given: Any) -> None:
 @click.argument("twin")
 @click.option("--teacher", required=True, help="The original: Hub id, folder or .gguf.")
 @click.option("-o", "--output", required=True, help="Folder for the refined twin.")
-@click.option(
-    "--text",
-    multiple=True,
-    help="Training text: python, hub:NAME, or a .txt or .jsonl file; repeatable.  [default: python]",
-)
+@click.option("--text", multiple=True, help="python, samples, hub:NAME, a text file; repeatable.  [default: python]")
 @click.option("--tokens", type=terminal.COUNT, help="Tokens to train on, as in 200k or 4M.  [default: 1M]")
 @click.option("--length", type=int, help="Tokens a window.  [default: 256]")
 @click.option("--batch", type=int, help="Windows a forward pass and process.  [default: 4]")
@@ -173,6 +169,8 @@ def evaluate(twin: str, nproc: int, **given: Any) -> None:
 @click.option("--match", type=float, help="Weight of the blocks' own errors beside KL.  [default: 0]")
 @click.option("--blend", type=float, help="Share of the steps in which original blocks fade out.  [default: 0]")
 @click.option("--rate", type=float, help="Peak learning rate.  [default: 2e-4]")
+@click.option("--warmup", type=float, help="Share of the steps to reach it.  [default: 0.05]")
+@click.option("--clip", type=float, help="Bound on the gradient's norm.  [default: 1]")
 @click.option("--average", type=float, help="Decay of the weights' running mean; 0: none.  [default: 0.98]")
 @click.option("--temperature", type=float, help="Of the distillation loss.  [default: 1]")
 @click.option("--precision", help="auto, bf16 or float32, of the training passes.  [default: auto]")

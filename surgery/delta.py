@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from surgery import modeling_polynomial as modeling
-from surgery.blocks import Block, survey
+from surgery.blocks import Block, layer_of, survey
 from surgery.errors import ModelError
 
 KEY, WEIGHTS, FORMAT = "polynomial_delta", "delta.safetensors", 1
@@ -75,7 +75,10 @@ def difference(twin: Any, original: Any) -> Delta:
     blocks = {block.path: block for block in survey(original).blocks}
     tensors: dict[str, Tensor] = {}
     derived: dict[str, dict[str, Any]] = {}
+    stored: set[int] = set()  # of tied weights one is enough: what is written to it is written to all
     for name, value in twin.state_dict().items():
+        if value.data_ptr() in stored:
+            continue
         if name in theirs and theirs[name].shape == value.shape and torch.equal(theirs[name], value):
             continue
         entry = next((entry for entry in entries if name in _weights_of(entry)), None)
@@ -88,6 +91,7 @@ def difference(twin: Any, original: Any) -> Delta:
                 break
         else:
             tensors[f"full:{name}"] = value.contiguous()
+            stored.add(value.data_ptr())
     return Delta(tensors, derived)
 
 
@@ -172,19 +176,20 @@ def apply(original: Any, config: Any, tensors: Mapping[str, Tensor]) -> Any:
         raise ModelError(
             "the original's weights are not those this delta was taken from",
             where=str(getattr(original.config, "_name_or_path", "")),
-            cause=f"another model, or another revision than {described['revision'] or 'the recorded one'}",
-            fix=f"load it with base={described['base']!r} at that revision",
+            cause="another model, or another revision of it",
+            fix=f"the original is {described['base']} at revision {described['revision'] or 'unknown'}",
         )
     theirs = original.state_dict()
     for entry in config.polynomial_blocks:
         with torch.device("meta"):
             modules = modeling.build(entry)
+        device = next(original.get_submodule(layer_of(entry["path"])).parameters()).device
         for path, module in modules.items():
             for name, empty in module.state_dict().items():
                 value = _restored(f"{path}.{name}", theirs, tensors, described["derived"])
                 *inner, leaf = name.split(".")
                 holder = module.get_submodule(".".join(inner))
-                setattr(holder, leaf, torch.nn.Parameter(value.reshape(empty.shape)))
+                setattr(holder, leaf, torch.nn.Parameter(value.reshape(empty.shape).to(device)))
             modeling.install(original, path, module.train(False))
     ours = original.state_dict()
     with torch.no_grad():

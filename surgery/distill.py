@@ -25,12 +25,17 @@ def kl(goal: Tensor, found: Tensor, temperature: float = 1.0) -> Tensor:
     return loss
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What sums over tokens are kept in: float64, which Apple's GPUs do not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, found: Tensor, goal: Tensor, temperature: float) -> Tensor:
         rows, goals = found.flatten(0, -2), goal.flatten(0, -2)
         gradient = torch.empty_like(rows)
-        total = torch.zeros((), dtype=torch.float64, device=rows.device)
+        total = torch.zeros((), dtype=sum_dtype(rows.device), device=rows.device)
         for start in range(0, len(rows), PIECE):
             piece = slice(start, start + PIECE)
             q = (rows[piece].float() / temperature).log_softmax(-1)
@@ -58,21 +63,25 @@ def replaced_modules(twin: Any) -> list[tuple[tuple[str, ...], str]]:
     return found or [((block.path,), block.last) for block in survey(twin).blocks]
 
 
-def names_inside(twin: Any) -> tuple[str, ...]:
-    """Beginnings of the names of what is in the replaced blocks."""
-    return tuple(f"{path}." for paths, _ in replaced_modules(twin) for path in paths)
+def names_inside(blocks: list[tuple[tuple[str, ...], str]]) -> tuple[str, ...]:
+    """Beginnings of the names of what is in the replaced blocks, as :func:`replaced_modules` gives them."""
+    return tuple(f"{path}." for paths, _ in blocks for path in paths)
 
 
-def named_trainable(twin: Any, which: str) -> dict[str, nn.Parameter]:
+def named_trainable(
+    twin: Any, which: str, blocks: list[tuple[tuple[str, ...], str]] | None = None
+) -> dict[str, nn.Parameter]:
     """The parameters to train, by name; all others are frozen.
 
+    Args:
+        blocks: as :func:`replaced_modules` gives them, where `twin` is the original of the twin they are of.
     Raises:
         RecipeError: an unknown set, or one that this twin does not have.
     """
     if which not in SETS:
         raise RecipeError(f"no set of parameters {which!r}{did_you_mean(which, SETS)}", fix=f"one of {', '.join(SETS)}")
-    blocks = replaced_modules(twin)
-    inside = names_inside(twin)
+    blocks = replaced_modules(twin) if blocks is None else blocks
+    inside = names_inside(blocks)
     last = tuple(f"{path}." for _, path in blocks)
     chosen = {}
     for name, parameter in twin.named_parameters():
@@ -94,6 +103,11 @@ def named_trainable(twin: Any, which: str) -> dict[str, nn.Parameter]:
     return chosen
 
 
+def _rounded_alike(own: Tensor, other: Tensor) -> bool:
+    """Equal but for the rounding of a stored precision, float16 or bfloat16."""
+    return bool((own - other).norm() <= 2e-3 * other.norm())
+
+
 def share(twin: Any, teacher: Any, trained: set[str], inside: tuple[str, ...]) -> int:
     """Lets the teacher use the twin's tensors wherever nothing is trained; the bytes this saves.
 
@@ -109,7 +123,7 @@ def share(twin: Any, teacher: Any, trained: set[str], inside: tuple[str, ...]) -
         if name.startswith(inside):
             continue
         own = ours.get(name)
-        if own is None or own.shape != parameter.shape or not bool(torch.isclose(own, parameter, rtol=1e-2).all()):
+        if own is None or own.shape != parameter.shape or not _rounded_alike(own, parameter):
             raise ModelError(
                 f"{name} differs between the teacher and the twin",
                 cause="the twin was made from another model",

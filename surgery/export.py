@@ -117,7 +117,7 @@ def export_delta(folder: Path, out: Path, base: str | None = None, overwrite: bo
         save_file(found.tensors, place / delta.WEIGHTS)
         checkpoint.write_json(place / "config.json", config)
         shutil.copy(folder / "modeling_polynomial.py", place)
-        again: Any = loading.load(str(place), dtype="auto", base=base or source["name"]).model
+        again: Any = loading.load(str(place), dtype="auto", base=base).model
         ours, theirs = network.state_dict(), again.state_dict()
         if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
             raise ModelError("the delta does not give the twin back", where=str(folder))

@@ -195,7 +195,9 @@ def _load_delta(
         tensors = load_file(str(cached_file(locate(name)[0], delta.WEIGHTS, revision=revision)))
     except Exception as error:
         raise _unreadable(name, error) from error
-    original = load(base or described["base"], None if base else described["revision"], described["dtype"], device_map)
+    name_of_base = base or described["base"]
+    pinned = described["revision"] if name_of_base == described["base"] else None
+    original = load(name_of_base, pinned, described["dtype"], device_map)
     twin = delta.apply(original.model, config, tensors)
     twin.to(dtype=getattr(torch, described["dtype"] if dtype == "auto" else dtype)).eval()
     kind = locate(name)[2]

@@ -20,11 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery.distill import kl, replaced_modules
+from surgery.distill import kl
 from surgery.packing import Windows
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 """The precision the network computes in."""
+Blocks = Sequence[tuple[str, ...]]
+"""Of every replaced block the modules its input goes through, by their paths in the twin and in the original."""
 
 
 class Objective(Protocol):
@@ -47,7 +49,7 @@ def _written(model: nn.Module, paths: Sequence[str], into: dict[str, Tensor]) ->
     return [model.get_submodule(path).register_forward_hook(noting(path)) for path in paths]
 
 
-def _mixed(twin: nn.Module, teacher: nn.Module, blocks: Sequence[tuple[str, ...]], share: float) -> list[Any]:
+def _mixed(twin: nn.Module, teacher: nn.Module, blocks: Blocks, share: float) -> list[Any]:
     """Hooks by which every block writes share · twin + (1 − share) · original, of the same input."""
     handles = []
     for paths in blocks:
@@ -89,15 +91,14 @@ class EndToEnd:
     """Divergence of the twin's predictions from the original's."""
 
     def __init__(
-        self, accelerator: Any, network: nn.Module, teacher: Any, autocast: Autocast, temperature: float = 1.0,
-        match: float = 0.0, blend: float = 0.0,
+        self, accelerator: Any, network: nn.Module, teacher: Any, autocast: Autocast, twin: nn.Module, blocks: Blocks,
+        temperature: float = 1.0, match: float = 0.0, blend: float = 0.0,
     ) -> None:  # fmt: skip
         self.accelerator, self.network, self.teacher, self.autocast = accelerator, network, teacher, autocast
         self.temperature, self.match, self.blend = temperature, match, blend
         self.done = 0.0  # share of the steps behind us; the training loop keeps it
-        self.twin = accelerator.unwrap_model(network)
-        self.blocks = [paths for paths, _ in replaced_modules(self.twin)]
-        self.paths = [paths[-1] for paths in self.blocks] if match else []
+        self.twin, self.blocks = twin, blocks
+        self.paths = [paths[-1] for paths in blocks] if match else []
 
     def __call__(self, part: Windows) -> Tensor:
         goals: dict[str, Tensor] = {}
@@ -107,12 +108,13 @@ class EndToEnd:
             goal = self.teacher(**given, use_cache=False).logits
         share = 1.0 if self.done >= self.blend else self.done / self.blend
         mixing = _mixed(self.twin, self.teacher, self.blocks, share) if share < 1 else []
-        with self.autocast(), _hooked(_written(self.twin, self.paths, found) + mixing):
-            logits = self.network(**given, use_cache=False).logits
-        loss = kl(goal, logits, self.temperature)
-        if self.match:
-            loss = loss + self.match * torch.stack([block_error(found[p], goals[p]) for p in self.paths]).mean()
-        self.accelerator.backward(loss)
+        with _hooked(mixing):  # through the backward pass, in which checkpointed layers run again
+            with self.autocast(), _hooked(_written(self.twin, self.paths, found)):
+                logits = self.network(**given, use_cache=False).logits
+            loss = kl(goal, logits, self.temperature)
+            if self.match:
+                loss = loss + self.match * torch.stack([block_error(found[p], goals[p]) for p in self.paths]).mean()
+            self.accelerator.backward(loss)
         return loss.detach()
 
 
@@ -122,10 +124,9 @@ class Local:
     done = 0.0
     unwrapped = True  # gradients do not pass the wrapper that averages them over processes
 
-    def __init__(self, accelerator: Any, network: nn.Module, teacher: Any, autocast: Autocast) -> None:
+    def __init__(self, accelerator: Any, teacher: Any, autocast: Autocast, twin: Any, blocks: Blocks) -> None:
         self.accelerator, self.teacher, self.autocast = accelerator, teacher, autocast
-        self.twin = accelerator.unwrap_model(network)
-        self.blocks = [paths for paths, _ in replaced_modules(self.twin)]
+        self.twin, self.blocks = twin, blocks
 
     def __call__(self, part: Windows) -> Tensor:
         goals: dict[str, Tensor] = {}
@@ -133,7 +134,7 @@ class Local:
         given = part.inputs(self.accelerator.device)
         last = [paths[-1] for paths in self.blocks]
         with torch.no_grad(), self.autocast(), _hooked(_written(self.teacher, last, goals)):
-            self.teacher.base_model(**given)
+            self.teacher.base_model(**given, use_cache=False)  # with a cache, documents are not kept apart
 
         def at(paths: tuple[str, ...]) -> Any:
             modules = [self.twin.get_submodule(path) for path in paths]
@@ -150,7 +151,7 @@ class Local:
             return modules[0].register_forward_pre_hook(hook)
 
         with torch.no_grad(), self.autocast(), _hooked([at(paths) for paths in self.blocks]):
-            self.twin.base_model(**given)
+            self.twin.base_model(**given, use_cache=False)
         return torch.stack(losses).sum()
 
 

@@ -1,8 +1,8 @@
 """Text → windows of one length, in which no document sees another.
 
 Documents follow one another in a window; positions start anew with each, and transformers' masks keep apart what
-positions keep apart (`find_packed_sequence_indices`). Where a model knows no positions, as BERT's kind, windows are cut
-from the text as it comes.
+positions keep apart (`find_packed_sequence_indices`). Where a model's mask does not follow its positions, as in OPT,
+windows are cut from the text as it comes.
 """
 
 from __future__ import annotations
@@ -46,8 +46,15 @@ def joined(parts: Sequence[Windows]) -> Windows:
 
 
 def packable(model: Any) -> bool:
-    """Whether positions keep documents apart in this model: causal, and told the positions."""
-    return bool(model.can_generate()) and "position_ids" in signature(model.forward).parameters
+    """Whether positions keep documents apart in this model. It is tried: some take positions and mask without them."""
+    if not model.can_generate() or "position_ids" not in signature(model.forward).parameters:
+        return False
+    ids = torch.arange(3, 27, device=model.device)[None] % model.config.get_text_config().vocab_size
+    positions = torch.cat([torch.arange(8), torch.arange(16)]).to(model.device)[None]
+    with torch.no_grad():
+        together = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 8:].float()
+        alone = model(input_ids=ids[:, 8:], use_cache=False).logits.float()
+    return bool((together - alone).norm() < 1e-3 * alone.norm())
 
 
 def tokenised(source: str, tokenizer: Any, count: int) -> list[list[int]]:

@@ -11,11 +11,14 @@ processes is the same.
 from __future__ import annotations
 
 import copy
+import hashlib
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +27,14 @@ import torch
 from torch import nn
 
 from surgery import checkpoint, loading
-from surgery.calibration import sample
 from surgery.card import read_twin
-from surgery.distill import named_trainable, names_inside, share
-from surgery.errors import CalibrationError, ModelError, RecipeError, SurgeryError
+from surgery.distill import named_trainable, names_inside, replaced_modules, share
+from surgery.errors import ModelError, RecipeError, SurgeryError
 from surgery.objectives import EndToEnd, Local, NextToken, Objective
-from surgery.packing import Windows, apart, joined, pack, packable, tokenised
+from surgery.packing import Windows
 from surgery.refine_settings import LORA, RefineSettings, schedule_of
-from surgery.texts import BUILT_IN, frame
+from surgery.refine_text import training_windows
+from surgery.texts import label
 from surgery.training import Schedule, Training
 
 
@@ -52,61 +55,72 @@ def refine(
 
 
 def _refine(settings: RefineSettings, out: Path, report: dict[str, Any], restart: bool, quiet: bool) -> dict[str, Any]:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # the others wait while one draws samples
     accelerator = Accelerator(
-        gradient_accumulation_steps=settings.accumulate, mixed_precision="no",
+        gradient_accumulation_steps=settings.accumulate, mixed_precision="no", kwargs_handlers=[patient],
         log_with=list(settings.report_to) or None, project_dir=str(out.parent),
     )  # fmt: skip
     _refuse_sharding(accelerator)
     loaded = loading.load(settings.twin)
     student: Any = loaded.model
-    chosen = settings.train if settings.train != LORA else "block"
-    trainable = named_trainable(student, chosen)
-    inside = names_inside(student)
-    teacher = _teacher(settings, student)
+    teacher = _teacher(settings, student).to(accelerator.device)
+    twin, replaced = student, replaced_modules(student)
     if settings.train == LORA:
         student, trainable = _with_lora(student, settings)
+    else:
+        trainable = named_trainable(student, settings.train)
     place = out.with_name(out.name + ".refining")
     if restart and accelerator.is_main_process:
         shutil.rmtree(place, ignore_errors=True)
     accelerator.wait_for_everyone()
-    held, windows, ranges = _windows(settings, loaded.tokenizer, report, teacher, accelerator, place)
+    held, windows, ranges = training_windows(settings, loaded.tokenizer, report, teacher, accelerator, place)
     if settings.checkpointing:
         checkpoint_activations(student)
     network, optimizer = accelerator.prepare(student, _optimizer(settings, trainable))
-    teacher.to(accelerator.device)
-    saved = share(student, teacher, set(trainable), inside)  # only now, since moving to a device copies
-    precision = _autocast(settings.precision, accelerator.device)
-    objective: Objective = (
-        Local(accelerator, network, teacher, precision)
-        if settings.objective == "local"
-        else EndToEnd(accelerator, network, teacher, precision, settings.temperature, settings.match, settings.blend)
-    )
+    saved = share(student, teacher, set(trainable), names_inside(replaced))  # only now, since moving to a device copies
+    objective = _objective(settings, accelerator, network, teacher, twin, [paths for paths, _ in replaced])
     if settings.report_to:
         accelerator.init_trackers("polysurgery", config={k: str(v) for k, v in asdict(settings).items()})
     log = (lambda values, step: accelerator.log(values, step=step)) if settings.report_to else None
     schedule = schedule_of(settings, accelerator.num_processes)
-    key = {**asdict(settings), "report_to": None, "processes": accelerator.num_processes}
+    key = _key(settings, report, windows, accelerator.num_processes)
     run = Training(
         accelerator, network, teacher, objective, trainable, optimizer, schedule, held, windows, key, log
     )  # fmt: skip
     _run(run, place, quiet)
-    control = _control(settings, accelerator, held, windows, schedule, key, place, quiet) if settings.control else None
-    run.restore_best()
-    record = _record(settings, run, ranges) | {"shared_bytes": saved, "control": control}
+    dtype = loaded.source.dtype
+    after = run.restore_best(torch.float32 if settings.train == LORA else getattr(torch, dtype))
+    record = _record(settings, run, ranges, after) | {"shared_bytes": saved, "control": None}
+    if settings.control:
+        optimizer.state.clear()
+        record["control"] = _control(settings, accelerator, replaced, held, windows, schedule, key, place, quiet)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if settings.train == LORA:
             student = student.merge_and_unload()
-        report["refinement"] = record
+        if "refinement" in report:
+            report.setdefault("earlier_refinements", []).append(report["refinement"])
+        report |= {"refinement": record, "form": "native" if report["form"] == "native" else "custom"}
+        report.pop("exported_from", None)
         probe = checkpoint.probe_inputs({"input_ids": windows.ids[:2].to(accelerator.device)})
-        dtype = loaded.source.dtype
         checkpoint.save(student, loaded.tokenizer, out, report, probe, dtype=dtype, native=report["form"] == "native")
         _draw(record, out)
         shutil.rmtree(place, ignore_errors=True)
     accelerator.end_training()
     return record
+
+
+def _objective(
+    settings: RefineSettings, accelerator: Any, network: Any, teacher: Any, twin: Any, blocks: list[tuple[str, ...]]
+) -> Objective:
+    precision = _autocast(settings.precision, accelerator.device)
+    if settings.objective == "local":
+        return Local(accelerator, teacher, precision, twin, blocks)
+    return EndToEnd(
+        accelerator, network, teacher, precision, twin, blocks, settings.temperature, settings.match, settings.blend
+    )
 
 
 def _run(run: Training, place: Path, quiet: bool, label: str = "refining") -> None:
@@ -115,6 +129,15 @@ def _run(run: Training, place: Path, quiet: bool, label: str = "refining") -> No
     for _ in run.steps(quiet, label):
         run.seconds = before + time.monotonic() - begun
         run.keep(place)
+
+
+def _key(settings: RefineSettings, report: dict[str, Any], windows: Windows, processes: int) -> dict[str, Any]:
+    """What an interrupted run must share with this one to be gone on with: settings, the twin's weights, the text."""
+    return {
+        **asdict(settings), "report_to": None, "checkpointing": None, "processes": processes,
+        "weights": report["verification"]["weights"],
+        "windows": hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest(),
+    }  # fmt: skip
 
 
 def _teacher(settings: RefineSettings, student: Any) -> Any:
@@ -127,67 +150,11 @@ def _teacher(settings: RefineSettings, student: Any) -> Any:
     return teacher
 
 
-def _windows(
-    settings: RefineSettings, tokenizer: Any, report: dict[str, Any], teacher: Any, accelerator: Any, place: Path
-) -> tuple[dict[str, Windows], Windows, dict[str, dict[str, int]]]:
-    """Held-out windows by text, training windows, and which tokens of each text were held out of how many read.
-
-    Held out is, of every text, what follows the tokens that the conversion saw: unseen by both. All else is trained on.
-    """
-    used = report["calibration"]
-    measured = (report.get("perplexity") or {}).get("tokens", 0)
-    positions = packable(teacher)
-    held_each = max(settings.length, settings.validate_tokens // len(settings.text))
-    held: dict[str, Windows] = {}
-    train: list[Windows] = []
-    ranges: dict[str, dict[str, int]] = {}
-    for source in settings.text:
-        seen = used["tokens"] + measured if used["source"] == source else 0
-        count = settings.tokens // len(settings.text) + seen + held_each
-        if source == "samples":
-            texts = _samples(settings, teacher, tokenizer, count, accelerator, place)
-        else:
-            texts = tokenised(source, tokenizer, count)
-        total = sum(len(text) for text in texts)
-        begin = min(seen, max(0, total - held_each))
-        rest, kept = apart(texts, begin, begin + held_each)
-        name = source if source in BUILT_IN or source.startswith("hub:") else Path(source).name
-        ranges[name] = {"begin": begin, "end": begin + held_each, "read": total}
-        held[name] = pack(kept, settings.length, tokenizer, positions)
-        train.append(pack(rest, settings.length, tokenizer, positions))
-    windows = joined(train)
-    a_step = settings.batch * settings.accumulate * accelerator.num_processes
-    if any(len(part) == 0 for part in held.values()) or len(windows) < a_step:
-        raise CalibrationError(
-            f"{windows.ids.numel():,} tokens are too few: a step takes {a_step} windows of {settings.length}, and "
-            f"{held_each} tokens are held out",
-            where=", ".join(settings.text),
-            fix="give more text, or lower --length, --batch, --accumulate or --validate-tokens",
-        )
-    return held, windows, ranges
-
-
-def _samples(
-    settings: RefineSettings, teacher: Any, tokenizer: Any, count: int, accelerator: Any, place: Path
-) -> list[list[int]]:
-    """The original's own texts, drawn once and kept beside the run's state."""
-    file = place / "samples.pt"
-    if accelerator.is_main_process and not file.is_file():
-        torch.manual_seed(settings.seed)
-        drawn = sample(teacher, tokenizer, -(-count // settings.length), settings.length)
-        place.mkdir(parents=True, exist_ok=True)
-        torch.save(drawn, file.with_suffix(".tmp"))
-        file.with_suffix(".tmp").replace(file)
-    accelerator.wait_for_everyone()
-    before, _ = frame(tokenizer)  # it is put before every piece again when windows are packed
-    rows: list[list[int]] = torch.load(file, weights_only=True).tolist()
-    return [row[len(before) :] if row[: len(before)] == before else row for row in rows]
-
-
 def _with_lora(student: Any, settings: RefineSettings) -> tuple[Any, dict[str, nn.Parameter]]:
     from peft import LoraConfig, get_peft_model
 
     names = settings.lora_modules
+    torch.manual_seed(settings.seed)
     try:
         adapted = get_peft_model(
             student,
@@ -244,8 +211,8 @@ def _refuse_sharding(accelerator: Any) -> None:
 
 
 def _control(
-    settings: RefineSettings, accelerator: Any, held: dict[str, Windows], windows: Windows, schedule: Schedule,
-    key: dict[str, Any], place: Path, quiet: bool,
+    settings: RefineSettings, accelerator: Any, replaced: list[tuple[tuple[str, ...], str]],
+    held: dict[str, Windows], windows: Windows, schedule: Schedule, key: dict[str, Any], place: Path, quiet: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """The original trained alike on the text itself: same parameters, windows, steps and rates.
 
@@ -253,7 +220,10 @@ def _control(
     """
     original: Any = loading.load(settings.teacher, settings.teacher_revision).model
     still = copy.deepcopy(original).requires_grad_(False).to(accelerator.device)
-    trainable = named_trainable(original, "block" if settings.train in (LORA, "coefficients") else settings.train)
+    which = "block" if settings.train in (LORA, "coefficients") else settings.train
+    trainable = named_trainable(original, which, replaced)
+    if settings.checkpointing:
+        checkpoint_activations(original)
     network, optimizer = accelerator.prepare(original, _optimizer(settings, trainable))
     objective = NextToken(accelerator, network, _autocast(settings.precision, accelerator.device))
     run = Training(
@@ -264,13 +234,17 @@ def _control(
     return {"nats_before": nats[0], "nats_after": nats[-1], "least": min(nats), "curve": run.curve}
 
 
-def _record(settings: RefineSettings, run: Training, ranges: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """What the report says of the refinement."""
-    first, best = run.curve[0], min(run.curve, key=lambda row: row["divergence"])
+def _record(
+    settings: RefineSettings, run: Training, ranges: dict[str, dict[str, int]], after: dict[str, Any]
+) -> dict[str, Any]:
+    """What the report says of the refinement; `after` is what the weights lose as they are stored."""
+    finite = [row for row in run.curve if math.isfinite(row["divergence"])]
+    first, best = run.curve[0], min(finite, key=lambda row: row["divergence"])
     shown = {**asdict(settings), "report_to": list(map(str, settings.report_to))}
     shown |= {name: Path(shown[name]).name for name in ("twin", "output")}
-    shown["text"] = list(ranges)
+    shown["text"] = [label(source) for source in settings.text]
     return {
+        "options": _options(settings),
         "settings": shown | {"teacher": loading.public(settings.teacher, loading.locate(settings.teacher)[2])},
         "processes": run.accelerator.num_processes,
         "trained_parameters": sum(value.numel() for value in run.trainable.values()),
@@ -280,14 +254,27 @@ def _record(settings: RefineSettings, run: Training, ranges: dict[str, dict[str,
         "seconds": round(run.seconds, 1),
         "held_out_tokens": sum(len(part) * (part.ids.shape[1] - 1) for part in run.held.values()),
         "lost_before": first["lost"],
-        "lost_after": best["lost"],
+        "lost_after": after["lost"],
         "best_step": best["step"],
         "divergence_before": first["divergence"],
-        "divergence_after": best["divergence"],
+        "divergence_after": after["divergence"],
+        "after": after,
         "skipped_steps": run.skipped,
         "curve": run.curve,
         "losses": run.losses,
     }
+
+
+def _options(settings: RefineSettings) -> str:
+    """What was chosen, as options of `surgery refine`."""
+    words = [f"--text {label(source)}" for source in settings.text]
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if value == field.default or field.name in ("twin", "teacher", "output", "text", "report_to"):
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        words.append(flag if value is True else f"{flag} {value}")
+    return " ".join(words)
 
 
 def _draw(record: dict[str, Any], out: Path) -> None:
@@ -314,7 +301,7 @@ def _too_little_memory() -> SurgeryError:
         "out of memory",
         cause="activations grow with batch × length, logits with the vocabulary too; what is trained counts five times",
         fix="lower --batch (and raise --accumulate by as much) or --length; then --checkpointing, --train readout or "
-        "lora, or --objective local; what was done is kept",
+        "lora, or --objective local (and give --restart, where steps were done already)",
     )
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from surgery import loading
 from surgery.card import read_twin
 from surgery.distill import SETS
-from surgery.errors import RecipeError, did_you_mean
+from surgery.errors import ModelError, RecipeError, did_you_mean
 from surgery.texts import check_source
 from surgery.training import Schedule
 
 OBJECTIVES, PRECISIONS = ("kl", "local"), ("auto", "bf16", "float32")
 LORA = "lora"
+SHORTEST = 8  # tokens of a window
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,19 @@ def check(settings: RefineSettings) -> None:
     """What can be wrong before a model is loaded."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-    read_twin(Path(settings.twin))
+    report = read_twin(Path(settings.twin))
+    if report["form"] in ("silu", "onnx"):
+        raise RecipeError(f"the {report['form']} form cannot be refined", where=settings.twin, fix="refine its twin")
     loading.load_config(settings.teacher, settings.teacher_revision)
+    twin: Any = loading.load_meta(settings.twin)[0]
+    config = twin.config.get_text_config()
+    if not twin.can_generate() or twin.config.is_encoder_decoder:
+        raise ModelError("only causal language models can be refined", where=type(twin).__name__)
+    most = getattr(config, "max_position_embeddings", None) or settings.length
+    if not SHORTEST <= settings.length <= most:
+        raise RecipeError(
+            f"{settings.length} is not from {SHORTEST} to {most}, the model's positions", where="--length"
+        )
     if len({Path(source).name for source in settings.text}) < len(settings.text):
         raise RecipeError("two texts of one name", where="--text", cause="the report tells them apart by their names")
     for source in settings.text:
@@ -109,6 +122,8 @@ def check(settings: RefineSettings) -> None:
             raise RecipeError(f"no {name} {value!r}{did_you_mean(value, known)}", fix=f"one of {', '.join(known)}")
     if settings.train == LORA and settings.objective == "local":
         raise RecipeError("local refinement trains blocks, not LoRA", fix="--train block, or --objective kl")
+    if settings.train == "all" and settings.objective == "local":
+        raise RecipeError("local refinement trains what is in blocks", fix="--train block, or --objective kl")
     available = {str(name) for name in get_available_trackers()}
     for tracker in settings.report_to:
         if tracker not in available:

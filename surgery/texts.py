@@ -148,6 +148,11 @@ def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
+def label(source: str) -> str:
+    """A source's name in reports: of a file its last part."""
+    return source if source in ("auto", *BUILT_IN) or source.startswith("hub:") else Path(source).name
+
+
 def check_source(source: str) -> None:
     """Raises RecipeError for a source that cannot be what was meant, before a model is loaded."""
     if source in ("auto", *BUILT_IN) or source.startswith("hub:") or Path(source).expanduser().is_file():

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery import checkpoint
-from surgery.distill import kl
+from surgery.distill import kl, sum_dtype
 from surgery.errors import CalibrationError, CheckpointError
 from surgery.objectives import Objective
 from surgery.packing import Windows
@@ -201,17 +201,21 @@ class Training:
     def _look(self) -> None:
         """Held-out nats and KL of the mean weights; the best state so far is kept."""
         with self._averaged():
-            sums = {name: self._measured(windows) for name, windows in self.held.items()}
-            row = _means(torch.stack(list(sums.values())).sum(0))
+            row = self.look()
             if row["divergence"] < self.best_divergence:
                 self.best_divergence, self.stale = row["divergence"], 0
                 self.best = {name: value.detach().cpu().clone() for name, value in self.trainable.items()}
             else:
                 self.stale += 1
-        texts = {"texts": {name: _means(values) for name, values in sums.items()}} if len(sums) > 1 else {}
-        self.curve.append({"step": self.step, "tokens": self.tokens_seen} | row | texts)
+        self.curve.append({"step": self.step, "tokens": self.tokens_seen} | row)
         if self.log is not None:
-            self.log({f"held_out_{name}": value for name, value in row.items()}, self.step)
+            self.log({f"held_out_{name}": row[name] for name in ("nats", "lost", "divergence")}, self.step)
+
+    def look(self) -> dict[str, Any]:
+        """What the weights as they are lose on held-out text: nats, nats lost, divergence; and so for each text."""
+        sums = {name: self._measured(windows) for name, windows in self.held.items()}
+        texts = {"texts": {name: _means(values) for name, values in sums.items()}} if len(sums) > 1 else {}
+        return _means(torch.stack(list(sums.values())).sum(0)) | texts
 
     def _measured(self, held: Windows) -> Tensor:
         """Sums over tokens of the twin's nats, the original's, the divergence, and their number; float64.
@@ -220,7 +224,7 @@ class Training:
         """
         accelerator = self.accelerator
         model: Any = accelerator.unwrap_model(self.network)
-        sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+        sums = torch.zeros(4, dtype=sum_dtype(accelerator.device), device=accelerator.device)
         mine = held[accelerator.process_index :: accelerator.num_processes]
         with torch.no_grad():
             for part in mine.split(self.schedule.batch):
@@ -228,12 +232,22 @@ class Training:
                 ours, goal = (m(**given, use_cache=False).logits[:, :-1] for m in (model, self.teacher))
                 target, count = given["input_ids"][:, 1:].flatten(), given["input_ids"][:, 1:].numel()
                 nats = [F.cross_entropy(logits.flatten(0, 1).float(), target) for logits in (ours, goal)]
-                sums += torch.stack([*nats, kl(goal, ours), torch.ones_like(nats[0])]).double() * count
-        total: Tensor = accelerator.reduce(sums, reduction="sum").cpu()
+                sums += torch.stack([*nats, kl(goal, ours), torch.ones_like(nats[0])]).to(sums) * count
+        total: Tensor = accelerator.reduce(sums, reduction="sum").cpu().double()
         return total
 
-    def restore_best(self) -> None:
-        self._put(self.best)
+    def restore_best(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        """Puts the best state in place, rounded as it will be stored; what it loses so.
+
+        Raises:
+            CalibrationError: no state was finite.
+        """
+        if not self.best:
+            raise CalibrationError(
+                "the divergence on held-out text was never finite", fix="train with --precision float32"
+            )
+        self._put({name: value.to(dtype) for name, value in self.best.items()})
+        return self.look()
 
     def keep(self, place: Path) -> None:
         """Everything needed to go on exactly, under a temporary name and then renamed."""
@@ -260,8 +274,10 @@ class Training:
         kept = torch.load(file, map_location="cpu", weights_only=True)
         state = kept["state"]
         if json.loads(json.dumps(state["key"])) != json.loads(json.dumps(self.key)):
+            if state["step"] == 0:
+                return  # nothing was done yet
             raise CheckpointError(
-                "an interrupted refinement with other settings left its state here",
+                "an interrupted refinement with other settings, models or text left its state here",
                 where=str(place),
                 fix="repeat the earlier command to finish it, or give --restart to discard it",
             )

@@ -11,7 +11,7 @@ import torch
 
 import surgery
 from surgery import refine as refining
-from surgery.distill import kl, named_trainable, names_inside, share
+from surgery.distill import kl, named_trainable, names_inside, replaced_modules, share
 from surgery.errors import CheckpointError, ModelError, RecipeError
 from surgery.refine_settings import RefineSettings
 from surgery.training import Training
@@ -111,7 +111,7 @@ def test_one_model_in_memory(place):
     """Every tensor that is not trained is shared; the teacher's outputs are the original's all the same."""
     twin, teacher, original = (surgery.load(str(place / name)) for name in ("twin", "base", "base"))
     trained = set(named_trainable(twin, "block"))
-    saved = share(twin, teacher, trained, names_inside(twin))
+    saved = share(twin, teacher, trained, names_inside(replaced_modules(twin)))
     ours = {p.data_ptr() for p in twin.parameters()}
     shared = [p for p in teacher.parameters() if p.data_ptr() in ours]
     assert saved == sum(p.numel() * 4 for p in shared)
@@ -125,7 +125,7 @@ def test_another_teacher_is_refused(place):
     twin = surgery.load(str(place / "twin"))
     trained = set(named_trainable(twin, "block"))
     with pytest.raises(ModelError, match="differs between the teacher and the twin"):
-        share(twin, tiny.make("llama", seed=7), trained, names_inside(twin))
+        share(twin, tiny.make("llama", seed=7), trained, names_inside(replaced_modules(twin)))
 
 
 def test_a_killed_run_goes_on_exactly(place, tmp_path, monkeypatch):

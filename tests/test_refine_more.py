@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch
 import surgery
 from surgery import refine as refining
 from surgery.errors import RecipeError, SurgeryError
-from surgery.packing import Windows, apart, pack
+from surgery.packing import Windows
 from surgery.refine_settings import RefineSettings, check
 from surgery.training import Schedule
 from tests import tiny
@@ -42,63 +41,15 @@ def settings_of(place, out, twin="native", **more):
     return RefineSettings(**(given | more))
 
 
-def tokenizer_of(place):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(place / "llama")
-
-
-@pytest.mark.parametrize("twin", ["native", "plain"])
-def test_packed_documents_do_not_see_each_other(place, twin):
-    """Every document in a window gets the logits it gets alone."""
-    model, tokenizer = surgery.load(place / BASES[twin]), tokenizer_of(place)
-    draw = torch.Generator().manual_seed(0)
-    texts = [torch.randint(3, 90, (n,), generator=draw).tolist() for n in (11, 30, 7, 16, 40)]
-    windows = pack(texts, 32, tokenizer, True)
-    assert windows.ids.shape == windows.positions.shape == (3, 32)
-    with torch.no_grad():
-        together = model(**windows.inputs("cpu"), use_cache=False).logits
-        for row in range(3):
-            starts = [*(windows.positions[row] == 0).nonzero().flatten().tolist(), 32]
-            assert len(starts) > 1 + (row == 0)
-            for begin, end in pairwise(starts):
-                alone = model(windows.ids[row, begin:end][None], use_cache=False).logits
-                torch.testing.assert_close(together[row, begin:end], alone[0], rtol=1e-4, atol=1e-4)
-        leaking = model(windows.ids, use_cache=False).logits
-    assert (leaking - together).abs().max() > 1e-2, "the control: without positions they do see each other"
-
-
-def test_windows_lose_no_token_but_those_of_the_last(place):
-    tokenizer = tokenizer_of(place)
-    texts = [list(range(5, 25)), list(range(30, 47)), list(range(50, 90))]
-    windows = pack(texts, 16, tokenizer, False)
-    flat = [token for text in texts for token in text]
-    assert windows.ids.flatten().tolist() == flat[: len(windows) * 16]
-    assert windows.positions is None
-    outside, inside = apart(texts, 18, 45)
-    assert inside == [[23, 24], list(range(30, 47)), list(range(50, 58))]
-    assert outside == [list(range(5, 23)), list(range(58, 90))]
-
-
-def test_a_start_token_goes_before_every_piece(place):
-    class Framed:
-        eos_token_id = 2
-
-        def __call__(self, text, add_special_tokens=True):
-            return {"input_ids": [1, 7] if add_special_tokens else [7]}
-
-    windows = pack([list(range(10, 40))], 8, Framed(), True)
-    assert (windows.ids[:, 0] == 1).all()
-    assert windows.positions[0].tolist() == list(range(8))
-
-
 @pytest.mark.parametrize(
     ("twin", "more"),
     [
         ("native", {"objective": "local"}), ("plain", {"objective": "local"}), ("custom", {"match": 0.5}),
         ("plain", {"match": 0.5, "rate": 5e-4}), ("native", {"checkpointing": True}),
         ("native", {"text": ("samples",)}), ("native", {"blend": 0.5}), ("plain", {"blend": 0.5, "rate": 5e-4}),
-        ("native", {"precision": "bf16"}),
+        ("native", {"precision": "bf16"}), ("native", {"blend": 0.5, "checkpointing": True}),
+        ("native", {"train": "lora", "match": 0.5, "blend": 0.3, "rate": 1e-2}),
+        ("custom", {"train": "lora", "match": 0.5, "rate": 1e-2}),
         ("kin", {}), ("custom", {"train": "coefficients", "rate": 1e-2}),
     ],
 )  # fmt: skip
@@ -112,13 +63,14 @@ def test_local_gradients_are_those_of_each_block_alone(place):
     """Against the blocks' errors written out, on inputs taken from the twin and goals from the original."""
     from accelerate import Accelerator
 
-    from surgery.distill import named_trainable
+    from surgery.distill import named_trainable, replaced_modules
     from surgery.objectives import Local, block_error
 
     twin, teacher = surgery.load(place / "native"), surgery.load(place / "llama")
     trainable = named_trainable(twin, "block")
-    part = Windows(torch.arange(3, 67).view(2, 32), None)
-    loss = Local(Accelerator(cpu=True), twin, teacher, lambda: torch.autocast("cpu", enabled=False))(part)
+    blocks = [paths for paths, _ in replaced_modules(twin)]
+    part = Windows(torch.arange(3, 67).view(2, 32), torch.cat([torch.arange(20), torch.arange(12)]).expand(2, -1))
+    loss = Local(Accelerator(cpu=True), teacher, lambda: torch.autocast("cpu", enabled=False), twin, blocks)(part)
     found = {name: value.grad.clone() for name, value in trainable.items()}
     twin.zero_grad()
     seen, goals, handles = {}, {}, []
@@ -130,7 +82,8 @@ def test_local_gradients_are_those_of_each_block_alone(place):
             teacher.model.layers[index].mlp.register_forward_hook(lambda _, __, y, i=index: goals.update({i: y})),
         ]
     with torch.no_grad():
-        twin(part.ids), teacher(part.ids)
+        for model in (twin, teacher):
+            model(**part.inputs("cpu"), use_cache=False)  # documents apart
     for handle in handles:
         handle.remove()
     errors = [block_error(twin.model.layers[i].mlp(seen[i]), goals[i]) for i in range(tiny.LAYERS)]
@@ -286,6 +239,10 @@ def test_what_is_refused(place, tmp_path):
         ({"train": "lora", "objective": "local"}, "not LoRA"),
         ({"text": ("nowhere.txt",)}, "no calibration source"),
         ({"precision": "float8"}, "no precision"),
+        ({"train": "all", "objective": "local"}, "what is in blocks"),
+        ({"length": 4}, "not from 8 to 128"),
+        ({"length": 256}, "not from 8 to 128"),
+        ({"text": (str(place / "text.txt"), "elsewhere/text.txt")}, "two texts of one name"),
     ):
         with pytest.raises(RecipeError, match=words):
             check(settings_of(place, tmp_path / "out", **more))
@@ -306,3 +263,87 @@ def test_the_card_tells_of_the_refinement_and_how_to_repeat_it(place, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "16 steps of 256 tokens" in done.stdout
+
+
+def test_what_was_held_out_once_stays_so(place, tmp_path):
+    """Refined again on the same text, with other settings for what is held out."""
+    refining.refine(settings_of(place, tmp_path / "one"))
+    again = settings_of(place, tmp_path / "two", validate_tokens=1024)
+    again = RefineSettings(**{**vars(again), "twin": str(tmp_path / "one")})
+    record = refining.refine(again)
+    assert record["held_out"]["text.txt"]["end"] == 512
+    report = json.loads((tmp_path / "two" / "surgery.json").read_text())
+    assert len(report["earlier_refinements"]) == 1
+
+
+def test_text_the_conversion_saw_is_not_held_out(place, tmp_path):
+    from surgery.errors import CalibrationError
+
+    short = tmp_path / "short.txt"
+    short.write_text((place / "text.txt").read_text()[:9000])
+    surgery.convert(
+        place / "llama", output=tmp_path / "twin", calibration=str(short), tokens=1024, length=32, measure=0
+    )
+    settings = {**vars(settings_of(place, tmp_path / "out")), "twin": str(tmp_path / "twin"), "text": (str(short),)}
+    record = refining.refine(RefineSettings(**settings))
+    assert record["held_out"]["short.txt"]["begin"] == 1024
+    with pytest.raises(CalibrationError, match="unseen"):
+        refining.refine(RefineSettings(**{**settings, "validate_tokens": 8192}), overwrite=True)
+
+
+def test_another_twin_under_the_same_name_does_not_resume(place, tmp_path, monkeypatch):
+    import shutil
+
+    from surgery.errors import CheckpointError
+    from surgery.training import Training
+
+    shutil.copytree(place / "native", tmp_path / "twin")
+    settings = RefineSettings(**{**vars(settings_of(place, tmp_path / "out")), "twin": str(tmp_path / "twin")})
+    real, looks = Training.keep, []
+
+    def stop(self, folder):
+        real(self, folder)
+        looks.append(self.step)
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Training, "keep", stop)
+    with pytest.raises(KeyboardInterrupt):
+        refining.refine(settings)
+    monkeypatch.undo()
+    surgery.convert(
+        place / "llama",
+        output=tmp_path / "twin",
+        overwrite=True,
+        calibration="python",
+        tokens=2048,
+        length=32,
+        measure=0,
+    )
+    with pytest.raises(CheckpointError, match="other settings, models or text"):
+        refining.refine(settings)
+    assert refining.refine(settings, restart=True)["tokens_seen"] == 4096
+
+
+def test_only_whole_twins_of_causal_models_are_refined(place, tmp_path):
+    from surgery.export import export_silu
+
+    export_silu(place / "native", tmp_path / "silu")
+    settings = vars(settings_of(place, tmp_path / "out"))
+    with pytest.raises(RecipeError, match="silu form"):
+        check(RefineSettings(**{**settings, "twin": str(tmp_path / "silu")}))
+    tiny.save_with_tokenizer("bert", tmp_path / "bert")
+    surgery.convert(
+        tmp_path / "bert", output=tmp_path / "masked", calibration="python", tokens=1024, length=32, measure=0
+    )
+    with pytest.raises(SurgeryError, match="only causal"):
+        check(RefineSettings(**{**settings, "twin": str(tmp_path / "masked"), "teacher": str(tmp_path / "bert")}))
+
+
+def test_a_refined_delta_is_a_whole_twin(place, tmp_path):
+    from surgery.export import export_delta
+
+    export_delta(place / "custom", tmp_path / "delta", str(place / "llama"))
+    settings = vars(settings_of(place, tmp_path / "out", "custom"))
+    with pytest.raises(SurgeryError, match="not on the Hub"):
+        refining.refine(RefineSettings(**{**settings, "twin": str(tmp_path / "delta")}))
