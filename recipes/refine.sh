@@ -5,7 +5,7 @@
 #
 # ACCELERATE=recipes/accelerate/eight_gpus.yaml  several GPUs: keep batch × accumulation × GPUs, as BATCH=4 ACCUMULATE=1
 # DRY_RUN=1                                      check every command, load no weights
-# MODEL, TEXT, TOKENS, BATCH, ACCUMULATE         override what is chosen here
+# MODEL, TEXT, TOKENS, LENGTH, BATCH, ACCUMULATE override what is chosen here
 set -eu
 
 # A step sees about 32,000 tokens of 1,024-token windows. 4M tokens are a hundredth of the 400M of the published
@@ -28,7 +28,7 @@ if [ -n "$dry" ] && [ ! -d "$out/closed-form" ]; then
   exit 0
 fi
 accelerate launch --config_file "${ACCELERATE:-recipes/accelerate/one_gpu.yaml}" -m surgery refine \
-  "$out/closed-form" --teacher "$model" -o "$out/refined" --text "$text" --tokens "${TOKENS:-4M}" --length 1024 \
+  "$out/closed-form" --teacher "$model" -o "$out/refined" --text "$text" --tokens "${TOKENS:-4M}" --length "${LENGTH:-1024}" \
   --batch "${BATCH:-$batch}" --accumulate "${ACCUMULATE:-$accumulate}" --validate-tokens 32768 --validate-every 10 $dry
 if [ -z "$dry" ]; then
   surgery eval "$out/refined" --against "$model" -o "$out/refined/evaluation" --tasks wikitext,lambada_openai,arc_easy,piqa

@@ -22,25 +22,16 @@ def run(*arguments, **variables):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("which", ["smollm2", "pythia", "tinyllama", "qwen3"])
-def test_every_command_of_the_refinement_recipes_is_one(tmp_path, which):
+@pytest.mark.parametrize(("which", "base"), [("tinyllama", "llama"), ("pythia", "gpt_neox")])
+def test_every_command_of_the_refinement_recipes_is_one(tmp_path, which, base):
     """A dry run with a tiny model in the place of the one named; every option is parsed and checked."""
-    base = {"smollm2": "llama", "pythia": "gpt_neox", "tinyllama": "llama", "qwen3": "qwen3"}[which]
     tiny.save_with_tokenizer(base, tmp_path / "base")
-    surgery.convert(
-        tmp_path / "base",
-        output=tmp_path / "out" / "closed-form",
-        calibration="python",
-        tokens=1024,
-        length=32,
-        measure=0,
-    )
-    done = run(
-        which, tmp_path / "out", DRY_RUN="1", MODEL=str(tmp_path / "base"), TEXT="python", ACCELERATE_USE_CPU="true"
-    )
+    settings = {"calibration": "python", "tokens": 1024, "length": 32, "measure": 0}
+    surgery.convert(tmp_path / "base", output=tmp_path / "out" / "closed-form", **settings)
+    given = {"DRY_RUN": "1", "MODEL": str(tmp_path / "base"), "TEXT": "python", "LENGTH": "64"}
+    done = run(which, tmp_path / "out", **given)
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = {"smollm2": 32, "pythia": 32, "tinyllama": 32, "qwen3": 32}[which]
-    assert f"{4_000_000 // (rows * 1024)} steps" in done.stdout
+    assert f"{4_000_000 // (32 * 64):,} steps of 2,048 tokens" in done.stdout
     assert not (tmp_path / "out" / "refined").exists()
 
 

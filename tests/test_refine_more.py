@@ -15,6 +15,16 @@ from surgery.refine_settings import RefineSettings, check
 from surgery.training import Schedule
 from tests import tiny
 
+
+@pytest.fixture
+def unverified(monkeypatch):
+    """Saves without the fresh process, where what is saved is not the question."""
+    from surgery import checkpoint
+
+    seen = {"verified": True, "form": "test", "difference": 0.0}
+    monkeypatch.setattr(checkpoint, "_verify", lambda *_, **__: seen)
+
+
 BASES = {"native": "llama", "custom": "llama", "plain": "gpt2", "kin": "mistral"}
 
 
@@ -53,7 +63,7 @@ def settings_of(place, out, twin="native", **more):
         ("kin", {}), ("custom", {"train": "coefficients", "rate": 1e-2}),
     ],
 )  # fmt: skip
-def test_every_way_of_refining_comes_nearer(place, tmp_path, twin, more):
+def test_every_way_of_refining_comes_nearer(place, unverified, tmp_path, twin, more):
     record = refining.refine(settings_of(place, tmp_path / "out", twin, **more))
     assert record["divergence_after"] < 0.9 * record["divergence_before"]
     assert (tmp_path / "out" / "refinement.png").read_bytes()[:4] == b"\x89PNG"
@@ -148,14 +158,14 @@ def test_lora_is_merged_and_a_native_twin_stays_native(place, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
-def test_the_control_is_the_original_trained_on_the_text(place, tmp_path):
+def test_the_control_is_the_original_trained_on_the_text(place, unverified, tmp_path):
     record = refining.refine(settings_of(place, tmp_path / "out", control=True))
     control = record["control"]
     assert control["nats_after"] < control["nats_before"] - 0.5, "a random original learns these few words"
     assert control["nats_before"] == pytest.approx(record["curve"][0]["nats"] - record["curve"][0]["lost"], abs=1e-5)
 
 
-def test_the_mean_of_the_weights_is_what_is_kept(place, tmp_path):
+def test_the_mean_of_the_weights_is_what_is_kept(place, unverified, tmp_path):
     """With one step from a fresh mean, the mean is the step's weights; with decay it lags behind."""
     schedule = Schedule(10, 1, 1, 1.0, 0.0, 1.0, 0.9, 1, 0, 0)
     assert [round(schedule.decay_at(step), 3) for step in (0, 8, 1000)] == [0.1, 0.5, 0.9]
@@ -165,13 +175,13 @@ def test_the_mean_of_the_weights_is_what_is_kept(place, tmp_path):
     assert sharp["curve"][-1]["divergence"] != mean["curve"][-1]["divergence"]
 
 
-def test_a_short_text_is_gone_through_again_in_another_order(place, tmp_path):
+def test_a_short_text_is_gone_through_again_in_another_order(place, unverified, tmp_path):
     record = refining.refine(settings_of(place, tmp_path / "out", tokens=40_000))
     assert record["tokens_seen"] == 40_000 // 256 * 256
     assert record["passes_over_the_text"] > 3
 
 
-def test_a_refined_twin_is_measured_on_what_was_held_out(place, tmp_path):
+def test_a_refined_twin_is_measured_on_what_was_held_out(place, unverified, tmp_path):
     from evals.evaluate import unseen
 
     out = tmp_path / "out"
@@ -190,7 +200,7 @@ def test_a_refined_twin_is_measured_on_what_was_held_out(place, tmp_path):
     assert "SEEN IN TRAINING" in more.stdout
 
 
-def test_trackers_get_what_is_measured(place, tmp_path, monkeypatch):
+def test_trackers_get_what_is_measured(place, unverified, tmp_path, monkeypatch):
     from accelerate.tracking import GeneralTracker
 
     class Noting(GeneralTracker):
@@ -248,7 +258,7 @@ def test_what_is_refused(place, tmp_path):
             check(settings_of(place, tmp_path / "out", **more))
 
 
-def test_the_card_tells_of_the_refinement_and_how_to_repeat_it(place, tmp_path):
+def test_the_card_tells_of_the_refinement_and_how_to_repeat_it(place, unverified, tmp_path):
     from surgery import card
 
     record = refining.refine(settings_of(place, tmp_path / "out"))
@@ -265,7 +275,7 @@ def test_the_card_tells_of_the_refinement_and_how_to_repeat_it(place, tmp_path):
     assert "16 steps of 256 tokens" in done.stdout
 
 
-def test_what_was_held_out_once_stays_so(place, tmp_path):
+def test_what_was_held_out_once_stays_so(place, unverified, tmp_path):
     """Refined again on the same text, with other settings for what is held out."""
     refining.refine(settings_of(place, tmp_path / "one"))
     again = settings_of(place, tmp_path / "two", validate_tokens=1024)
@@ -276,7 +286,7 @@ def test_what_was_held_out_once_stays_so(place, tmp_path):
     assert len(report["earlier_refinements"]) == 1
 
 
-def test_text_the_conversion_saw_is_not_held_out(place, tmp_path):
+def test_text_the_conversion_saw_is_not_held_out(place, unverified, tmp_path):
     from surgery.errors import CalibrationError
 
     short = tmp_path / "short.txt"
@@ -291,7 +301,7 @@ def test_text_the_conversion_saw_is_not_held_out(place, tmp_path):
         refining.refine(RefineSettings(**{**settings, "validate_tokens": 8192}), overwrite=True)
 
 
-def test_another_twin_under_the_same_name_does_not_resume(place, tmp_path, monkeypatch):
+def test_another_twin_under_the_same_name_does_not_resume(place, unverified, tmp_path, monkeypatch):
     import shutil
 
     from surgery.errors import CheckpointError
