@@ -198,6 +198,8 @@ def model_class_for(config) -> type:
                     install(self, path, module)
 
         def save_pretrained(self, save_directory, *args, **kwargs):
+            # Names as in memory: what the base type renames on loading (GPT-NeoX's head), our model type does not.
+            kwargs.setdefault("save_original_format", False)
             PreTrainedModel.save_pretrained(self, save_directory, *args, **kwargs)
             if kwargs.get("is_main_process", True):
                 shutil.copy(os.path.abspath(__file__), os.path.join(save_directory, "modeling_polynomial.py"))

@@ -27,11 +27,14 @@ def test_saved_twins_give_the_same_outputs_in_a_fresh_process(name, ids, tmp_pat
     """`convert` reloads what it saved in another process, without this package, and compares keys and outputs."""
     model = tiny.make(name)
     before = outputs(model, name, ids)
-    twin, report = surgery.convert(model, calibration=tiny.inputs_for(name, ids), output=tmp_path / "twin", batch=16)
+    model.save_pretrained(tmp_path / "base")  # loading may rename weights, which a twin must not rename again
+    twin, report = surgery.convert(
+        tmp_path / "base", calibration=tiny.inputs_for(name, ids), output=tmp_path / "twin", batch=16
+    )
     saved = json.loads((tmp_path / "twin" / "surgery.json").read_text())
     assert saved["verification"]["verified"] is True
     assert saved["verification"]["difference"] < 1e-4
-    assert report.form == ("native" if name == "llama" else "custom")
+    assert report.form == ("native" if name in ("llama", "mistral", "qwen2", "gemma") else "custom")
     assert len(saved["blocks"]) == tiny.BLOCKS.get(name, tiny.LAYERS)
     assert all(row["r2_held"] > 0.5 for row in saved["blocks"])
     after = outputs(twin, name, ids)
