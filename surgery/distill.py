@@ -34,15 +34,18 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, found: Tensor, goal: Tensor, temperature: float) -> Tensor:
         rows, goals = found.flatten(0, -2), goal.flatten(0, -2)
-        gradient = torch.empty_like(rows)
+        wanted = ctx.needs_input_grad[0]  # not when held-out text is looked at
+        gradient = torch.empty_like(rows) if wanted else None
         total = torch.zeros((), dtype=sum_dtype(rows.device), device=rows.device)
         for start in range(0, len(rows), PIECE):
             piece = slice(start, start + PIECE)
             q = (rows[piece].float() / temperature).log_softmax(-1)
             p = (goals[piece].float() / temperature).log_softmax(-1)
             total += F.kl_div(q, p, reduction="sum", log_target=True)
-            gradient[piece] = q.exp_().sub_(p.exp_()).mul_(temperature / len(rows))
-        ctx.save_for_backward(gradient.view_as(found))
+            if gradient is not None:
+                gradient[piece] = q.exp_().sub_(p.exp_()).mul_(temperature / len(rows))
+        if gradient is not None:
+            ctx.save_for_backward(gradient.view_as(found))
         return (total * temperature**2 / len(rows)).float()
 
     @staticmethod

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.texts import CHARACTERS_PER_TOKEN, documents, frame
+from surgery.texts import frame
 
 
 @dataclass(frozen=True)
@@ -55,21 +55,6 @@ def packable(model: Any) -> bool:
         together = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 8:].float()
         alone = model(input_ids=ids[:, 8:], use_cache=False).logits.float()
     return bool((together - alone).norm() < 1e-3 * alone.norm())
-
-
-def tokenised(source: str, tokenizer: Any, count: int) -> list[list[int]]:
-    """Documents of a text source as ids, each closed by the end-of-text token; `count` ids in all, or fewer."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    found: list[list[int]] = []
-    left = count
-    for text in documents(source):
-        if left <= 0:
-            break
-        budget = left * CHARACTERS_PER_TOKEN * 4
-        ids = list(tokenizer(text[:budget], add_special_tokens=False, verbose=False)["input_ids"]) + end
-        found.append(ids[:left])
-        left -= len(found[-1])
-    return found
 
 
 def apart(texts: Sequence[Sequence[int]], begin: int, end: int) -> tuple[list[list[int]], list[list[int]]]:

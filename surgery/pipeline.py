@@ -52,11 +52,12 @@ class Inspection:
 
 def inspect(name: str, revision: str | None = None) -> Inspection:
     """Finds the blocks of a model from its configuration alone; no weights are read."""
-    model, _ = loading.load_meta(name, revision)
+    model, config = loading.load_meta(name, revision)
     found = survey(model)
     hidden = found.blocks[0].hidden if found.blocks else 0
-    native = not found.left_alone and swap.native_config(model, found.blocks, hidden + 1) is not None
-    return Inspection(name, type(model).__name__, found, native or llama_config(model.config) is not None)
+    stored = loading.stored_dtype(Path(name), config)
+    native = swap.native_config(model, found.blocks, hidden + 1) is not None or llama_config(model, stored) is not None
+    return Inspection(name, type(model).__name__, found, native and not found.left_alone)
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -212,7 +213,8 @@ def _to_replace(loaded: loading.LoadedModel, plan: Recipe) -> tuple[Any, Survey,
     whole = not found.left_alone and len(blocks) == len(found.blocks)
     native = whole and swap.native_config(network, blocks, blocks[0].hidden + 1) is not None
     if whole and not native and plan.degree == 2 and plan.form != "custom" and loaded.source.kind != "memory":
-        llama = as_llama(network)
+        stored = loaded.source.dtype if plan.save_dtype == "auto" else plan.save_dtype
+        llama = as_llama(network, stored)
         if llama is not None:
             found = survey(llama)
             return llama, found, found.blocks, True

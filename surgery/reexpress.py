@@ -5,7 +5,7 @@ Their own classes have no `mlp_bias`, which a bilinear block needs. As a `LlamaF
     Mistral   attention sees the whole context (no sliding window, or one as long as the positions)
     Qwen2     every layer attends to everything; Llama's output map gets a bias of zero
     Gemma     norms scale by 1 + w, written into w; embeddings are multiplied by √d, written into them, so the head is
-              no longer tied to them
+              no longer tied to them; only where weights are stored in float32, since half precision would round 1 + w
 
 Qwen3, Gemma 2 and OLMo 2 are not: they normalise queries and keys or cap logits, and no stock class with `mlp_bias`
 does. What is written is compared with the original on token ids before it is believed.
@@ -19,14 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
-"""Relative norm of the difference in logits: norms run in float32, and where 1 + w is
-rounded differs."""
+TOLERANCE, TOLERANCE_HALF = 1e-4, 2e-2
+"""Relative norm of the difference in logits, computed in float32 or in half precision: Gemma's 1 + w is rounded at
+another place."""
 
 
-def llama_config(config: Any) -> Any | None:
-    """The configuration under which a stock Llama is this model, or None."""
-    if not _whole_context(config) or not isinstance(getattr(config, "hidden_act", None), str):
+def llama_config(model: Any, stored: str) -> Any | None:
+    """The configuration under which a stock Llama is this model, or None; `stored` is the precision of its twin."""
+    config = model.config
+    if not type(model).__name__.endswith("ForCausalLM") or not _whole_context(config):
+        return None
+    if not isinstance(getattr(config, "hidden_act", None), str):
+        return None
+    if config.model_type == "gemma" and stored not in ("float32", "float64"):
         return None
     from transformers import LlamaConfig
 
@@ -54,11 +59,9 @@ def _whole_context(config: Any) -> bool:
     return config.model_type == "gemma" and not getattr(config, "use_bidirectional_attention", False)
 
 
-def as_llama(model: Any) -> Any | None:
+def as_llama(model: Any, stored: str = "float32") -> Any | None:
     """The same function as a `LlamaForCausalLM` that shares the model's tensors, or None where there is none."""
-    if not type(model).__name__.endswith("ForCausalLM"):
-        return None
-    config = llama_config(model.config)
+    config = llama_config(model, stored)
     if config is None:
         return None
     from transformers import LlamaForCausalLM
@@ -97,4 +100,5 @@ def _same(model: Any, llama: Any) -> bool:
     ids = torch.arange(2 * 16, device=model.device).view(2, 16) % model.config.vocab_size
     with torch.no_grad():
         before, after = (network(input_ids=ids, use_cache=False).logits.double() for network in (model, llama))
-    return bool((after - before).norm() <= TOLERANCE.get(model.dtype, 2e-2) * before.norm())
+    tolerance = TOLERANCE if model.dtype in (torch.float32, torch.float64) else TOLERANCE_HALF
+    return bool((after - before).norm() <= tolerance * before.norm())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,5 +129,3 @@ def check(settings: RefineSettings) -> None:
             names = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
             fix = f"pip install {tracker}" if tracker in LOGGER_TYPE_TO_CLASS else f"one of {names}"
             raise RecipeError(f"the tracker {tracker!r} is not installed", where="--report-to", fix=fix)
-    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
-        raise RecipeError("float16 overflows where polynomials meet outliers", fix="use bf16 or no mixed precision")

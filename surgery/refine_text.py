@@ -10,9 +10,9 @@ import torch
 
 from surgery.calibration import sample
 from surgery.errors import CalibrationError
-from surgery.packing import Windows, apart, joined, pack, packable, tokenised
+from surgery.packing import Windows, apart, joined, pack, packable
 from surgery.refine_settings import RefineSettings
-from surgery.texts import frame, label
+from surgery.texts import frame, label, tokenised
 
 
 def training_windows(

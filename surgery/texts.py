@@ -119,21 +119,30 @@ def _hub_texts(source: str) -> Iterator[str]:
         ) from error
 
 
-def tokens_of(source: str, tokenizer: Any, count: int, skip: int = 0) -> Tensor:
-    """Token ids skip … skip + count of a text source, documents joined by the end-of-text token; shape (≤ count,)."""
+def tokenised(source: str, tokenizer: Any, count: int) -> list[list[int]]:
+    """Documents of a text source as ids, each closed by the end-of-text token; `count` ids in all, or fewer."""
     if tokenizer is None:
         raise CalibrationError(
             "the model comes with no tokenizer, so text cannot be used",
             fix="give model inputs as a .safetensors file (pixel_values or input_ids)",
         )
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids: list[int] = []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    found: list[list[int]] = []
+    left = count
     for text in documents(source):
-        budget = (skip + count - len(ids)) * CHARACTERS_PER_TOKEN * 4
-        ids += tokenizer(text[:budget], add_special_tokens=False, verbose=False)["input_ids"] + separator
-        if len(ids) >= skip + count:
+        budget = left * CHARACTERS_PER_TOKEN * 4
+        ids = list(tokenizer(text[:budget], add_special_tokens=False, verbose=False)["input_ids"]) + end
+        found.append(ids[:left])
+        left -= len(found[-1])
+        if left <= 0:
             break
-    return torch.tensor(ids[skip : skip + count], dtype=torch.long)
+    return found
+
+
+def tokens_of(source: str, tokenizer: Any, count: int, skip: int = 0) -> Tensor:
+    """Token ids skip … skip + count of a text source, document after document; shape (≤ count,)."""
+    ids = [token for text in tokenised(source, tokenizer, skip + count) for token in text]
+    return torch.tensor(ids[skip:], dtype=torch.long)
 
 
 def frame(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -43,6 +43,17 @@ def test_what_is_not_a_llama_is_left_as_it_is(model):
     assert as_llama(model().eval()) is None
 
 
+def test_gemma_in_half_precision_stays_gemma(tmp_path):
+    """1 + w does not survive bfloat16; and what inspect says is what convert does."""
+    model = tiny.make("gemma")
+    assert as_llama(model, "bfloat16") is None
+    assert as_llama(model, "float32") is not None
+    for stored, forms in ((torch.bfloat16, ["custom"]), (torch.float32, ["native", "custom"])):
+        model.to(stored).save_pretrained(tmp_path / str(stored))
+        seen = surgery.inspect(str(tmp_path / str(stored)))
+        assert seen.forms(seen.survey.blocks[0]) == forms
+
+
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma"])
 def test_their_twins_load_with_plain_transformers(name, tmp_path):
     tiny.save_with_tokenizer(name, tmp_path / "base")
