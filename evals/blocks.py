@@ -71,8 +71,8 @@ class BlockSums:
             part.add_rows(features[chosen].cpu(), truth[chosen].cpu())
 
 
-def block_function(model: Any, block: Block) -> Callable[[Tensor], Tensor]:
-    """x ↦ the block's output, whether it is one module or sits inline in its layer."""
+def block_function(model: Any, block: Block) -> Callable[..., Tensor]:
+    """x ↦ the block's output, whether it is one module or sits inline in its layer; experts need their routing too."""
     if block.kind != "plain":
         return attribute(model, block.path)  # type: ignore[no-any-return]
     first, activation, last = (attribute(model, path) for path in (block.first[0], block.activation_path, block.last))
@@ -80,12 +80,14 @@ def block_function(model: Any, block: Block) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def _watched(model: Any, blocks: Sequence[Block], see: Callable[[Block, Tensor, Tensor], None]) -> Iterator[None]:
-    entered: dict[str, Tensor] = {}
+def _watched(
+    model: Any, blocks: Sequence[Block], see: Callable[[Block, tuple[Tensor, ...], Tensor], None]
+) -> Iterator[None]:
+    entered: dict[str, tuple[Tensor, ...]] = {}
     handles = []
 
     def enter(block: Block) -> Callable[[Any, tuple[Tensor, ...]], None]:
-        return lambda _, args: entered.__setitem__(block.path, args[0].detach())
+        return lambda _, args: entered.__setitem__(block.path, args)
 
     def leave(block: Block) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
         return lambda _, __, output: see(block, entered.pop(block.path), output.detach())
@@ -109,15 +111,16 @@ def block_sums(
     functions = {block.path: block_function(twin, block) for block in blocks}
     begin = 0
 
-    def see(block: Block, x: Tensor, output: Tensor) -> None:
+    def see(block: Block, given: tuple[Tensor, ...], output: Tensor) -> None:
         rows = len(next(iter(batch.values())))
-        x, truth = x.flatten(0, -2), output.flatten(0, -2)
+        x, truth = given[0].flatten(0, -2), output.flatten(0, -2)
         even = (torch.arange(len(x), device=x.device) // max(1, len(x) // rows) + begin) % 2 == 0
         keep = torch.ones_like(even)
         mask = batch.get("attention_mask")
         if mask is not None and mask.numel() == len(x):
             keep = mask.flatten().bool().to(x.device)
-        found = functions[block.path](x.to(device_of(twin))).to(x.device)
+        there = (x, *given[1:]) if block.kind == "experts" else (x,)
+        found = functions[block.path](*(part.to(device_of(twin)) for part in there)).to(x.device)
         sums[block.path].add_rows(x[keep].float(), truth[keep].float(), found[keep].float(), even[keep])
 
     with torch.no_grad(), _watched(original, blocks, see):
@@ -144,13 +147,15 @@ def block_rows(
         fvu = float(found.residual / variance.clamp_min(1e-300))
         zero = torch.zeros_like(whole.cross)
         affine = ridge_path(found.fit, found.score, zero, ridges=AFFINE_RIDGES).weight
-        gaussian = _gaussian_fvu(original, twin, block, whole, seed)
+        # Experts are functions of their routing too, which a Gaussian does not have.
+        gaussian = None if block.kind == "experts" else _gaussian_fvu(original, twin, block, whole, seed)
         rows.append(
             {
                 "path": block.path, "r2": 1 - fvu, "fvu": fvu, "fvu_gaussian": gaussian,
                 "r2_affine": found.score.r2(affine), "tokens": int(whole.weight), "sinks": int(found.sinks),
                 "sink_error": float(found.sink_error / found.sinks) if found.sinks else None,
-                "gaussian_misleads": not 1 / DISAGREEMENT < fvu / max(gaussian, 1e-300) < DISAGREEMENT,
+                "gaussian_misleads": gaussian is not None
+                and not 1 / DISAGREEMENT < fvu / max(gaussian, 1e-300) < DISAGREEMENT,
             }
         )  # fmt: skip
     return rows

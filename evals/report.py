@@ -140,9 +140,13 @@ def markdown(report: dict[str, Any]) -> str:
 BLOCK_COLUMNS = ("block", "R² on text", "R² of the best affine map", "FVU on text", "FVU under N(μ, Σ)")
 
 
+def _four(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
 def block_cells(blocks: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return [
-        (row["path"], f"{row['r2']:.4f}", f"{row['r2_affine']:.4f}", f"{row['fvu']:.4f}", f"{row['fvu_gaussian']:.4f}")
+        (row["path"], f"{row['r2']:.4f}", f"{row['r2_affine']:.4f}", f"{row['fvu']:.4f}", _four(row["fvu_gaussian"]))
         for row in blocks
     ]
 
@@ -214,7 +218,7 @@ def _block_axes(blocks: list[dict[str, Any]]) -> Any:
         place = range(len(blocks))
         series = (
             ("twin, on text", [row["fvu"] for row in blocks], AFTER, "o-"),
-            ("twin, under N(μ, Σ)", [row["fvu_gaussian"] for row in blocks], BEFORE, "o:"),
+            ("twin, under N(μ, Σ)", [row["fvu_gaussian"] or math.nan for row in blocks], BEFORE, "o:"),
             ("best affine map, on text", [1 - row["r2_affine"] for row in blocks], AFFINE, "o--"),
         )
         for legend, values, colour, style in series:

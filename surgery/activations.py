@@ -95,12 +95,20 @@ class Activation:
         function: σ, elementwise.
         exact: (m, s, degree) -> E[σ(m + sU) He_k(U)] for k = 0 … degree, or None where quadrature is used.
         square_exact: the same for σ².
+        joint: in a gated unit that is not σ(y)·z, the function of y and z that it is; it is fitted from data only.
     """
 
     name: str
     function: ScalarFunction
     exact: Callable[[Tensor, Tensor, int], Tensor] | None = None
     square_exact: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    joint: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def unit(self, y: Tensor, z: Tensor | None) -> Tensor:
+        """A hidden unit's value: σ(y), or σ(y)·z in a gated block."""
+        if z is None:
+            return self.function(y)
+        return self.function(y) * z if self.joint is None else self.joint(y, z)
 
     def squared(self) -> Activation:
         """σ², for second moments."""

@@ -1,10 +1,11 @@
-"""Finds a transformer's feed-forward blocks by their structure, and confirms each by recomputing it.
+"""Finds a transformer's feed-forward blocks by their structure.
 
 A block is two or three linear maps and an activation, wherever they sit:
 
     gated   gate: d → h, up: d → h, down: h → o      σ(gate x) ⊙ (up x)       Llama, Qwen, Gemma, T5 v1.1, …
     fused   gate_up: d → 2h,        down: h → o      the same, in one matrix  Phi-3, GLM, …
     plain   first: d → h,           last: h → o      σ(first x)               GPT-2, GPT-NeoX, OPT, Phi, BERT, ViT, T5
+    experts any of these, many times over in one module, see :mod:`surgery.experts`       Mixtral, Qwen3-MoE, OLMoE, …
 
 Names are hints only (which of two equal maps is the gate). Whatever looks like a feed-forward block and does not fit
 is listed with the reason and left alone.
@@ -13,18 +14,17 @@ is listed with the reason and left alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from surgery.activations import Activation, recognise
+from surgery import experts
+from surgery.activations import ACTIVATIONS, Activation, recognise
 from surgery.errors import ModelError
 
-Kind = Literal["gated", "fused", "plain"]
+Kind = Literal["gated", "fused", "plain", "experts"]
 GATE_HINTS = ("gate", "w1", "wi_0", "fc1_g", "linear_1")
-CONFIRM_TOLERANCE = 1e-3  # relative; a wrong reading of a block is off by the size of its output
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,14 @@ class Block:
 
     Attributes:
         path: the module a user would name: the block's own module, or the layer that holds it inline.
-        kind: gated, fused or plain.
-        first: paths of the map(s) that read the block's input; gate before up.
-        last: path of the map that writes its output.
-        activation_path: where the activation sits.
+        kind: gated, fused, plain or experts.
+        first: paths of the map(s) that read the block's input; gate before up. None of experts.
+        last: path of the map that writes its output; of experts, the module itself.
+        activation_path: where the activation sits; empty where it is called as a function.
         activation: its name.
         width, hidden, out: d, h, o.
         parameters: number of weights and biases.
+        experts: how many; 1 for an ordinary block.
         additive: the layer's output is its residual stream plus the block's output, seen in a forward pass.
     """
 
@@ -53,6 +54,7 @@ class Block:
     hidden: int
     out: int
     parameters: int
+    experts: int = 1
     additive: bool = False
 
     @property
@@ -103,9 +105,9 @@ def attribute(model: nn.Module, path: str) -> Any:
     return getattr(model.get_submodule(parent), name)
 
 
-def activation_of(function: Callable[[Tensor], Tensor], block: Block) -> Activation:
+def activation_of(function: Callable[[Tensor], Tensor] | None, block: Block) -> Activation:
     """The row of :mod:`surgery.activations` for a block's nonlinearity. Raises ModelError if not elementwise."""
-    found = recognise(function, block.activation)
+    found = ACTIVATIONS.get(block.activation) if function is None else recognise(function, block.activation)
     if found is None:
         raise ModelError(
             "the activation is not an elementwise function",
@@ -120,16 +122,21 @@ def survey(model: nn.Module) -> Survey:
     found: list[Block] = []
     left: list[tuple[str, str]] = []
     claimed: set[str] = set()
-    expert_paths = tuple(path for path, module in model.named_modules() if _mixture(module))
     for path, module in model.named_modules():
         if path == "" or any(path.startswith(f"{claim}.") for claim in claimed):
             continue
-        if any(path == expert or path.startswith(f"{expert}.") for expert in expert_paths):
-            if path in expert_paths:
-                left.append((path, "mixture of experts: not converted yet"))
-                claimed.add(path)
-            continue
-        block, reason = _read(model, path, module)
+        if _stacked(module):
+            block, reason = _experts(path, module)
+        elif _mixture(module):
+            if any(_stacked(part) for part in module.modules()):
+                continue  # the router aside, what is inside is looked at by itself
+            block, reason = None, "mixture of experts in a form that is not known"
+            claimed.add(path)
+        else:
+            block, reason = _read(model, path, module)
+            if block is not None and _holds_a_block(model, path, module):
+                # A gate on a layer's side input, say (Gemma 3n): the feed-forward block is the one inside.
+                block, reason = None, "two linear maps beside a feed-forward block"
         if block is not None:
             found.append(block)
             claimed.add(block.path)
@@ -148,12 +155,36 @@ def survey(model: nn.Module) -> Survey:
     return Survey(tuple(unique), tuple(left))
 
 
+def _stacked(module: nn.Module) -> bool:
+    """Whether the module itself holds the weights of many experts."""
+    own = dict(module.named_parameters(recurse=False))
+    return "down_proj" in own and own["down_proj"].dim() == 3
+
+
+def _experts(path: str, module: nn.Module) -> tuple[Block | None, str]:
+    reason = experts.why_not(module)
+    if reason is not None:
+        return None, reason
+    width, hidden, out = experts.widths(module)
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    try:
+        name = experts.unit(module).name
+    except ValueError as error:
+        return None, str(error)
+    return Block(
+        path, "experts", (), path, path, name, width, hidden, out, parameters, experts=experts.count(module)
+    ), ""
+
+
 def _mixture(module: nn.Module) -> bool:
+    """Whether the module routes tokens to experts, or looks like it."""
     name = type(module).__name__.lower()
-    if "experts" in name or "sparsemoe" in name or name.endswith("moe"):
+    children = dict(module.named_children())
+    if sum(is_linear(child) for child in children.values()) >= 2 and "router" not in children:
+        return False  # one feed-forward block, however it is called
+    if "sparsemoe" in name or name.endswith(("moe", "experts")):
         return True
     stacked = [p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3 and p.shape[0] > 1]
-    children = dict(module.named_children())
     routed = any(key in children for key in ("router", "experts"))
     return routed or (len(stacked) >= 2 and len(set(stacked)) == 1)
 
@@ -166,10 +197,12 @@ def _read(model: nn.Module, path: str, module: nn.Module) -> tuple[Block | None,
         return _plain(model, path, *split), ""
     linears = {name: child for name, child in children.items() if is_linear(child)}
     activation = _activation_name(module)
-    if len(linears) < 2 or activation is None:
+    functional = len(linears) == 3 and len(linears) == len(list(module.parameters()))  # F.silu in the forward (LFM2)
+    if len(linears) < 2 or (activation is None and not functional):
         looks = path.rpartition(".")[2] in ("mlp", "feed_forward", "ffn") and bool(list(module.parameters()))
         inside = any(is_linear(m) for m in module.modules())
         return None, "no activation between two linear maps was recognised" if looks and inside else ""
+    activation_path = "" if activation is None else f"{path}.{activation}"
     names = list(linears)
     shapes = {name: _shape(child) for name, child in linears.items()}
     full = {name: f"{path}.{name}" for name in names}
@@ -178,16 +211,18 @@ def _read(model: nn.Module, path: str, module: nn.Module) -> tuple[Block | None,
             one, two = (name for name in names if name != last)
             out, hidden = shapes[last]
             if shapes[one] == shapes[two] and shapes[one][0] == hidden and shapes[one][1] == out:
-                if hidden == out and last != names[-1]:
+                if hidden == out and (last != names[-1] or not activation_path):
                     continue
                 gate, up = (two, one) if _gate_like(two) and not _gate_like(one) else (one, two)
-                return _block(model, path, "gated", (full[gate], full[up]), full[last], f"{path}.{activation}"), ""
+                return _block(model, path, "gated", (full[gate], full[up]), full[last], activation_path), ""
+    if activation is None:
+        return None, ""
     if len(names) == 2:
         first, last = names
         if shapes[first][0] == 2 * shapes[last][1]:
-            return _block(model, path, "fused", (full[first],), full[last], f"{path}.{activation}"), ""
+            return _block(model, path, "fused", (full[first],), full[last], activation_path), ""
         if shapes[first][0] == shapes[last][1]:
-            return _block(model, path, "plain", (full[first],), full[last], f"{path}.{activation}"), ""
+            return _block(model, path, "plain", (full[first],), full[last], activation_path), ""
     # A layer with attention and a feed-forward pair inline (OPT): the pair is the one that widens and narrows.
     pairs = [
         (a, b)
@@ -196,8 +231,16 @@ def _read(model: nn.Module, path: str, module: nn.Module) -> tuple[Block | None,
         if shapes[a][0] == shapes[b][1] and shapes[a][1] == shapes[b][0] and shapes[a][0] > shapes[a][1]
     ]
     if len(pairs) == 1:
-        return _block(model, path, "plain", (full[pairs[0][0]],), full[pairs[0][1]], f"{path}.{activation}"), ""
+        return _block(model, path, "plain", (full[pairs[0][0]],), full[pairs[0][1]], activation_path), ""
     return None, f"{len(names)} linear maps and an activation, but no pair or triple of matching widths"
+
+
+def _holds_a_block(model: nn.Module, path: str, module: nn.Module) -> bool:
+    if all(is_linear(child) or not any(map(is_linear, child.modules())) for child in module.children()):
+        return False
+    split = _split_pair(dict(module.named_children())) is not None  # its two halves are no blocks of their own
+    inside = ((name, part) for name, part in module.named_modules() if name and not is_linear(part))
+    return not split and any(_read(model, f"{path}.{name}", part)[0] is not None for name, part in inside)
 
 
 def _gate_like(name: str) -> bool:
@@ -221,21 +264,24 @@ def _plain(model: nn.Module, path: str, first: str, last: str, activation: str) 
 
 
 def _activation_name(module: nn.Module) -> str | None:
-    """The attribute that holds an activation: a parameterless child, or a plain function, named like one."""
-    candidates = []
-    for name, child in module.named_children():
-        if "act" in name.lower() and not list(child.parameters()):
-            candidates.append(name)
-    for name, value in vars(module).items():
-        if "act" in name.lower() and callable(value) and not isinstance(value, type):
-            candidates.append(name)
+    """The attribute that holds the activation: a child with next to no parameters, or a plain function, named or
+    classed like one."""
+    children = {name: child for name, child in module.named_children() if _small(child)}
+    functions = [name for name, value in vars(module).items() if callable(value) and not isinstance(value, type)]
+    candidates = [name for name in (*children, *functions) if "act" in name.lower()]
     if not candidates:
-        candidates = [
-            name
-            for name, child in module.named_children()
-            if type(child).__module__.endswith("activation") and not list(child.parameters())
-        ]
+        candidates = [name for name, child in children.items() if _classed_like_activation(child)]
     return candidates[0] if len(candidates) == 1 else None
+
+
+def _small(module: nn.Module) -> bool:
+    scalars = all(parameter.numel() == 1 for parameter in module.parameters())  # xIELU learns two
+    return scalars and not isinstance(module, nn.Dropout | nn.Identity)
+
+
+def _classed_like_activation(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return type(module).__module__.endswith("activation") or any(word in name for word in ("elu", "silu", "swish"))
 
 
 def _block(
@@ -244,9 +290,13 @@ def _block(
     out, hidden = _shape(model.get_submodule(last))
     width = _shape(model.get_submodule(first[0]))[1]
     parameters = sum(p.numel() for part in (*first, last) for p in model.get_submodule(part).parameters())
-    function = attribute(model, activation_path)
-    row = recognise(function, getattr(function, "__name__", type(function).__name__))
-    name = row.name if row is not None else f"{type(function).__name__} (not elementwise)"
+    name = "found when run"
+    if activation_path:
+        function = attribute(model, activation_path)
+        name = getattr(function, "__name__", type(function).__name__)
+        if not any(parameter.is_meta for parameter in getattr(function, "parameters", list)()):
+            row = recognise(function, name)
+            name = row.name if row is not None else f"{name} (not elementwise)"
     return Block(path, kind, first, last, activation_path, name, width, hidden, out, parameters)
 
 
@@ -287,104 +337,3 @@ def is_norm(module: nn.Module) -> bool:
 def norms_around(model: nn.Module, path: str) -> list[nn.Module]:
     """Normalisation layers of the layer that the block at `path` belongs to."""
     return [module for module in model.get_submodule(layer_of(path)).modules() if is_norm(module)]
-
-
-def confirm(model: nn.Module, blocks: Iterable[Block], run: Callable[[], object]) -> tuple[Block, ...]:
-    """Runs the model once and recomputes each block's hidden vector and output from the weights found.
-
-    Returns the blocks, with gate and up exchanged where the recomputation says so.
-
-    Raises:
-        ModelError: a block was not called exactly once, or its recomputation differs.
-
-    The blocks come back in the order in which they run, with `additive` filled in.
-    """
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    normed: list[tuple[Tensor, Tensor]] = []
-    layers: dict[str, Tensor] = {}
-    hooks = []
-
-    def record(path: str) -> None:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            seen.setdefault(path, []).append((args[0].detach(), output.detach()))
-
-        hooks.append(model.get_submodule(path).register_forward_hook(hook))
-
-    def record_layer(path: str) -> None:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            if isinstance(first, Tensor):
-                layers[path] = first.detach()
-
-        hooks.append(model.get_submodule(path).register_forward_hook(hook))
-
-    blocks = tuple(blocks)
-    for block in blocks:
-        for path in {block.entry, *block.first, block.last}:
-            record(path)
-        for norm in norms_around(model, block.path):
-            hooks.append(norm.register_forward_hook(lambda _, args, output: normed.append((args[0], output))))
-        record_layer(layer_of(block.path))
-    try:
-        run()
-    finally:
-        for handle in hooks:
-            handle.remove()
-    order = list(seen)  # the order of execution, which is the order of conversion
-    confirmed = [_confirmed(model, block, seen) for block in blocks]
-    confirmed = [replace(block, additive=_additive(model, block, seen, normed, layers)) for block in confirmed]
-    return tuple(sorted(confirmed, key=lambda block: order.index(block.last)))
-
-
-def _additive(
-    model: nn.Module,
-    block: Block,
-    seen: dict[str, list[tuple[Tensor, Tensor]]],
-    normed: list[tuple[Tensor, Tensor]],
-    layers: dict[str, Tensor],
-) -> bool:
-    entered, written = seen[block.entry][0][0], seen[block.last][0][1]
-    total = layers.get(layer_of(block.path))
-    for before, after in normed:
-        if after.data_ptr() == entered.data_ptr() and total is not None and before.numel() == total.numel():
-            return _near(before.flatten() + written.flatten(), total)
-    return False
-
-
-def _confirmed(model: nn.Module, block: Block, seen: dict[str, list[tuple[Tensor, Tensor]]]) -> Block:
-    calls = {path: len(seen.get(path, [])) for path in {block.entry, *block.first, block.last}}
-    if set(calls.values()) != {1}:
-        raise ModelError(
-            f"the block's parts were called {calls} times in one forward pass, not once each",
-            where=block.path,
-            cause="the block is shared, routed or skipped",
-            fix="leave it out with --blocks",
-        )
-    activation = activation_of(attribute(model, block.activation_path), block).function
-    hidden_in = seen[block.last][0][0]
-    parts = [seen[path][0][1] for path in block.first]
-    entry_in, entry_out = seen[block.entry][0]
-    same_input = all(torch.equal(seen[path][0][0].flatten(), entry_in.flatten()) for path in block.first)
-    if block.kind == "plain":
-        readings = {block.first: activation(parts[0])}
-        same_output = True
-    else:
-        gate, up = parts if block.kind == "gated" else parts[0].chunk(2, dim=-1)
-        readings = {block.first: activation(gate) * up}
-        if block.kind == "gated":
-            readings[block.first[::-1]] = activation(up) * gate
-        same_output = _near(entry_out, seen[block.last][0][1])
-    for first, hidden in readings.items():
-        if same_input and same_output and _near(hidden, hidden_in):
-            return replace(block, first=first)
-    raise ModelError(
-        f"recomputing the {block.kind} block from the weights found does not give what the model computes",
-        where=block.path,
-        cause="something else happens inside it (clamping, a norm, another order of gate and up)",
-        fix="leave it out with --blocks; the model is unchanged",
-    )
-
-
-def _near(a: Tensor, b: Tensor) -> bool:
-    a, b = a.float().flatten(), b.float().flatten()
-    return a.shape == b.shape and bool((a - b).norm() <= CONFIRM_TOLERANCE * b.norm() + 1e-30)

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -182,17 +182,10 @@ def _verify(model: Any, folder: Path, probe: Mapping[str, Tensor], dtype: str, n
         expected = main_output(model(**{name: value.to(model.device) for name, value in probe.items()})).float().cpu()
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "probe.safetensors"
-        # Cloned: inputs that share memory, as a decoder's and an encoder's may, cannot be stored as they are.
-        tensors = {f"input.{name}": value.clone() for name, value in probe.items()}
-        save_file({**tensors, "expected": expected.contiguous()}, file)
-        script = Path(__file__).with_name("reload_check.py")
-        command = [sys.executable, str(script), str(folder.resolve()), str(file), "native" if native else "custom"]
-        environment = {**os.environ, "HF_MODULES_CACHE": place, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=place)
-    if done.returncode != 0:
-        tail = "\n".join(done.stderr.strip().splitlines()[-3:])
-        raise CheckpointError(f"the saved twin does not load in a fresh process:\n{tail}", where=str(folder))
-    seen: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        write_probe(file, probe, expected)
+        (seen,) = reload_elsewhere([(folder, file, native)])
+    if "error" in seen:
+        raise CheckpointError(f"the saved twin does not load in a fresh process:\n{seen['error']}", where=str(folder))
     if seen["missing"] or seen["unexpected"] or not seen["difference"] <= TOLERANCE[dtype]:
         raise CheckpointError(
             f"the saved twin differs from the one in memory: {seen}",
@@ -200,3 +193,32 @@ def _verify(model: Any, folder: Path, probe: Mapping[str, Tensor], dtype: str, n
             cause="the architecture keeps something that its checkpoint does not",
         )
     return {"verified": True, "form": "native" if native else "custom", **seen}
+
+
+def write_probe(file: Path, probe: Mapping[str, Tensor], expected: Tensor, **more: Tensor) -> None:
+    """What :mod:`surgery.reload_check` compares a folder with."""
+    # Cloned: inputs that share memory, as a decoder's and an encoder's may, cannot be stored as they are.
+    tensors = {f"input.{name}": value.clone() for name, value in probe.items()}
+    save_file({**tensors, **more, "expected": expected.contiguous()}, file)
+
+
+def reload_elsewhere(checks: Sequence[tuple[Path, Path, bool]]) -> list[dict[str, Any]]:
+    """Loads (folder, probe file, native) in one fresh process without this package; what was seen of each."""
+    script = Path(__file__).with_name("reload_check.py")
+    arguments = [
+        part
+        for folder, file, native in checks
+        for part in (str(folder.resolve()), str(file.resolve()), "native" if native else "custom")
+    ]
+    with tempfile.TemporaryDirectory() as place:
+        environment = {**os.environ, "HF_MODULES_CACHE": place, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, str(script), *arguments],
+            check=False, capture_output=True, text=True, env=environment, cwd=place,
+        )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    seen: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    if len(seen) < len(checks):
+        tail = "\n".join(done.stderr.strip().splitlines()[-3:])
+        seen += [{"error": tail or "the process ended early"}] * (len(checks) - len(seen))
+    return seen

@@ -55,15 +55,15 @@ class _Divergence(torch.autograd.Function):
 
 
 def replaced_modules(twin: Any) -> list[tuple[tuple[str, ...], str]]:
-    """For every polynomial block: paths of its modules, and of its last map."""
+    """For every polynomial block: paths of its modules, and what the names of its last map begin with."""
     found: list[tuple[tuple[str, ...], str]] = []
     for entry in getattr(twin.config, "polynomial_blocks", None) or ():
         if entry["kind"].startswith("plain"):
-            found.append(((entry["first"], entry["activation"], entry["last"]), entry["last"]))
+            found.append(((entry["first"], entry["activation"], entry["last"]), f"{entry['last']}."))
         else:
-            affine = entry["kind"] == "affine"
-            found.append(((entry["path"],), entry["path"] if affine else f"{entry['path']}.down_proj"))
-    return found or [((block.path,), block.last) for block in survey(twin).blocks]
+            last = {"affine": ".", "experts": ".down_"}.get(entry["kind"], ".down_proj.")
+            found.append(((entry["path"],), entry["path"] + last))
+    return found or [((block.path,), f"{block.last}.") for block in survey(twin).blocks]
 
 
 def names_inside(blocks: list[tuple[tuple[str, ...], str]]) -> tuple[str, ...]:
@@ -85,7 +85,7 @@ def named_trainable(
         raise RecipeError(f"no set of parameters {which!r}{did_you_mean(which, SETS)}", fix=f"one of {', '.join(SETS)}")
     blocks = replaced_modules(twin) if blocks is None else blocks
     inside = names_inside(blocks)
-    last = tuple(f"{path}." for _, path in blocks)
+    last = tuple(beginning for _, beginning in blocks)
     chosen = {}
     for name, parameter in twin.named_parameters():
         wanted = {

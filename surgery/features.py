@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery import experts
 from surgery.activations import Activation
 from surgery.blocks import Block, activation_of, weight_and_bias
 from surgery.errors import CalibrationError
@@ -38,15 +39,20 @@ class Original:
         for weight, bias in (*first, down):
             if not bool(torch.isfinite(weight).all()) or (bias is not None and not bool(torch.isfinite(bias).all())):
                 raise CalibrationError("the weights hold NaN or infinite values", where=block.path)
-        return Original(activation_of(modules[block.activation_path], block), first[0], up, down)
+        return Original(activation_of(modules.get(block.activation_path), block), first[0], up, down)
+
+    @staticmethod
+    def of_expert(module: Any, number: int) -> Original:
+        """One expert of a module that :mod:`surgery.experts` can read."""
+        gate, up, down = experts.weights(module, number)
+        return Original(experts.unit(module), gate, up, down)
 
     def preactivations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         y = nn.functional.linear(x, *self.gate)
         return y, None if self.up is None else nn.functional.linear(x, *self.up)
 
     def hidden(self, y: Tensor, z: Tensor | None) -> Tensor:
-        value = self.activation.function(y)
-        return value if z is None else value * z
+        return self.activation.unit(y, z)
 
     def __call__(self, x: Tensor) -> Tensor:
         return nn.functional.linear(self.hidden(*self.preactivations(x)), *self.down)

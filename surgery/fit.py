@@ -109,7 +109,11 @@ class _Sample:
 
 
 def fit_block(
-    station: Station, settings: FitSettings, given: Gaussian | None = None, cache_bytes: int = 0
+    station: Station,
+    settings: FitSettings,
+    given: Gaussian | None = None,
+    cache_bytes: int = 0,
+    original: Original | None = None,
 ) -> FittedBlock:
     """The least-squares optimal polynomial of one block.
 
@@ -117,11 +121,12 @@ def fit_block(
         station: all passes waiting at the block; with the original stream where errors are to be made up for.
         given: distribution of the block's input for `assume="gaussian"`; measured where None.
         cache_bytes: memory that may be spent to keep hidden vectors, so that `outputs` come back.
+        original: the block's weights, where they are not in modules of its own.
     Raises:
         CalibrationError: too few tokens for the unknowns, or values that are not finite.
     """
     block = station.block
-    original = Original.of(block, station.modules)
+    original = original or Original.of(block, station.modules)
     sample = _take_sample(station, original, settings)
     inputs = InputMoments.of(sample.x[~sample.massive])
     at = Preactivations.of(inputs, original.gate, original.up)

@@ -87,6 +87,44 @@ class BilinearGLU(nn.Module):
         return self.down_proj(self.gate_proj(x) * self.up_proj(x))
 
 
+class PolynomialExperts(nn.Module):
+    """Experts, each with polynomials of its own: x_t ↦ Σ_j w_tj p_{e_tj}(x_t); `hidden` 0 makes them affine."""
+
+    def __init__(self, experts: int, width: int, hidden: int, out: int, degree: int, gated: bool) -> None:
+        super().__init__()
+        self.gated, self.degree = gated, degree
+        names = {"down_weight": (out, hidden or width), "down_bias": (out,)}
+        if hidden:
+            names |= {"gate_weight": (hidden, width), "gate_bias": (hidden,), "coefficients": (degree + 1, hidden)}
+        if hidden and gated:
+            names |= {"up_weight": (hidden, width), "up_bias": (hidden,), "cross_coefficients": (degree, hidden)}
+        self.number = experts
+        for name, shape in names.items():
+            setattr(self, name, nn.Parameter(torch.zeros(experts, *shape)))
+
+    def one(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        """One expert's polynomial."""
+        hidden = x
+        if self.degree > 1:
+            u = nn.functional.linear(x, self.gate_weight[number], self.gate_bias[number])
+            hidden = horner(self.coefficients[number], u)
+            if self.gated:
+                v = nn.functional.linear(x, self.up_weight[number], self.up_bias[number])
+                hidden = torch.addcmul(hidden, horner(self.cross_coefficients[number], u), v)
+        return nn.functional.linear(hidden, self.down_weight[number], self.down_bias[number])
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        shape = hidden_states.shape
+        x = hidden_states.reshape(-1, shape[-1])
+        total = x.new_zeros(len(x), self.down_bias.shape[-1])
+        for number in range(self.number):
+            rows, place = torch.where(top_k_index == number)
+            if len(rows):
+                output = self.one(number, x[rows]) * top_k_weights[rows, place, None]
+                total.index_add_(0, rows, output.to(total.dtype))
+        return total.view(*shape[:-1], -1)
+
+
 def build(block: dict) -> dict[str, nn.Module]:
     """The modules that one entry of `polynomial_blocks` stands for, by the path they go to."""
     width, hidden, out = block["width"], block["hidden"], block["out"]
@@ -102,6 +140,9 @@ def build(block: dict) -> dict[str, nn.Module]:
             block["activation"]: PolynomialActivation(hidden, block["degree"]),
             block["last"]: nn.Linear(hidden, out),
         }
+    if block["kind"] == "experts":
+        gated = block["gated"]
+        return {block["path"]: PolynomialExperts(block["experts"], width, hidden, out, block["degree"], gated)}
     if block["kind"] == "plain_affine":
         return {block["first"]: nn.Identity(), block["activation"]: nn.Identity(), block["last"]: nn.Linear(width, out)}
     raise ValueError(f"unknown kind of polynomial block {block['kind']!r} at {block['path']}: is this file too old?")
@@ -210,6 +251,8 @@ def model_class_for(config) -> type:
             "save_pretrained": save_pretrained,
             "config_class": config_class_for(config.base_model_type),
             "config_for_dispatch": True,
+            # The base class fills its computed buffers in its own `_init_weights`, which custom code may be spared.
+            "is_custom_code": classmethod(lambda cls: False),
             "_auto_class": None,  # else saving again would write this generated name into auto_map
         }
         _MODELS[name] = type(f"Polynomial{name}", (base, PolynomialModel), members)
@@ -224,6 +267,9 @@ def auto_map(base_architecture: str) -> dict[str, str]:
         mapping = getattr(transformers, name)._model_mapping
         if base in _classes(mapping.get(base.config_class, None)):
             found[name] = "modeling_polynomial.PolynomialModel"
+    if len(found) == 1:  # part of a larger architecture (Mllama's decoder), which no Auto class serves by itself
+        causal = base_architecture.endswith("ForCausalLM")
+        found["AutoModelForCausalLM" if causal else "AutoModel"] = "modeling_polynomial.PolynomialModel"
     return found
 
 

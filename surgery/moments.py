@@ -172,14 +172,12 @@ def from_data(
     for start in range(0, len(y), chunk):
         y_part = y[start : start + chunk]
         u = (y_part - mean_y) * inverse_y
-        target = activation.function(y_part)
-        v = None
+        z_part, v = None, None
         if z is not None:
             assert at.z_mean is not None and at.z_std is not None
             z_part = z[start : start + chunk]
             v = (z_part - at.z_mean.to(z)) * (1 / at.z_std).to(z)
-            target = target * z_part
-        part = plan.sums(at, u, v, target)
+        part = plan.sums(at, u, v, activation.unit(y_part, z_part))
         result = part if result is None else result + part
     if result is None:
         raise ValueError("no tokens")

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from surgery import checkpoint, loading, swap
-from surgery.blocks import Block, Survey, attribute, confirm, survey
+from surgery.blocks import Block, Survey, attribute, survey
 from surgery.calibration import Calibration, prepare, start_tokens
+from surgery.confirm import confirmed
 from surgery.errors import ModelError, RecipeError
-from surgery.fit import FitSettings, Gaussian, fit_block
+from surgery.fit import FitSettings, FittedBlock, Gaussian, fit_block
+from surgery.fit_experts import FittedExperts, fit_experts
 from surgery.modeling_polynomial import install
 from surgery.progress import Progress
 from surgery.recipe import Recipe, parse_blocks
@@ -164,7 +166,8 @@ def convert(
     source = plan.calibration if calibration is None or isinstance(calibration, str) else calibration
     data = _inputs(source, loaded, plan)
     probe = _probe(network, data)
-    blocks = confirm(network, blocks, lambda: _once(network, probe))
+    blocks, others = _seen_to_run(network, blocks, probe, plan)
+    form = _form(plan, native and not others)
     first_is_sink = _is_causal(network) and first_token_is_sink(network, probe, blocks)
     before = _perplexity(network, data.unseen)
     ready_at = time.monotonic()
@@ -185,7 +188,7 @@ def convert(
         calibration=data.as_dict(),
         form=form,
         blocks=tuple(rows),
-        left_alone=found.left_alone,
+        left_alone=(*found.left_alone, *others),
         perplexity=_compared(before, after, plan),
         seconds={
             "load": round(loaded_at - started, 2),
@@ -219,6 +222,19 @@ def _to_replace(loaded: loading.LoadedModel, plan: Recipe) -> tuple[Any, Survey,
             found = survey(llama)
             return llama, found, found.blocks, True
     return network, found, blocks, native
+
+
+def _seen_to_run(
+    model: Any, blocks: Sequence[Block], probe: Mapping[str, Tensor], plan: Recipe
+) -> tuple[tuple[Block, ...], tuple[tuple[str, str], ...]]:
+    """The blocks that compute what their weights say, and (path, reason) of the others.
+
+    Raises ModelError if there are none, or if blocks were asked for by number and one is not what it seems.
+    """
+    good, bad = confirmed(model, blocks, lambda: _once(model, probe))
+    if bad and (not good or plan.blocks is not None):
+        raise next(iter(bad.values()))
+    return good, tuple((path, f"{error.what}: {error.cause}") for path, error in bad.items())
 
 
 def _public(plan: Recipe) -> dict[str, Any]:
@@ -354,11 +370,15 @@ def _replace_blocks(
                     entry, row, modules = workshop.load(block, like)
                     stream.replace(modules)
                 else:
-                    fitted = fit_block(station, settings, given.get(block.path), CACHE_BYTES)
+                    fitted: FittedBlock | FittedExperts = (
+                        fit_experts(station, settings)
+                        if block.kind == "experts"
+                        else fit_block(station, settings, given.get(block.path), CACHE_BYTES)
+                    )
                     entry = swap.describe(fitted, native)
                     modules = swap.modules_for(fitted, native, like)
                     stream.replace(modules)
-                    if block.kind != "plain":  # there the entrance is the first map only
+                    if isinstance(fitted, FittedBlock) and block.kind != "plain":  # there the passes wait inside
                         for number, output in enumerate(fitted.outputs):
                             stream.answer(number, output)
                         for number, output in enumerate(fitted.written):

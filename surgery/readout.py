@@ -91,6 +91,8 @@ def refit(
                 weight = (typical / size.clamp_min(1e-6 * typical)).square().clamp_max(WEIGHT_LIMIT)
             share = torch.where(total > sink_limit, sink_boost, YOUNG_SINKS * sink_boost)
             weight = torch.where(sink, share * (typical / total).square(), weight)
+            if arrival.weight is not None:
+                weight = weight * arrival.weight[rows].square()
             root = weight.sqrt().to(features)[:, None]
             real = arrival.keep[rows] & ~(mistaken(features[:, -1 - sink_units : -1]) & ~sink)
             at_sinks.append((features[real & sink] * root[real & sink], target[real & sink] * root[real & sink]))

@@ -1,6 +1,7 @@
-"""Run by path in a fresh process: loads a folder with plain transformers and compares its output with a file's.
+"""Run by path in a fresh process: loads folders with plain transformers and compares their outputs with files'.
 
-Imports nothing of this package, so what it sees is what somebody without it sees.
+Imports nothing of this package, so what it sees is what somebody without it sees. Arguments: FOLDER FILE FORM, any
+number of times; a line of JSON each.
 """
 
 import json
@@ -13,9 +14,11 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
+NEW_TOKENS = 5
 
-def main(folder: str, file: str, form: str) -> None:
-    transformers.utils.logging.disable_progress_bar()
+
+def compare(folder: str, file: str, form: str) -> dict:
+    """Missing and unexpected keys, the relative difference of the outputs, and whether greedy text is the same."""
     trust = form == "custom"
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     if trust:
@@ -36,16 +39,26 @@ def main(folder: str, file: str, form: str) -> None:
     if found is None:
         found = next(value for value in outputs.values() if isinstance(value, torch.Tensor))
     expected = tensors["expected"]
-    print(
-        json.dumps(
-            {
-                "missing": sorted(info["missing_keys"]),
-                "unexpected": sorted(info["unexpected_keys"]),
-                "difference": float((found.float() - expected).norm() / expected.norm().clamp_min(1e-30)),
-            }
-        )
-    )
+    seen = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "difference": float((found.float() - expected).norm() / expected.norm().clamp_min(1e-30)),
+    }
+    if "generated" in tensors:
+        text = model.generate(tensors["prompt"], do_sample=False, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS)
+        seen["generates"] = torch.equal(text, tensors["generated"])
+    return seen
+
+
+def main(arguments: list[str]) -> None:
+    transformers.utils.logging.disable_progress_bar()
+    for start in range(0, len(arguments), 3):
+        try:
+            seen = compare(*arguments[start : start + 3])
+        except Exception as error:
+            seen = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(seen), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(sys.argv[1:])

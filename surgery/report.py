@@ -6,10 +6,12 @@ import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from surgery import checkpoint
 from surgery.fit import FittedBlock
+from surgery.fit_experts import FittedExperts
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,21 @@ class Report:
         }
 
 
-def block_row(fitted: FittedBlock, seconds: float) -> dict[str, Any]:
-    """One block's line in the report."""
+def block_row(fitted: FittedBlock | FittedExperts, seconds: float) -> dict[str, Any]:
+    """One block's line in the report. Of experts: sums of counts, else the median over those that saw enough tokens."""
+    if isinstance(fitted, FittedExperts):
+        rows = [block_row(one, 0) for number, one in enumerate(fitted.experts) if number not in fitted.starved]
+        rows = rows or [block_row(one, 0) for one in fitted.experts]
+        summed = ("sink_tokens", "sink_units", "sink_mistaken")
+        together = {
+            key: sum(row[key] for row in rows) if key in summed else median(row[key] for row in rows)
+            for key, value in rows[0].items() if isinstance(value, int | float)
+        }  # fmt: skip
+        return {
+            "path": fitted.block.path, "kind": "experts", "activation": fitted.block.activation, **together,
+            "ridge": None, "tokens": sum(fitted.tokens), "seconds": round(seconds, 3),
+            "experts": len(fitted.experts), "tokens_by_expert": list(fitted.tokens), "starved": list(fitted.starved),
+        }  # fmt: skip
     return {
         "path": fitted.block.path,
         "kind": fitted.block.kind,

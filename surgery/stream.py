@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from surgery.blocks import Block, attribute, layer_of, norms_around
 from surgery.errors import CalibrationError, ModelError
+from surgery.experts import Routing
 from surgery.modeling_polynomial import install
 from surgery.sinks import MASSIVE
 
@@ -42,6 +43,8 @@ class Arrival:
         size: norm of the residual stream (or, where unknown, of the layer's input), (tokens,).
         held: rows of held-out sequences, which choose the ridge instead of fitting; the last ones of a batch.
         known_sink: rows known beforehand to be attention sinks (see :func:`first_token_is_sink`), bool.
+        routing: which experts the rows go to, where the block is a mixture.
+        weight: how much the block's output counts in each row, (tokens,); None where it counts fully.
     """
 
     x: Tensor
@@ -50,6 +53,8 @@ class Arrival:
     size: Tensor
     held: Tensor
     known_sink: Tensor
+    routing: Routing | None = None
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,15 @@ class _Pass(greenlet):
     answer: Tensor | None = None
     normed: tuple[Tensor, Tensor] | None = None
     size: Tensor | None = None
+    routing: Routing | None = None
 
 
 class _Fork(nn.Module):
     """Stands where a module of a block was: the original for passes of the original stream, the twin's for others."""
 
-    def __init__(self, stands_for: Callable[..., Any], entrance: bool) -> None:
+    def __init__(self, stands_for: Callable[..., Any], entrance: bool, routed: bool) -> None:
         super().__init__()
+        self.routed = routed
         self.original = stands_for
         self.current = stands_for
         self.entrance = entrance
@@ -86,6 +93,8 @@ class _Fork(nn.Module):
             return self.current(x, *args, **kwargs)
         if self.entrance:
             assert me.parent is not None
+            if self.routed:
+                me.routing = Routing.of(cast(nn.Module, self.original), (x, *args), kwargs)
             me.parent.switch(x)
             if me.answer is not None:
                 answer, me.answer = me.answer.view(*x.shape[:-1], -1), None
@@ -146,7 +155,7 @@ class Stream:
         torch.set_grad_enabled(False)
         for block in self.blocks:
             for path in block.replaced:
-                fork = _Fork(attribute(self.model, path), entrance=path == block.entry)
+                fork = _Fork(attribute(self.model, path), path == block.entry, block.kind == "experts")
                 install(self.model, path, fork)
                 self._forks[path] = fork
             layer = self.model.get_submodule(layer_of(block.path))
@@ -195,9 +204,11 @@ class Stream:
             yield Station(block, self._originals(block), twin, original)
 
     def _originals(self, block: Block) -> dict[str, Any]:
-        paths = (*block.first, block.last, block.activation_path)
+        paths = {*block.first, block.last, block.activation_path}
         return {
-            path: self._forks[path].original if path in self._forks else attribute(self.model, path) for path in paths
+            path: self._forks[path].original if path in self._forks else attribute(self.model, path)
+            for path in paths
+            if path
         }
 
     def _arrival(self, block: Block, x: Any, forward: _Pass, number: int) -> Arrival:
@@ -219,7 +230,7 @@ class Stream:
         residual = None
         if forward.normed is not None and forward.normed[1].data_ptr() == x.data_ptr():
             residual = forward.normed[0].flatten(0, -2)
-        forward.normed = None
+        forward.normed, routing, forward.routing = None, forward.routing, None
         size = residual.norm(dim=-1) if residual is not None and block.additive else forward.size
         if size is None or len(size) != len(flat):
             size = flat.norm(dim=-1)
@@ -230,7 +241,7 @@ class Stream:
         if self.first_is_sink and len(flat) % rows == 0:
             order = keep.view(rows, -1).long().cumsum(-1)
             known = (keep.view(rows, -1) & (order == 1)).flatten()
-        return Arrival(flat, keep, residual, size.float(), held, known)
+        return Arrival(flat, keep, residual, size.float(), held, known, routing)
 
     def _start(self) -> tuple[_Pass, ...]:
         def run(batch: Mapping[str, Tensor]) -> None:
@@ -251,7 +262,7 @@ def _note_size(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 
 def _note_norm(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     me = getcurrent()
-    if isinstance(me, _Pass) and args:
+    if isinstance(me, _Pass) and args and isinstance(output, Tensor):
         me.normed = (args[0].detach(), output)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from surgery import modeling_polynomial as modeling
 from surgery.blocks import Block
 from surgery.fit import FittedBlock
+from surgery.fit_experts import FittedExperts
 from surgery.polynomial import Affine, bilinear
 
 ACTIVATION_KEYS = ("hidden_act", "hidden_activation")
@@ -32,9 +33,12 @@ def native_config(model: Any, blocks: Sequence[Block], hidden: int) -> Any | Non
     keys = [key for key in ACTIVATION_KEYS if isinstance(getattr(config, key, None), str)]
     if not blocks or not keys or not hasattr(config, "mlp_bias") or not hasattr(config, "intermediate_size"):
         return None
-    for key in keys:
-        setattr(config, key, "linear")
-    config.mlp_bias, config.intermediate_size = True, hidden
+    try:
+        for key in keys:
+            setattr(config, key, "linear")
+        config.mlp_bias, config.intermediate_size = True, hidden
+    except Exception:  # a configuration that knows one activation only
+        return None
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     for block in blocks:
         if block.kind != "gated":
@@ -56,10 +60,16 @@ def native_config(model: Any, blocks: Sequence[Block], hidden: int) -> Any | Non
     return config if shapes == expected else None
 
 
-def describe(fitted: FittedBlock, native: bool) -> dict[str, Any]:
+def describe(fitted: FittedBlock | FittedExperts, native: bool) -> dict[str, Any]:
     """The entry of `polynomial_blocks` that rebuilds a block's modules."""
     block = fitted.block
-    hidden = 0 if fitted.gate is None else len(fitted.gate.bias)
+    if isinstance(fitted, FittedExperts):
+        return {
+            "path": block.path, "kind": "experts", "degree": fitted.degree, "experts": len(fitted.experts),
+            "width": block.width, "hidden": max(_hidden(one) for one in fitted.experts), "out": block.out,
+            "gated": any(one.up is not None for one in fitted.experts),
+        }  # fmt: skip
+    hidden = _hidden(fitted)
     if block.kind == "plain":
         kind = "plain_affine" if fitted.degree == 1 else "plain"
     else:
@@ -73,7 +83,11 @@ def describe(fitted: FittedBlock, native: bool) -> dict[str, Any]:
     return entry
 
 
-def modules_for(fitted: FittedBlock, native: bool, like: Tensor) -> dict[str, nn.Module]:
+def _hidden(fitted: FittedBlock) -> int:
+    return 0 if fitted.gate is None else len(fitted.gate.bias)
+
+
+def modules_for(fitted: FittedBlock | FittedExperts, native: bool, like: Tensor) -> dict[str, nn.Module]:
     """The block's modules with their weights, by path; dtype and device as `like`."""
     entry = describe(fitted, native)
     with torch.device("meta"):
@@ -81,6 +95,10 @@ def modules_for(fitted: FittedBlock, native: bool, like: Tensor) -> dict[str, nn
     modules = {path: module.to_empty(device=like.device).to(like.dtype) for path, module in modules.items()}
     for module in modules.values():
         module.train(False)
+    if isinstance(fitted, FittedExperts):
+        for number, one in enumerate(fitted.experts):
+            _fill_expert(modules[fitted.block.path], number, one)
+        return modules
     units, gate, up = fitted.units, fitted.gate, fitted.up
     if entry["kind"] in ("affine", "plain_affine"):
         _fill(modules[fitted.block.last if entry["kind"] == "plain_affine" else fitted.block.path], fitted.readout)
@@ -114,6 +132,20 @@ def _set(parameter: Any, value: Tensor) -> None:
 def _fill(module: nn.Module, affine: Affine) -> None:
     _set(module.weight, affine.weight)
     _set(module.bias, affine.bias)
+
+
+def _fill_expert(module: Any, number: int, fitted: FittedBlock) -> None:
+    """Units that an expert has fewer of than the others stay zero."""
+    values: dict[str, Tensor] = {"down_weight": fitted.readout.weight, "down_bias": fitted.readout.bias}
+    if fitted.gate is not None and fitted.units is not None:
+        values |= {"gate_weight": fitted.gate.weight, "gate_bias": fitted.gate.bias, "coefficients": fitted.units.a.T}
+        if fitted.up is not None and fitted.units.b is not None:
+            values |= {"up_weight": fitted.up.weight, "up_bias": fitted.up.bias}
+            values |= {"cross_coefficients": fitted.units.b.T}
+    with torch.no_grad():
+        for name, value in values.items():
+            place = getattr(module, name)[number].zero_()
+            place[tuple(slice(0, size) for size in value.shape)] = value.to(place)
 
 
 def widen(module: nn.Module, hidden: int) -> None:

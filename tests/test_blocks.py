@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from surgery.blocks import confirm, survey
+from surgery.blocks import survey
+from surgery.confirm import confirm
 from surgery.errors import ModelError
 from tests import tiny
 
@@ -55,16 +56,53 @@ def test_a_clamped_block_fails_its_confirmation(ids):
     assert "--blocks" in str(caught.value)
 
 
-def test_mixtures_of_experts_are_named_and_left_alone():
+def test_what_is_not_a_known_mixture_is_named_and_left_alone():
     import transformers
 
-    config = transformers.Qwen3MoeConfig(
-        **tiny.COMMON, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
-        moe_intermediate_size=16, mlp_only_layers=[0],
-    )  # fmt: skip
-    found = survey(transformers.Qwen3MoeForCausalLM(config))
-    assert [block.path for block in found.blocks] == ["model.layers.0.mlp"]
-    assert found.left_alone == (("model.layers.1.mlp", "mixture of experts: not converted yet"),)
+    config = transformers.JetMoeConfig(
+        **tiny.COMMON, num_key_value_heads=2, kv_channels=8, num_local_experts=4, num_experts_per_tok=2
+    )
+    found = survey(transformers.JetMoeForCausalLM(config))
+    assert found.blocks == ()
+    assert {reason for _, reason in found.left_alone} == {"mixture of experts in a form that is not known"}
+
+
+def test_a_block_that_is_not_what_it_seems_is_left_alone_and_told(ids):
+    import surgery
+
+    model = tiny.make("llama")
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: mlp.down_proj((mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)).clamp(-0.1, 0.1))
+    twin, report = surgery.convert(model, calibration=ids, length=24)
+    assert [row["path"] for row in report.blocks] == ["model.layers.0.mlp"]
+    assert report.form == "custom"
+    ((path, reason),) = report.left_alone
+    assert path == "model.layers.1.mlp"
+    assert "something else happens inside it" in reason
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp"):
+        surgery.convert(twin, calibration=ids, length=24, blocks="0")
+
+
+def test_an_activation_called_as_a_function_is_found_by_running(ids):
+    import transformers
+
+    from evals.tiny_models import inputs
+    from evals.tiny_models import tiny as build
+
+    model = build(transformers.Lfm2ForCausalLM, "lfm2")
+    given = inputs(model, 2, 16)
+    with torch.no_grad():
+        found = confirm(model, survey(model).blocks, lambda: model(**given))
+    assert [block.activation for block in found] == ["silu"] * len(found)
+
+
+def test_a_gate_on_a_side_input_is_not_taken_for_the_layers_block():
+    import transformers
+
+    from evals.tiny_models import tiny as build
+
+    found = survey(build(transformers.Gemma3nForCausalLM, "gemma3n_text"))
+    assert [block.path.rpartition(".")[2] for block in found.blocks] == ["mlp", "mlp"]
 
 
 def test_shared_blocks_are_named():

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from surgery.blocks import confirm, survey
+from surgery.blocks import survey
+from surgery.confirm import confirm
 from surgery.errors import CalibrationError
 from surgery.stream import Stream, first_token_is_sink
 from tests import tiny

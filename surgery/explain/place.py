@@ -69,6 +69,8 @@ def find(model: Any, index: int) -> Place:
             f"block {index} ({path}) was not converted", fix=f"choose one of {converted}, or give --fit to fit it now"
         )
     entry = entries[path]
+    if entry["kind"] == "experts":
+        raise RecipeError(f"block {index} ({path}) is a mixture of experts, which is not explained yet")
     get = model.get_submodule
     first, last = (entry["first"], entry["last"]) if entry["kind"] in ("plain", "plain_affine") else (path, path)
     return Place(index, path, get(first), get(last), polynomial_of(model, entry))

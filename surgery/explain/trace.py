@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from surgery import loading
-from surgery.blocks import Block, attribute, confirm, survey
+from surgery.blocks import Block, attribute, survey
 from surgery.calibration import prepare
 from surgery.checkpoint import write_json
+from surgery.confirm import confirm
 from surgery.errors import CheckpointError, ModelError, RecipeError, SurgeryError
 from surgery.explain.approximation import approximations
 from surgery.features import Original
@@ -173,7 +174,7 @@ def _rows(
 
     def look(block: Block, x: Tensor) -> None:
         paths = (*block.first, block.last, block.activation_path)
-        original = Original.of(block, {path: attribute(model, path) for path in paths})
+        original = Original.of(block, {path: attribute(model, path) for path in paths if path})
         even = torch.arange(x.shape[:-1].numel(), device=x.device) // max(1, x.shape[:-1].numel() // sequences) % 2 == 0
         flat = x.flatten(0, -2)
         size = original(flat).float().norm(dim=-1)

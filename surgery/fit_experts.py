@@ -1,0 +1,129 @@
+"""A mixture of experts, one expert after another, each on the tokens routed to it.
+
+An expert's output counts with its routing weight, so its errors are weighted by the weight squared. Where the residual
+stream is the target, what earlier blocks got wrong is shared among a token's experts so that together they make up for
+it: with y_t = Σ_j w_tj f_{e_tj}(x_t), adding c_t / Σ_j w_tj to each adds c_t.
+
+An expert that saw too few tokens has units fitted on all tokens of its layer, whoever they were routed to, and keeps
+its readout.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery import experts
+from surgery.blocks import Block
+from surgery.confirm import recomputed
+from surgery.errors import CalibrationError
+from surgery.features import Original
+from surgery.fit import TOKENS_PER_UNKNOWN, FitSettings, FittedBlock, fit_block
+from surgery.readout import behind
+from surgery.stream import Arrival, Station
+
+HELD_TOKENS = 8  # fewer held-out tokens choose no ridge
+
+
+@dataclass(frozen=True)
+class FittedExperts:
+    """Polynomials of all experts of a block.
+
+    Attributes:
+        experts: by number.
+        tokens: how many calibration tokens each saw.
+        starved: numbers of those that saw too few.
+    """
+
+    block: Block
+    degree: int
+    experts: tuple[FittedBlock, ...]
+    tokens: tuple[int, ...]
+    starved: tuple[int, ...]
+
+
+def fit_experts(station: Station, settings: FitSettings) -> FittedExperts:
+    """The least-squares optimal polynomial of every expert.
+
+    Raises:
+        CalibrationError: too few tokens in all, or a unit that has no closed form under a Gaussian.
+    """
+    block = station.block
+    module = station.modules[block.path]
+    if settings.assume != "data" and experts.unit(module).joint is not None:
+        raise CalibrationError(
+            "these experts' units are functions of gate and up together, whose Gaussian moments are not known",
+            where=block.path,
+            fix="use assume: data",
+        )
+    corrections = _corrections(station, module)
+    least = TOKENS_PER_UNKNOWN * (2 * settings.degree + 1)
+    kept = replace(settings, refit=False)
+    prior_rows = _layer_sample(station, max(settings.unit_tokens, 4 * block.width))
+    fitted: list[FittedBlock] = []
+    tokens: list[int] = []
+    starved: list[int] = []
+    for number in range(experts.count(module)):
+        original = Original.of_expert(module, number)
+        mine = _station_of(station, number, corrections)
+        fit, held = (sum(int((a.keep & (a.held == h)).sum()) for a in mine.twin) for h in (False, True))
+        tokens.append(fit + held)
+        if fit < least or held < HELD_TOKENS:
+            starved.append(number)
+            found = fit_block(prior_rows, kept, original=original)
+        else:
+            found = fit_block(mine, settings, original=original)
+        fitted.append(replace(found, outputs=(), written=()))
+    return FittedExperts(block, settings.degree, tuple(fitted), tuple(tokens), tuple(starved))
+
+
+def _corrections(station: Station, module: Any) -> tuple[Tensor, ...]:
+    """What the block should add beyond its own output on the twin's stream, per token and unit of routing weight."""
+    if not station.original or not station.block.additive:
+        return ()
+    found = []
+    for arrival, other in zip(station.twin, station.original, strict=True):
+        assert arrival.routing is not None and other.routing is not None
+        own = recomputed(module, arrival.x, arrival.routing)
+        missing = recomputed(module, other.x, other.routing) - own + behind(arrival, other, slice(None))
+        total = arrival.routing.weight.sum(-1, keepdim=True).to(missing)
+        found.append(missing / total.clamp_min(1e-6))
+    return tuple(found)
+
+
+def _station_of(station: Station, number: int, corrections: tuple[Tensor, ...]) -> Station:
+    """The tokens routed to one expert, as if at a block of its own."""
+    block = replace(station.block, path=f"{station.block.path}.{number}", kind="gated", additive=bool(corrections))
+    twin, aims = [], []
+    for batch, arrival in enumerate(station.twin):
+        assert arrival.routing is not None
+        rows, weight = arrival.routing.of_expert(number)
+        rows, order = rows.sort()  # held-out rows stay last
+        mine = _rows(arrival, rows, weight[order].float())
+        twin.append(mine)
+        if corrections:
+            zero = torch.zeros_like(mine.x[:, :1]).expand(-1, block.out)
+            twin[-1] = replace(mine, residual=zero)
+            aims.append(replace(mine, residual=corrections[batch][rows]))
+    return Station(block, {}, tuple(twin), tuple(aims))
+
+
+def _rows(arrival: Arrival, rows: Tensor, weight: Tensor | None) -> Arrival:
+    return Arrival(
+        arrival.x[rows], arrival.keep[rows], None, arrival.size[rows], arrival.held[rows], arrival.known_sink[rows],
+        weight=weight,
+    )  # fmt: skip
+
+
+def _layer_sample(station: Station, wanted: int) -> Station:
+    """Some tokens of the whole layer."""
+    share = min(1.0, wanted / sum(len(arrival.x) for arrival in station.twin))
+    block = replace(station.block, kind="gated", additive=False)
+    step = max(1, math.floor(1 / share))
+    return Station(
+        block, {}, tuple(_rows(a, torch.arange(0, len(a.x), step, device=a.x.device), None) for a in station.twin), ()
+    )

@@ -1,0 +1,138 @@
+"""Mixtures of experts: every expert is a block of its own for the tokens routed to it."""
+
+import pytest
+import torch
+import transformers as T
+
+import surgery
+from evals.tiny_models import inputs, tiny
+from surgery import experts
+from surgery.blocks import survey
+from surgery.confirm import confirm, recomputed
+from surgery.errors import CalibrationError, ModelError
+
+SHAPES = {
+    "mixtral": T.MixtralForCausalLM,  # [gate; up]
+    "gpt_oss": T.GptOssForCausalLM,  # gate and up interleaved, transposed, biases, clamps, (up + 1)
+    "nemotron_h": T.NemotronHForCausalLM,  # no gate
+    "deepseek_v3": T.DeepseekV3ForCausalLM,  # shared experts, routing weights that do not add up to one
+    "deepseek_v4": T.DeepseekV4ForCausalLM,  # clamped gate
+}
+IDS = inputs(tiny(T.LlamaForCausalLM, "llama"), 64, 24)["input_ids"]
+
+
+def model_of(name: str, **changes):
+    model = tiny(SHAPES[name], name)
+    for key, value in changes.items():
+        setattr(model.config, key, value)
+    return model
+
+
+def the_experts(model):
+    return [block for block in survey(model).blocks if block.kind == "experts"]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_module_is_recomputed_from_the_weights_found(name):
+    model = model_of(name)
+    blocks = the_experts(model)
+    assert blocks and all(block.experts == 4 for block in blocks)
+    with torch.no_grad():
+        assert len(confirm(model, blocks, lambda: model(IDS[:2]))) == len(blocks)
+
+
+def test_a_wrong_layout_is_refused():
+    model = model_of("mixtral")
+    model.get_submodule(the_experts(model)[0].path).is_concatenated = False
+    with torch.no_grad(), pytest.raises(ModelError, match="does not give what the model computes"):
+        confirm(model, the_experts(model), lambda: model(IDS[:2]))
+
+
+def test_what_is_quadratic_already_is_recovered_exactly():
+    model = model_of("mixtral")
+    for block in the_experts(model):
+        model.get_submodule(block.path).act_fn = torch.nn.Identity()  # gate ⊙ up: bilinear
+    with torch.no_grad():
+        before = model(IDS[:4]).logits
+    twin, report = surgery.convert(model, calibration=IDS, degree=2, length=24)
+    with torch.no_grad():
+        after = twin(IDS[:4]).logits
+    assert all(row["kind"] == "experts" and row["starved"] == [] for row in report.blocks)
+    assert (after - before).norm() < 1e-3 * before.norm()
+
+
+def test_swiglu_experts_are_no_quadratic_and_the_error_falls_with_the_degree():
+    errors = []
+    for degree in (1, 2, 3):
+        model = model_of("gpt_oss")
+        with torch.no_grad():
+            before = model(IDS[:16]).logits
+        twin, _ = surgery.convert(model, calibration=IDS, degree=degree, length=24)
+        with torch.no_grad():
+            errors.append(float((twin(IDS[:16]).logits - before).norm() / before.norm()))
+    assert errors[0] > 1.1 * errors[1] > 1.21 * errors[2] > 0
+
+
+def test_each_expert_is_fitted_on_its_own_tokens():
+    model = model_of("mixtral")
+    block = the_experts(model)[0]
+    seen = {}
+
+    def note(module, args, kwargs):
+        seen["routing"] = experts.Routing.of(module, args, kwargs)
+
+    module = model.get_submodule(block.path)
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        model(IDS)
+    handle.remove()
+    expected = [len(seen["routing"].of_expert(number)[0]) for number in range(4)]
+    _, report = surgery.convert(model, calibration=IDS, length=24, batch=64)
+    assert list(report.blocks[0]["tokens_by_expert"]) == expected
+    assert sum(expected) == 2 * IDS.numel()
+
+
+def test_an_expert_without_tokens_is_reported_and_gets_its_layers_polynomial():
+    model = model_of("mixtral")
+    block = the_experts(model)[0]
+    gate = model.get_submodule(block.path.rpartition(".")[0]).gate
+    with torch.no_grad():
+        gate.weight.zero_()
+        gate.weight[:3] = torch.randn(3, gate.weight.shape[1], generator=torch.Generator().manual_seed(3))
+        gate.weight[3] = -gate.weight[:3].sum(0) * 0  # never among the two largest: see the assertion below
+    hook = gate.register_forward_hook(lambda _, __, out: (out[0], out[1], out[2].clamp(max=2)))
+    original = experts.weights(model.get_submodule(block.path), 3)[2][0].clone()
+    twin, report = surgery.convert(model, calibration=IDS, length=24, readout="refit")
+    hook.remove()
+    assert report.blocks[0]["starved"] == [3]
+    assert report.blocks[0]["tokens_by_expert"][3] == 0
+    module = twin.get_submodule(block.path)
+    hidden = original.shape[1]
+    assert torch.allclose(module.down_weight[3, :, :hidden], original)  # the readout is kept
+    assert module.coefficients[3].abs().sum() > 0
+    x = torch.randn(5, block.width)
+    one = experts.Routing(torch.full((5, 1), 3), torch.ones(5, 1))
+    alike = recomputed_twin(module, x, one)
+    assert torch.isfinite(alike).all()
+
+
+def recomputed_twin(module, x, routing):
+    with torch.no_grad():
+        return module(x, routing.index, routing.weight)
+
+
+def test_a_closed_form_under_a_gaussian_is_refused_where_there_is_none():
+    with pytest.raises(CalibrationError, match="gate and up together"):
+        surgery.convert(model_of("gpt_oss"), calibration=IDS, length=24, assume="gaussian")
+
+
+def test_routing_finds_its_arguments_in_either_order():
+    module = model_of("mixtral").model.layers[0].mlp.experts
+    x, index, weight = torch.zeros(3, 32), torch.tensor([[0], [1], [0]]), torch.rand(3, 1)
+    found = experts.Routing.of(module, (x, index, weight), {})
+    assert torch.equal(found.index, index)
+    by_name = experts.Routing.of(module, (x,), {"top_k_weights": weight, "top_k_index": index})
+    assert torch.equal(by_name.index, index)
+    assert torch.equal(by_name.of_expert(0)[0], torch.tensor([0, 2]))
+    with torch.no_grad():
+        assert torch.allclose(recomputed(module, x, found), module(x, index, weight))
