@@ -27,7 +27,7 @@ demo: setup $(MODEL)
 	$(BIN)/python recipes/demo.py $(MODEL)
 
 test: setup
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n auto -m 'not slow'
 
 slow: setup $(MODEL)
 	$(BIN)/python -m pytest -m slow

@@ -36,7 +36,7 @@ FAMILIES = {
     "image": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
     "audio": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
 }
-ROWS, LENGTH = 48, 24
+ROWS, LENGTH = 128, 24
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,15 @@ def _convert(family: str, model_type: str, architecture: str, place: Path) -> _C
             model(**{name: value[:2] for name, value in given.items()})
     except Exception as error:
         return _Converted(replace(row, form="not built", note=f"no tiny model without network: {_line(error)}"))
-    found = survey(model)
+    try:
+        found = survey(model)
+    except Exception as error:
+        return _Converted(replace(row, form="failed", note=f"{type(error).__name__}: {_line(error)}"))
     kinds = Counter(block.kind for block in found.blocks)
     row = replace(row, blocks=", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))
     left = _reasons(found.left_alone)
     if not found.blocks:
-        return _Converted(replace(row, note=left or "no feed-forward block: attention or state-space layers only"))
+        return _Converted(replace(row, note=left or "no feed-forward block was recognised"))
     try:
         model.save_pretrained(place / "original")
         probe = checkpoint.probe_inputs(given)
@@ -130,9 +133,12 @@ def _convert(family: str, model_type: str, architecture: str, place: Path) -> _C
 
 
 def _survives(model: Any, folder: Path, probe: dict[str, torch.Tensor]) -> bool:
-    again: Any = loading.load(str(folder)).model
-    with torch.no_grad():
-        first, second = (checkpoint.main_output(one(**probe)).float() for one in (model, again))
+    try:
+        again: Any = loading.load(str(folder)).model
+        with torch.no_grad():
+            first, second = (checkpoint.main_output(one(**probe)).float() for one in (model, again))
+    except (SurgeryError, RuntimeError):
+        return False
     return bool((first - second).norm() <= checkpoint.TOLERANCE["float32"] * first.norm())
 
 

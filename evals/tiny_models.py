@@ -144,6 +144,8 @@ def tiny(model_class: Any, model_type: str, causal: bool = True, seed: int = 0) 
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():
+            if not parameter.requires_grad:  # a table of sines, computed anew on loading
+                continue
             if parameter.dim() == 1:
                 parameter.add_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
             elif parameter.dim() > 1:

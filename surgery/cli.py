@@ -50,6 +50,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
 @click.option("--readout", help="refit or keep the last map of each block.  [default: refit; keep for gaussian]")
 @click.option("--target", help="stream or block: what a refitted block aims at.  [default: stream]")
 @click.option("--blocks", help="Which blocks, as in 0-5,8.  [default: all]")
+@click.option("--units", type=float, help="Share of each block's units to keep, the most useful ones.  [default: 1]")
 @click.option(
     "--calibration",
     help="samples, python, hub:NAME, or a .txt, .jsonl or .safetensors file.  [default: the model's own samples; "

@@ -86,13 +86,12 @@ def weights(
 
 def unit(module: Any) -> Activation:
     """What an expert does between its maps: σ(y), σ(y)·z, or the module's own function of y and z."""
-    function = getattr(module, "act_fn", None)
-    known = recognise(function, type(function).__name__) if function is not None else None
-    if not module.has_gate:
+    default = module._apply_gate.__func__.__name__ == "_default_apply_gate"
+    if default or not module.has_gate:
+        function = getattr(module, "act_fn", None)
+        known = None if function is None else recognise(function, type(function).__name__)
         if known is None:
             raise ValueError("the experts' activation is not an elementwise function")
-        return known
-    if known is not None and module._apply_gate.__func__.__name__ == "_default_apply_gate":
         return known
 
     def joint(y: Tensor, z: Tensor) -> Tensor:

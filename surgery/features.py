@@ -98,6 +98,16 @@ def with_sink_units(
     return gate, up, UnitPolynomials(a, b, r2, units.condition, units.error)
 
 
+def only(
+    kept: Tensor, gate: Affine, up: Affine | None, units: UnitPolynomials
+) -> tuple[Affine, Affine | None, UnitPolynomials]:
+    """The units with these numbers."""
+    gate = Affine(gate.weight[kept], gate.bias[kept])
+    up = None if up is None else Affine(up.weight[kept], up.bias[kept])
+    b = None if units.b is None else units.b[kept]
+    return gate, up, UnitPolynomials(units.a[kept], b, units.r2[kept], units.condition, units.error)
+
+
 def prior_readout(original: Original, units: UnitPolynomials, gate: Affine, up: Affine | None, degree: int) -> Tensor:
     """The original readout on the features, (p, out) float64; sink units and, for degree 1, units folded in."""
     weight, bias = original.down

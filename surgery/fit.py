@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from surgery import sinks
 from surgery.blocks import Block
 from surgery.errors import CalibrationError
-from surgery.features import Features, Original, prior_readout, with_sink_units
+from surgery.features import Features, Original, only, prior_readout, with_sink_units
 from surgery.lstsq import UnitPolynomials, solve_units
 from surgery.moments import InputMoments, Preactivations, UnitMoments, from_data, from_gaussian
 from surgery.polynomial import Affine, guarded, standardised
@@ -45,6 +45,7 @@ class FitSettings:
     tail_weight: float = 0.0
     tail_width: float = 3.0
     guard: bool = False
+    units: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,12 @@ def fit_block(
         result = refit(
             station, original, twin, prior,
             sink_limit=sample.limit, sink_boost=sink_boost, sink_units=extra, cache_bytes=cache_bytes,
+            units=max(1, round(settings.units * block.hidden)) if settings.degree > 1 else None,
         )  # fmt: skip
         solution = result.choice.weight
+        if result.kept is not None:
+            gate, up, units = only(result.kept[:-1], gate, up, units)
+            twin = Features(gate, up, units, settings.degree, sample.x.dtype)
     else:
         solution = fill_sink_columns(prior, twin(sample.x[sample.sink]), sample.aim, extra)
     readout = Affine(solution[:-1].T.contiguous(), solution[-1])

@@ -348,6 +348,7 @@ def _replace_blocks(
         tail_weight=plan.tail,
         tail_width=plan.tail_width,
         guard=native,
+        units=plan.units,
     )
     like = next(model.parameters())
     originals = {path: attribute(model, path) for block in blocks for path in block.replaced}

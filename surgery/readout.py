@@ -10,7 +10,7 @@ from torch import Tensor
 
 from surgery.errors import CalibrationError
 from surgery.features import Features, Original
-from surgery.ridge import Readout, RidgeSums, ridge_path
+from surgery.ridge import Readout, RidgeSums, most_useful, ridge_path
 from surgery.stream import Arrival, Station
 
 CHUNK = 2048  # tokens whose hidden vectors are held at once
@@ -26,11 +26,13 @@ class Refit:
     Attributes:
         choice: weights and the ridge.
         outputs, written: what the twin's and the original's block write to each batch; empty where not computed.
+        kept: numbers of the features that `choice` is for, the constant last; None for all.
     """
 
     choice: Readout
     outputs: tuple[Tensor, ...]
     written: tuple[Tensor, ...]
+    kept: Tensor | None = None
 
 
 def refit(
@@ -43,6 +45,7 @@ def refit(
     sink_boost: float,
     sink_units: int,
     cache_bytes: int,
+    units: int | None = None,
 ) -> Refit:
     """Ridge regression of what the block should write on the polynomial's hidden vector.
 
@@ -59,6 +62,7 @@ def refit(
         sink_boost: number of ordinary tokens per sink token.
         sink_units: how many features before the constant belong to sinks.
         cache_bytes: memory that may be spent on keeping hidden vectors until the answer is known.
+        units: how many units to keep beside the sink units, the most useful ones; all where None.
     """
     block = station.block
     tokens = sum(len(arrival.x) for arrival in station.twin)
@@ -101,12 +105,20 @@ def refit(
     if not (float(fit.weight) and float(chosen_on.weight)):
         raise CalibrationError("no tokens are left to fit on", where=block.path, fix="give more text")
     anchor = RidgeSums.of(torch.cat([f for f, _ in at_sinks]), torch.cat([t for _, t in at_sinks]))
-    choice = ridge_path(fit, chosen_on, prior, anchor=anchor, free=sink_units + 1)
+    free = sink_units + 1
+    kept = None
+    if units is not None and units < len(prior) - free:
+        kept = most_useful(fit + anchor, prior, units, free)
+        fit, chosen_on, anchor, prior = fit.at(kept), chosen_on.at(kept), anchor.at(kept), prior[kept]
+    choice = ridge_path(fit, chosen_on, prior, anchor=anchor, free=free)
     solution = choice.weight.to(station.twin[0].x)
+    if kept is not None:
+        hidden = [[part[:, kept] for part in parts] for parts in hidden]
     return Refit(
         choice,
         tuple(torch.cat([part @ solution for part in parts]) for parts in hidden if parts),
         tuple(torch.cat(parts) for parts in written if parts),
+        kept,
     )
 
 

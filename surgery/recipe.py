@@ -43,6 +43,9 @@ class Recipe(BaseModel):
         "stream",
         description="what a refitted block aims at: the original's residual stream, or its own block's output",
     )
+    units: float = Field(
+        1.0, gt=0, le=1, description="share of each block's units to keep, the most useful ones, readout re-solved"
+    )
     blocks: str | None = Field(None, description="which blocks, as in 0-5,8 (default: all)")
     calibration: str = Field(
         "auto",
@@ -82,6 +85,8 @@ class Recipe(BaseModel):
             problems.append("moments needs assume: gaussian")
         if self.form == "native" and self.degree != 2:
             problems.append("form: native needs degree 2 (a bilinear block is quadratic)")
+        if self.units < 1 and (not self.refit or self.degree == 1):
+            problems.append("units needs readout: refit and a degree of 2 or more")
         if self.tail_weight and self.assume != "data":
             problems.append("tail_weight needs assume: data")
         least = math.ceil(2 * self.length / (1 - self.short_share))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.ridge import RidgeSums, ridge_path
+from surgery.ridge import RidgeSums, most_useful, ridge_path
 
 seeds = st.integers(0, 2**16)
 
@@ -75,3 +75,34 @@ def test_the_ridge_is_the_best_of_the_path_on_held_out_tokens():
     found = ridge_path(fit, held, zero, ridges=grid)
     assert max(scores.values()) - min(scores.values()) > 0.01
     assert scores[found.ridge] > max(scores.values()) - 0.002
+
+
+@given(st.integers(0, 10**6))
+def test_leaving_out_one_feature_leaves_out_the_one_that_costs_least(seed):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.cat([torch.randn(200, 6, generator=generator), torch.ones(200, 1)], dim=1).double()
+    mixed = features @ torch.randn(7, 3, generator=generator).double()
+    targets = mixed + torch.randn(200, 3, generator=generator).double()
+    sums, prior = RidgeSums.of(features, targets), torch.zeros(7, 3, dtype=torch.float64)
+    kept = most_useful(sums, prior, 5, ridge=1e-9)
+
+    def lost(left):
+        solution = torch.linalg.lstsq(features[:, left], targets).solution
+        return float((targets - features[:, left] @ solution).square().sum())
+
+    costs = {left: lost([k for k in range(7) if k != left]) for left in range(6)}
+    (missing,) = set(range(7)) - set(kept.tolist())
+    assert costs[missing] <= min(costs.values()) * (1 + 1e-6)
+    assert kept[-1] == 6
+
+
+def test_a_copy_of_a_feature_costs_nothing_to_leave_out():
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randn(300, 4, generator=generator, dtype=torch.float64)
+    features = torch.cat([own, own[:, :3], torch.ones(300, 1, dtype=torch.float64)], dim=1)
+    targets = own @ torch.randn(4, 2, generator=generator, dtype=torch.float64)
+    sums, prior = RidgeSums.of(features, targets), torch.zeros(8, 2, dtype=torch.float64)
+    kept = most_useful(sums, prior, 4)
+    assert {index % 4 for index in kept[:-1].tolist()} == {0, 1, 2, 3}
+    best = ridge_path(sums.at(kept), sums.at(kept), prior[kept])
+    assert sums.at(kept).r2(best.weight) > 0.999
