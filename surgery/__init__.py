@@ -19,13 +19,14 @@ __all__ = ["Recipe", "Report", "SurgeryError", "convert", "inspect", "load", "re
 
 if TYPE_CHECKING:
     from surgery.errors import SurgeryError
-    from surgery.pipeline import convert, inspect
+    from surgery.inspection import inspect
+    from surgery.pipeline import convert
     from surgery.recipe import Recipe
     from surgery.report import Report
 
 _PLACES = {
     "convert": "surgery.pipeline",
-    "inspect": "surgery.pipeline",
+    "inspect": "surgery.inspection",
     "Report": "surgery.report",
     "Recipe": "surgery.recipe",
     "SurgeryError": "surgery.errors",

@@ -31,7 +31,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
 
     MODEL is a Hub id, a folder, or a .gguf file.
     """
-    from surgery.pipeline import inspect as look
+    from surgery.inspection import inspect as look
 
     seen = look(model, revision)
     if as_json:
@@ -50,6 +50,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
 @click.option("--readout", help="refit or keep the last map of each block.  [default: refit; keep for gaussian]")
 @click.option("--target", help="stream or block: what a refitted block aims at.  [default: stream]")
 @click.option("--blocks", help="Which blocks, as in 0-5,8.  [default: all]")
+@click.option("--budget", type=float, help="Nats that may be lost; picks degree 2, 3 or the original per block.")
 @click.option("--units", type=float, help="Share of each block's units to keep, the most useful ones.  [default: 1]")
 @click.option(
     "--calibration",
@@ -91,7 +92,7 @@ def convert(
 
     check_source(recipe.calibration)
     if dry_run:
-        from surgery.pipeline import plan
+        from surgery.inspection import plan
 
         planned = plan(recipe)
         click.echo(json.dumps(planned, indent=2) if as_json else terminal.plan_text(planned))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from surgery.activations import ACTIVATIONS, Activation
 from surgery.blocks import Block, activation_of, attribute, layer_of, norms_around
-from surgery.errors import ModelError
+from surgery.errors import CalibrationError, ModelError
 from surgery.experts import Routing, count, widths
 from surgery.features import Original
 
@@ -36,11 +37,14 @@ def confirmed(
 ) -> tuple[tuple[Block, ...], dict[str, ModelError]]:
     """Runs the model once and recomputes each block's hidden vector and output from the weights found.
 
+    Raises:
+        CalibrationError: a block computes NaN or infinite values.
     Returns:
         the blocks in the order in which they run, with `additive` filled in, gate and up exchanged where the
         recomputation says so, and activations found that no module holds; and by path what speaks against the others.
     """
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    activated: Counter[int] = Counter()
     routed: dict[str, Routing] = {}
     normed: list[tuple[Tensor, Tensor]] = []
     layers: dict[str, Tensor] = {}
@@ -80,6 +84,11 @@ def confirmed(
         record_layer(layer_of(block.path))
         if block.kind == "experts":
             record_routing(block.path)
+    holders = [attribute(model, block.activation_path) for block in blocks if block.kind == "plain"]
+    shared = Counter(id(holder) for holder in holders)
+    for holder in {id(holder): holder for holder in holders}.values():
+        if isinstance(holder, nn.Module):
+            hooks.append(holder.register_forward_hook(lambda module, _, __: activated.update([id(module)])))
     try:
         run()
     finally:
@@ -87,17 +96,41 @@ def confirmed(
             handle.remove()
     order = list(seen)  # the order of execution, which is the order of conversion
     good, bad = [], {}
-    for block in blocks:
+    for block in sorted(blocks, key=lambda block: order.index(block.last) if block.last in order else len(order)):
+        _check_finite(block, seen)
         try:
             checked = (
                 _confirmed_experts(model, block, seen, routed)
                 if block.kind == "experts"
                 else _confirmed(model, block, seen)
             )
+            if block.kind == "plain":
+                _only_here(attribute(model, block.activation_path), block, activated, shared)
             good.append(replace(checked, additive=_additive(model, checked, seen, normed, layers)))
         except ModelError as error:
             bad[block.path] = error
-    return tuple(sorted(good, key=lambda block: order.index(block.last))), bad
+    return tuple(good), bad
+
+
+def _check_finite(block: Block, seen: Mapping[str, list[tuple[Tensor, Tensor]]]) -> None:
+    if not all(bool(torch.isfinite(output).all()) for _, output in seen.get(block.last, ())):
+        raise CalibrationError(
+            "the block computes NaN or infinite values",
+            where=block.path,
+            cause="the weights are damaged, or the precision is too low for this model",
+            fix="load it with --dtype float32, or check the checkpoint",
+        )
+
+
+def _only_here(holder: Any, block: Block, calls: Counter[int], blocks: Counter[int]) -> None:
+    """Raises ModelError if the activation, which is to be replaced, is applied to anything else."""
+    if calls[id(holder)] > blocks[id(holder)]:
+        raise ModelError(
+            "its activation is applied elsewhere too",
+            where=block.path,
+            cause="another part of the layer uses the same function",
+            fix=LEAVE_OUT,
+        )
 
 
 def _additive(

@@ -13,97 +13,19 @@ import torch
 from torch import Tensor
 
 from surgery import checkpoint, loading, swap
-from surgery.blocks import Block, Survey, attribute, survey
+from surgery.blocks import Block, Survey, survey
+from surgery.budget import draw, within
 from surgery.calibration import Calibration, prepare, start_tokens
 from surgery.confirm import confirmed
-from surgery.errors import ModelError, RecipeError
-from surgery.fit import FitSettings, FittedBlock, Gaussian, fit_block
-from surgery.fit_experts import FittedExperts, fit_experts
-from surgery.modeling_polynomial import install
-from surgery.progress import Progress
-from surgery.recipe import Recipe, parse_blocks
-from surgery.reexpress import as_llama, llama_config
-from surgery.report import Report, block_row
+from surgery.errors import RecipeError
+from surgery.fit import Gaussian
+from surgery.inspection import choose, form_of
+from surgery.recipe import Recipe
+from surgery.reexpress import as_llama
+from surgery.replacement import Task, replace_blocks
+from surgery.report import Report
 from surgery.resume import Workshop, kept, partial
-from surgery.stream import Stream, first_token_is_sink
-
-CACHE_BYTES = 1 << 30  # hidden vectors kept per block, so that they are computed once
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What `surgery inspect` shows."""
-
-    name: str
-    architecture: str
-    survey: Survey
-    native: bool
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "model": self.name,
-            "architecture": self.architecture,
-            "blocks": [{**block.as_dict(), "forms": self.forms(block)} for block in self.survey.blocks],
-            "left_alone": [{"path": path, "reason": reason} for path, reason in self.survey.left_alone],
-        }
-
-    def forms(self, block: Block) -> list[str]:
-        """Checkpoint forms a twin of degree 2 can take with this block converted."""
-        return (["native"] if self.native and block.kind == "gated" else []) + ["custom"]
-
-
-def inspect(name: str, revision: str | None = None) -> Inspection:
-    """Finds the blocks of a model from its configuration alone; no weights are read."""
-    model, config = loading.load_meta(name, revision)
-    found = survey(model)
-    hidden = found.blocks[0].hidden if found.blocks else 0
-    stored = loading.stored_dtype(Path(name), config)
-    native = swap.native_config(model, found.blocks, hidden + 1) is not None or llama_config(model, stored) is not None
-    return Inspection(name, type(model).__name__, found, native and not found.left_alone)
-
-
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """What a conversion would do, without loading weights: `--dry-run`."""
-    seen = inspect(recipe.model, recipe.revision)
-    blocks = choose(seen.survey, recipe)
-    form = _form(recipe, seen.native and len(blocks) == len(seen.survey.blocks))
-    unit = {"plain": recipe.degree + 1}.get(blocks[0].kind, 2 * recipe.degree + 1)
-    return {
-        **seen.as_dict(),
-        "recipe": recipe.resolved(),
-        "convert": [block.path for block in blocks],
-        "form": form,
-        "coefficients_per_unit": unit,
-    }
-
-
-def choose(found: Survey, recipe: Recipe) -> tuple[Block, ...]:
-    """The blocks the recipe asks for. Raises ModelError where there are none, RecipeError for a wrong number."""
-    if not found.blocks:
-        reasons = "; ".join(f"{path}: {reason}" for path, reason in found.left_alone[:3])
-        raise ModelError(
-            "no convertible feed-forward block was found" + (f" ({reasons})" if reasons else ""),
-            where=recipe.model,
-            cause="not a transformer, or an architecture whose blocks have another shape",
-            fix="run `surgery inspect` to see what was looked at",
-        )
-    if recipe.blocks is None:
-        return found.blocks
-    wanted = parse_blocks(recipe.blocks)
-    if wanted[-1] >= len(found.blocks):
-        raise RecipeError(f"block {wanted[-1]} was asked for, but the model has blocks 0 to {len(found.blocks) - 1}")
-    return tuple(found.blocks[index] for index in wanted)
-
-
-def _form(recipe: Recipe, native_possible: bool) -> str:
-    native = native_possible and recipe.degree == 2
-    if recipe.form == "native" and not native:
-        raise RecipeError(
-            "the native form is not possible here",
-            cause="it needs every block gated and converted at degree 2, in an architecture with mlp_bias",
-            fix="use form: auto or custom",
-        )
-    return "native" if native and recipe.form != "custom" else "custom"
+from surgery.stream import first_token_is_sink
 
 
 def convert(
@@ -159,37 +81,31 @@ def convert(
     else:
         loaded = loading.in_memory(model, tokenizer)
     loaded_at = time.monotonic()
-    network, found, blocks, native = _to_replace(loaded, plan)
-    given = dict(moments or {}) | _moments_file(plan, blocks)
-    form = _form(plan, native)  # whatever can be wrong is said before samples are drawn
-    plan = _chosen_source(plan, loaded)
-    source = plan.calibration if calibration is None or isinstance(calibration, str) else calibration
-    data = _inputs(source, loaded, plan)
-    probe = _probe(network, data)
-    blocks, others = _seen_to_run(network, blocks, probe, plan)
-    form = _form(plan, native and not others)
-    first_is_sink = _is_causal(network) and first_token_is_sink(network, probe, blocks)
-    before = _perplexity(network, data.unseen)
+    ready = _ready(loaded, plan, moments, calibration, quiet)
+    task, form = ready.task, ready.form
+    network, data, plan = task.model, task.data, task.plan
     ready_at = time.monotonic()
-
-    workshop = Workshop.open(target, plan, loaded.source, data)
-    entries, rows = _replace_blocks(
-        network, blocks, data, plan, given, form == "native", first_is_sink, workshop, quiet
-    )
+    workshop, account = Workshop(None), None
+    if plan.budget is None:
+        workshop = Workshop.open(target, plan, loaded.source, data)
+        done = replace_blocks(task, form == "native", workshop)
+    else:
+        done, account, stock = within(task, form == "native", plan.budget, _nats, data.unseen)
+        form = "native" if stock else "custom"
     fitted_at = time.monotonic()
     if form == "native":
-        swap.finish_native(network, blocks)
+        swap.finish_native(network, task.blocks)
     else:
-        swap.finish_custom(network, entries)
-    after = _perplexity(network, data.unseen)
+        swap.finish_custom(network, done.entries)
     report = Report(
         recipe=plan.resolved() | _public(plan),
         source=loaded.source.as_dict(),
         calibration=data.as_dict(),
         form=form,
-        blocks=tuple(rows),
-        left_alone=(*found.left_alone, *others),
-        perplexity=_compared(before, after, plan),
+        blocks=tuple(done.rows),
+        left_alone=ready.left_alone,
+        perplexity=_compared(ready.perplexity, _perplexity(network, data.unseen), plan),
+        budget=None if account is None else account.as_dict(),
         seconds={
             "load": round(loaded_at - started, 2),
             "prepare": round(ready_at - loaded_at, 2),
@@ -199,10 +115,46 @@ def convert(
     if target is not None:
         dtype = loaded.source.dtype if plan.save_dtype == "auto" else plan.save_dtype
         checkpoint.save(
-            network, loaded.tokenizer, target, report.as_dict(), probe, dtype=dtype, native=form == "native"
+            network, loaded.tokenizer, target, report.as_dict(), ready.probe, dtype=dtype, native=form == "native"
         )
         workshop.close()
+        if account is not None:
+            draw(account, target / "budget.png")
     return network, report
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """All that stands before the first fit: what to replace, the form it takes, and the original's perplexity."""
+
+    task: Task
+    form: str
+    left_alone: tuple[tuple[str, str], ...]
+    probe: dict[str, Tensor]
+    perplexity: Any
+
+
+def _ready(
+    loaded: loading.LoadedModel,
+    plan: Recipe,
+    moments: Mapping[str, Gaussian] | None,
+    calibration: Any,
+    quiet: bool,
+) -> _Ready:
+    network, found, blocks, native = _to_replace(loaded, plan)
+    given = dict(moments or {}) | _moments_file(plan, blocks)
+    if plan.budget is not None and not _is_causal(network):
+        raise RecipeError("a budget is in nats, which only a causal language model has", fix="leave --budget out")
+    form_of(plan, native)  # whatever can be wrong is said before samples are drawn
+    plan = _chosen_source(plan, loaded)
+    source = plan.calibration if calibration is None or isinstance(calibration, str) else calibration
+    data = _inputs(source, loaded, plan)
+    probe = _probe(network, data)
+    blocks, others = _seen_to_run(network, blocks, probe, plan)
+    form = form_of(plan, native and not others)
+    first_is_sink = _is_causal(network) and first_token_is_sink(network, probe, blocks)
+    task = Task(network, blocks, data, plan, given, first_is_sink, quiet)
+    return _Ready(task, form, (*found.left_alone, *others), probe, _perplexity(network, data.unseen))
 
 
 def _to_replace(loaded: loading.LoadedModel, plan: Recipe) -> tuple[Any, Survey, tuple[Block, ...], bool]:
@@ -285,6 +237,11 @@ def _perplexity(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> Any:
     return perplexity(model, batches) if batches else None
 
 
+def _nats(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> float:
+    found: float = _perplexity(model, batches).nats
+    return found
+
+
 def _compared(before: Any, after: Any, plan: Recipe) -> dict[str, Any] | None:
     if before is None:
         return None
@@ -327,74 +284,3 @@ def _moments_file(plan: Recipe, blocks: Sequence[Block]) -> dict[str, Gaussian]:
             raise RecipeError(f"{block.path} is {block.width} wide; the moments have another shape", where=plan.moments)
         found[block.path] = Gaussian(weights / weights.sum(), means, covariances)
     return found
-
-
-def _replace_blocks(
-    model: Any,
-    blocks: Sequence[Block],
-    data: Calibration,
-    plan: Recipe,
-    given: Mapping[str, Gaussian],
-    native: bool,
-    first_is_sink: bool,
-    workshop: Workshop,
-    quiet: bool,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Fits and installs one block after another. On any error the model is put back as it was."""
-    settings = FitSettings(
-        degree=plan.degree,
-        assume="data" if plan.assume == "data" else "gaussian",
-        refit=plan.refit,
-        tail_weight=plan.tail,
-        tail_width=plan.tail_width,
-        guard=native,
-        units=plan.units,
-    )
-    like = next(model.parameters())
-    originals = {path: attribute(model, path) for block in blocks for path in block.replaced}
-    entries: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = []
-    follow = plan.refit and plan.target == "stream" and any(block.additive for block in blocks)
-    batches = [{name: value.to(model.device) for name, value in batch.items()} for batch in data.batches]
-    passed = [{**batch, **_no_cache(model)} for batch in batches]
-    done = workshop.finished(blocks)
-    if len(done) == len(blocks):
-        passed = []  # nothing is left to calibrate, so nothing has to run
-    try:
-        with (
-            Stream(model, passed, blocks, follow, first_is_sink) as stream,
-            Progress(len(blocks), quiet) as progress,
-        ):
-            for station in stream:
-                block, begun = station.block, time.monotonic()
-                if block.path in done:
-                    entry, row, modules = workshop.load(block, like)
-                    stream.replace(modules)
-                else:
-                    fitted: FittedBlock | FittedExperts = (
-                        fit_experts(station, settings)
-                        if block.kind == "experts"
-                        else fit_block(station, settings, given.get(block.path), CACHE_BYTES)
-                    )
-                    entry = swap.describe(fitted, native)
-                    modules = swap.modules_for(fitted, native, like)
-                    stream.replace(modules)
-                    if isinstance(fitted, FittedBlock) and block.kind != "plain":  # there the passes wait inside
-                        for number, output in enumerate(fitted.outputs):
-                            stream.answer(number, output)
-                        for number, output in enumerate(fitted.written):
-                            stream.answer(number, output, original=True)
-                    row = block_row(fitted, time.monotonic() - begun)
-                    workshop.keep(block, entry, row, modules)
-                entries.append(entry)
-                rows.append(row)
-                progress.step(row)
-    except BaseException:
-        for path, module in originals.items():
-            install(model, path, module)
-        raise
-    return entries, rows
-
-
-def _no_cache(model: Any) -> dict[str, Any]:
-    return {"use_cache": False} if model.can_generate() else {}

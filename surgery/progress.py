@@ -10,11 +10,11 @@ from typing import Any
 class Progress:
     """Counts blocks on standard error; silent when asked to be."""
 
-    def __init__(self, total: int, quiet: bool) -> None:
+    def __init__(self, total: int, quiet: bool, doing: str = "converting") -> None:
         from tqdm import tqdm
 
         self.bar = tqdm(
-            total=total, disable=quiet, desc="converting", unit="block", file=sys.stderr, smoothing=0.1,
+            total=total, disable=quiet, desc=doing, unit="block", file=sys.stderr, smoothing=0.1,
             bar_format="{desc}: {n_fmt}/{total_fmt} {bar:20} {elapsed} (left {remaining}){postfix}",
         )  # fmt: skip
 
@@ -25,5 +25,9 @@ class Progress:
         self.bar.close()
 
     def step(self, row: dict[str, Any]) -> None:
-        self.bar.set_postfix_str(f"{row['path']} R²={row['r2_held']:.4f}")
+        self.tell(f"{row['path']} R²={row['r2_held']:.4f}")
+
+    def tell(self, text: str) -> None:
+        """One more block is done; `text` stands behind the bar."""
+        self.bar.set_postfix_str(text)
         self.bar.update(1)

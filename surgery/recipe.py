@@ -46,6 +46,9 @@ class Recipe(BaseModel):
     units: float = Field(
         1.0, gt=0, le=1, description="share of each block's units to keep, the most useful ones, readout re-solved"
     )
+    budget: float | None = Field(
+        None, gt=0, description="nats that may be lost: per block degree 2, degree 3 or the original, to stay within"
+    )
     blocks: str | None = Field(None, description="which blocks, as in 0-5,8 (default: all)")
     calibration: str = Field(
         "auto",
@@ -87,6 +90,8 @@ class Recipe(BaseModel):
             problems.append("form: native needs degree 2 (a bilinear block is quadratic)")
         if self.units < 1 and (not self.refit or self.degree == 1):
             problems.append("units needs readout: refit and a degree of 2 or more")
+        if self.budget is not None and (self.degree != 2 or self.assume != "data" or self.form == "native"):
+            problems.append("budget chooses degrees and form itself, and needs assume: data")
         if self.tail_weight and self.assume != "data":
             problems.append("tail_weight needs assume: data")
         least = math.ceil(2 * self.length / (1 - self.short_share))

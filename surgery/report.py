@@ -23,6 +23,7 @@ class Report:
         blocks: one dict per converted block (R² in and out of sample, ridge, condition, sinks, seconds).
         left_alone: (path, reason) for what was not converted.
         perplexity: before, after, nats lost and the tokens measured on; None where not measured.
+        budget: what each block costs and what was chosen, where a budget was given.
     """
 
     recipe: dict[str, Any]
@@ -33,6 +34,7 @@ class Report:
     left_alone: tuple[tuple[str, str], ...]
     perplexity: dict[str, Any] | None
     seconds: dict[str, float]
+    budget: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         import torch
@@ -54,6 +56,7 @@ class Report:
             "form": self.form,
             "perplexity": self.perplexity,
             "seconds": self.seconds,
+            **({} if self.budget is None else {"budget": self.budget}),
             "left_alone": [{"path": path, "reason": reason} for path, reason in self.left_alone],
             "blocks": list(self.blocks),
         }
@@ -70,7 +73,8 @@ def block_row(fitted: FittedBlock | FittedExperts, seconds: float) -> dict[str, 
             for key, value in rows[0].items() if isinstance(value, int | float)
         }  # fmt: skip
         return {
-            "path": fitted.block.path, "kind": "experts", "activation": fitted.block.activation, **together,
+            "path": fitted.block.path, "kind": "experts", "activation": fitted.block.activation,
+            **together, "degree": fitted.degree,
             "ridge": None, "tokens": sum(fitted.tokens), "seconds": round(seconds, 3),
             "experts": len(fitted.experts), "tokens_by_expert": list(fitted.tokens), "starved": list(fitted.starved),
         }  # fmt: skip
@@ -78,6 +82,7 @@ def block_row(fitted: FittedBlock | FittedExperts, seconds: float) -> dict[str, 
         "path": fitted.block.path,
         "kind": fitted.block.kind,
         "activation": fitted.block.activation,
+        "degree": fitted.degree,
         "r2_fit": fitted.r2_fit,
         "r2_held": fitted.r2_held,
         "r2_units_median": fitted.r2_units,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from surgery.pipeline import Inspection
+    from surgery.inspection import Inspection
     from surgery.report import Report
 
 
@@ -114,10 +114,27 @@ def plan_text(planned: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def budget_lines(budget: dict[str, Any]) -> list[str]:
+    """What each block costs alone, and what was chosen."""
+    names = {2: "degree 2", 3: "degree 3", 0: "original"}
+    width = max(len(cost["path"]) for cost in budget["costs"])
+    lines = [f"{'nats lost, block alone':{width}}  degree 2  degree 3  chosen"]
+    for cost in budget["costs"]:
+        two, three = cost["nats"][2], cost["nats"][3]
+        lines.append(f"{cost['path']:{width}}  {two:+8.4f}  {three:+8.4f}  {names[budget['degrees'][cost['path']]]}")
+    counts = list(budget["degrees"].values())
+    return [
+        *lines,
+        f"{counts.count(2)} quadratic, {counts.count(3)} cubic, {counts.count(0)} original: {budget['measured']:+.4f} "
+        f"of {budget['nats']} nats (the costs add up to {budget['predicted']:+.4f})",
+    ]
+
+
 def print_report(report: Report, output: str) -> None:
     rows = [
         [
-            row["path"], f"{row['r2_held']:.4f}", f"{row['r2_fit']:.4f}", f"{row['r2_units_median']:.4f}",
+            row["path"], str(row["degree"]),
+            f"{row['r2_held']:.4f}", f"{row['r2_fit']:.4f}", f"{row['r2_units_median']:.4f}",
             "-" if row["ridge"] is None else f"{row['ridge']:g}", f"{row['condition']:.1e}",
             f"{row['sink_tokens']}" + (f" ({row['sink_error']:.1%})" if row["sink_tokens"] else ""),
             f"{row['seconds']:.1f}",
@@ -125,11 +142,12 @@ def print_report(report: Report, output: str) -> None:
         for row in report.blocks
     ]  # fmt: skip
     _table(
-        f"{len(rows)} blocks, degree {report.recipe['degree']}, {report.calibration['tokens']:,} tokens of "
-        f"{report.calibration['source']}",
-        ["block", "R² held out", "R² fitted", "R² unit", "ridge", "condition", "sinks (error)", "s"],
+        f"{len(rows)} blocks, {report.calibration['tokens']:,} tokens of {report.calibration['source']}",
+        ["block", "degree", "R² held out", "R² fitted", "R² unit", "ridge", "condition", "sinks (error)", "s"],
         rows,
     )
+    if report.budget:
+        click.echo("\n".join(budget_lines(report.budget)))
     if report.perplexity:
         seen = report.perplexity
         click.echo(

@@ -83,6 +83,14 @@ def test_a_block_that_is_not_what_it_seems_is_left_alone_and_told(ids):
         surgery.convert(twin, calibration=ids, length=24, blocks="0")
 
 
+def test_an_activation_that_serves_something_else_too_is_not_replaced(ids):
+    model = tiny.make("gpt2")
+    mlp = model.transformer.h[1].mlp
+    mlp.forward = lambda x: mlp.act(mlp.c_proj(mlp.act(mlp.c_fc(x))))
+    with torch.no_grad(), pytest.raises(ModelError, match="applied elsewhere too"):
+        confirm(model, survey(model).blocks, run(model, "gpt2", ids))
+
+
 def test_an_activation_called_as_a_function_is_found_by_running(ids):
     import transformers
 

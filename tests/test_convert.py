@@ -204,7 +204,7 @@ def test_a_partial_twin_can_be_converted_further(ids, tmp_path):
 
 
 def test_samples_are_not_drawn_again_after_an_interruption(tmp_path, monkeypatch):
-    from surgery import calibration, pipeline
+    from surgery import calibration, replacement
 
     tiny.save_with_tokenizer("llama", tmp_path / "model")
     settings = {"output": tmp_path / "twin", "tokens": 2048, "length": 32, "measure": 64}
@@ -213,7 +213,7 @@ def test_samples_are_not_drawn_again_after_an_interruption(tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "fit_block", interrupted)
+        patch.setattr(replacement, "fit_block", interrupted)
         with pytest.raises(KeyboardInterrupt):
             surgery.convert(tmp_path / "model", **settings)
     with monkeypatch.context() as patch:
@@ -227,9 +227,9 @@ def test_samples_are_not_drawn_again_after_an_interruption(tmp_path, monkeypatch
 
 
 def test_interrupted_runs_resume_and_do_not_redo_finished_blocks(ids, tmp_path, monkeypatch):
-    from surgery import pipeline
+    from surgery import checkpoint, replacement
 
-    real, calls = pipeline.fit_block, []
+    real, calls = replacement.fit_block, []
 
     def counting(station, *rest):
         calls.append(station.block.path)
@@ -239,7 +239,7 @@ def test_interrupted_runs_resume_and_do_not_redo_finished_blocks(ids, tmp_path, 
 
     model = tiny.make("llama")
     state = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr(pipeline, "fit_block", counting)
+    monkeypatch.setattr(replacement, "fit_block", counting)
     with pytest.raises(KeyboardInterrupt):
         surgery.convert(model, calibration=ids, output=tmp_path / "twin")
     assert not (tmp_path / "twin").exists()
@@ -254,11 +254,11 @@ def test_interrupted_runs_resume_and_do_not_redo_finished_blocks(ids, tmp_path, 
     def failing(*_, **__):
         raise CheckpointError("no space")
 
-    monkeypatch.setattr(pipeline.checkpoint, "save", failing)
+    monkeypatch.setattr(checkpoint, "save", failing)
     with pytest.raises(CheckpointError, match="no space"):
         surgery.convert(tiny.make("llama"), calibration=ids, output=tmp_path / "late")
     monkeypatch.undo()
-    monkeypatch.setattr(pipeline, "fit_block", None)  # all blocks are done: only saving is left
+    monkeypatch.setattr(replacement, "fit_block", None)  # all blocks are done: only saving is left
     surgery.convert(tiny.make("llama"), calibration=ids, output=tmp_path / "late")
     monkeypatch.undo()
     surgery.convert(tiny.make("llama"), calibration=ids, output=tmp_path / "straight")
@@ -303,11 +303,11 @@ def test_nan_in_weights_is_an_error(ids):
 
 
 def test_nothing_to_convert_is_an_error(ids):
-    config = transformers.Qwen3MoeConfig(
-        **tiny.COMMON, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    config = transformers.JetMoeConfig(
+        **tiny.COMMON, num_key_value_heads=2, kv_channels=8, num_local_experts=4, num_experts_per_tok=2
     )
     with pytest.raises(ModelError, match="mixture of experts"):
-        surgery.convert(transformers.Qwen3MoeForCausalLM(config), calibration=ids)
+        surgery.convert(transformers.JetMoeForCausalLM(config), calibration=ids)
 
 
 def test_a_foreign_folder_is_not_overwritten(ids, tmp_path):

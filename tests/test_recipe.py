@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgery.errors import RecipeError
-from surgery.pipeline import plan
+from surgery.inspection import plan
 from surgery.recipe import load_recipe, parse_blocks
 from tests import tiny
 

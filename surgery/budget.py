@@ -1,0 +1,218 @@
+"""A budget instead of a switch: per block degree 2, degree 3 or the original, within so many nats.
+
+One pass over the blocks measures what each costs: every block is fitted on the original's own stream, at degree 2 and
+at degree 3, put in alone, and the model's loss on held-out calibration tokens is compared. Taking the costs to add up,
+the largest number of quadratic blocks that fits is the cheapest ones', and what is left goes to cubic ones likewise.
+
+Costs do not quite add up (later blocks make up for earlier ones, errors meet), so the whole is converted and measured,
+and the allowance is corrected by what was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery import swap
+from surgery.blocks import attribute
+from surgery.errors import ModelError
+from surgery.progress import Progress
+from surgery.replacement import Replaced, Task, fit, put_back, replace_blocks
+from surgery.resume import Workshop
+from surgery.stream import Stream, fitted_sequences
+
+DEGREES = (2, 3)
+ORIGINAL = 0
+COST_TOKENS = 2048
+TRIES = 4
+ENOUGH = 0.8  # of the budget used; less is worth another try
+MARGIN = 0.95
+
+Nats = Callable[[Any, Sequence[Mapping[str, Tensor]]], float]
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """Nats lost when this block alone is replaced, by degree."""
+
+    path: str
+    nats: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What was chosen, and what it came to.
+
+    Attributes:
+        nats: the budget.
+        costs: of every block alone.
+        degrees: chosen, by path; 0 is the original block.
+        predicted: sum of the costs of what was chosen.
+        measured: nats lost by the whole, on the same tokens as `tried`.
+        tried: (number of quadratic blocks, number of cubic ones, nats) of each attempt.
+        tokens: how many tokens costs were measured on.
+    """
+
+    nats: float
+    costs: tuple[BlockCost, ...]
+    degrees: dict[str, int]
+    predicted: float
+    measured: float
+    tried: tuple[tuple[int, int, float], ...]
+    tokens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def chosen(costs: Sequence[BlockCost], allowed: float) -> dict[str, int]:
+    """Degrees by path: as many quadratic blocks as the allowance takes, then as many cubic ones.
+
+    With costs that add up and none below zero no other choice has more quadratic blocks, nor as many and more cubic.
+    """
+    degrees = {cost.path: ORIGINAL for cost in costs}
+    left = allowed
+    for degree in DEGREES:
+        for cost in sorted(costs, key=lambda cost: max(0.0, cost.nats[degree])):
+            price = max(0.0, cost.nats[degree])
+            if degrees[cost.path] == ORIGINAL and price <= left:
+                degrees[cost.path] = degree
+                left -= price
+    return degrees
+
+
+def within(
+    task: Task, native: bool, allowed: float, nats: Nats, check: Sequence[Mapping[str, Tensor]]
+) -> tuple[Replaced, Budget, bool]:
+    """Converts within `allowed` nats.
+
+    Args:
+        native: whether a twin all of whose blocks are quadratic can be a stock checkpoint.
+        nats: mean loss of a model on batches.
+        check: batches that the whole is measured on; the tokens that costs are measured on where empty.
+    Returns:
+        what was replaced, the account, and whether the twin is native.
+    Raises:
+        ModelError: not even one block fits into the budget.
+    """
+    tokens = _held_out(task)
+    costs = measured_costs(task, nats, tokens)
+    check = check or tokens
+    before, originals = nats(task.model, check), task.originals()
+    tried: list[tuple[int, int, float]] = []
+    best: dict[str, int] = {}
+    allowance, now, lost, done = allowed, chosen(costs, allowed), float("inf"), Replaced([], [])
+    for _ in range(TRIES):
+        done = _converted(task, native, now)
+        lost = nats(task.model, check) - before
+        count = list(now.values())
+        tried.append((count.count(2), count.count(3), lost))
+        fits = lost <= allowed
+        best = now if fits and _better(now, best) else best
+        if fits and (lost >= ENOUGH * allowed or set(count) == {2}):
+            break
+        allowance *= MARGIN * allowed / lost if lost > 0 else 2.0
+        following = chosen(costs, allowance)
+        if following in (now, best) or not any(following.values()):
+            break
+        put_back(task.model, originals)
+        now = following
+    if not best:
+        put_back(task.model, originals)
+        cheapest = min(min(cost.nats.values()) for cost in costs)
+        raise ModelError(
+            f"no choice of blocks stays within {allowed} nats",
+            cause=f"the cheapest single block costs {cheapest:.4f}",
+            fix="give a larger --budget, or more calibration tokens",
+        )
+    if now != best:
+        put_back(task.model, originals)
+        done = _converted(task, native, best)
+        lost = nats(task.model, check) - before
+    predicted = sum(cost.nats[best[cost.path]] for cost in costs if best[cost.path])
+    account = Budget(allowed, costs, best, predicted, lost, tuple(tried), _count(tokens))
+    return done, account, native and set(best.values()) == {2}
+
+
+def measured_costs(task: Task, nats: Nats, tokens: Sequence[Mapping[str, Tensor]]) -> tuple[BlockCost, ...]:
+    """Each block alone, fitted on the original's stream, at every degree; the model is unchanged afterwards."""
+    model = task.model
+    like = next(model.parameters())
+    before = nats(model, tokens)
+    costs = []
+    with (
+        Stream(model, task.batches(), task.blocks, False, task.first_is_sink) as stream,
+        Progress(len(task.blocks), task.quiet, "costs") as progress,
+    ):
+        for station in stream:
+            block = station.block
+            originals = {path: attribute(model, path).original for path in block.replaced}
+            found = {}
+            for degree in DEGREES:
+                fitted = fit(station, task.settings(degree, native=False), task.given.get(block.path))
+                stream.replace(swap.modules_for(fitted, False, like))
+                found[degree] = nats(model, tokens) - before
+            stream.replace(originals)
+            costs.append(BlockCost(block.path, found))
+            progress.tell(f"{block.path} {found[2]:+.4f} nats at degree 2, {found[3]:+.4f} at 3")
+    return tuple(costs)
+
+
+def _converted(task: Task, native: bool, degrees: Mapping[str, int]) -> Replaced:
+    blocks = tuple(block for block in task.blocks if degrees[block.path])
+    return replace_blocks(
+        replace(task, blocks=blocks), native and set(degrees.values()) == {2}, Workshop(None), degrees
+    )
+
+
+def _better(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
+    def rank(degrees: Mapping[str, int]) -> tuple[int, int]:
+        return sum(d == 2 for d in degrees.values()), sum(d == 3 for d in degrees.values())
+
+    return rank(one) > rank(other)
+
+
+def _held_out(task: Task) -> list[dict[str, Tensor]]:
+    """Calibration sequences that no fit sees (they choose ridges), the longest first, about COST_TOKENS tokens."""
+    batches, found, count = task.data.batches, [], 0
+    pairs = sorted(
+        zip(batches, fitted_sequences(batches), strict=True), key=lambda pair: -pair[0]["input_ids"].shape[1]
+    )
+    for batch, fitted in pairs:
+        held = {name: value[fitted:] for name, value in batch.items()}
+        if len(held["input_ids"]) and count < COST_TOKENS:
+            found.append(held)
+            count += held["input_ids"].numel()
+    return found
+
+
+def _count(batches: Sequence[Mapping[str, Tensor]]) -> int:
+    return sum(batch["input_ids"][:, 1:].numel() for batch in batches)
+
+
+def draw(budget: Budget, file: Any) -> bool:
+    """Bars of each block's cost, coloured by what was chosen; False where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    place = torch.arange(len(budget.costs)).tolist()
+    for degree, colour, shift in ((2, "#4878a8", -0.2), (3, "#d99058", 0.2)):
+        bars = axes.bar(
+            [at + shift for at in place], [cost.nats[degree] for cost in budget.costs], 0.4,
+            color=colour, label=f"degree {degree}",
+        )  # fmt: skip
+        for bar, cost in zip(bars, budget.costs, strict=True):
+            bar.set_alpha(1.0 if budget.degrees[cost.path] == degree else 0.3)
+    axes.set(xlabel="block", ylabel="nats lost, this block alone")
+    axes.set_title(f"{budget.measured:+.4f} of {budget.nats} nats; solid: chosen", loc="left", fontsize=9)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
+    return True

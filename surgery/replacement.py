@@ -1,0 +1,127 @@
+"""Fits and installs the blocks, one after another, while the calibration passes wait."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from surgery import swap
+from surgery.blocks import Block, attribute
+from surgery.calibration import Calibration
+from surgery.fit import FitSettings, FittedBlock, Gaussian, fit_block
+from surgery.fit_experts import FittedExperts, fit_experts
+from surgery.modeling_polynomial import install
+from surgery.progress import Progress
+from surgery.recipe import Recipe
+from surgery.report import block_row
+from surgery.resume import Workshop
+from surgery.stream import Station, Stream
+
+CACHE_BYTES = 1 << 30  # hidden vectors kept per block, so that they are computed once
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be replaced, with everything a fit needs.
+
+    Attributes:
+        blocks: in the order in which they run, confirmed.
+        given: distributions of the blocks' inputs by path, for `assume: gaussian`.
+        first_is_sink: the first token of a sequence turns into an attention sink.
+    """
+
+    model: Any
+    blocks: tuple[Block, ...]
+    data: Calibration
+    plan: Recipe
+    given: Mapping[str, Gaussian]
+    first_is_sink: bool
+    quiet: bool
+
+    def settings(self, degree: int, native: bool) -> FitSettings:
+        plan = self.plan
+        return FitSettings(
+            degree=degree,
+            assume="data" if plan.assume == "data" else "gaussian",
+            refit=plan.refit,
+            tail_weight=plan.tail,
+            tail_width=plan.tail_width,
+            guard=native and degree == 2,
+            units=plan.units,
+        )
+
+    def batches(self) -> list[dict[str, Any]]:
+        """The calibration inputs where the model is, as its forward passes take them."""
+        cache = {"use_cache": False} if self.model.can_generate() else {}
+        device = self.model.device
+        return [{**{name: value.to(device) for name, value in batch.items()}, **cache} for batch in self.data.batches]
+
+    def originals(self) -> dict[str, Any]:
+        return {path: attribute(self.model, path) for block in self.blocks for path in block.replaced}
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """Per block: its entry in `polynomial_blocks`, and its row in the report."""
+
+    entries: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+
+
+def replace_blocks(task: Task, native: bool, workshop: Workshop, degrees: Mapping[str, int] | None = None) -> Replaced:
+    """Fits and installs one block after another. On any error the model is put back as it was.
+
+    Args:
+        degrees: by path, where they are not all the recipe's.
+    """
+    model, blocks = task.model, task.blocks
+    like = next(model.parameters())
+    originals = task.originals()
+    done = Replaced([], [])
+    follow = task.plan.refit and task.plan.target == "stream" and any(block.additive for block in blocks)
+    finished = workshop.finished(blocks)
+    passed = [] if len(finished) == len(blocks) else task.batches()  # nothing is left to calibrate, so nothing runs
+    try:
+        with (
+            Stream(model, passed, blocks, follow, task.first_is_sink) as stream,
+            Progress(len(blocks), task.quiet) as progress,
+        ):
+            for station in stream:
+                block, begun = station.block, time.monotonic()
+                if block.path in finished:
+                    entry, row, modules = workshop.load(block, like)
+                    stream.replace(modules)
+                else:
+                    settings = task.settings((degrees or {}).get(block.path, task.plan.degree), native)
+                    fitted = fit(station, settings, task.given.get(block.path))
+                    entry = swap.describe(fitted, native)
+                    modules = swap.modules_for(fitted, native, like)
+                    stream.replace(modules)
+                    if isinstance(fitted, FittedBlock) and block.kind != "plain":  # there the passes wait inside
+                        for number, output in enumerate(fitted.outputs):
+                            stream.answer(number, output)
+                        for number, output in enumerate(fitted.written):
+                            stream.answer(number, output, original=True)
+                    row = block_row(fitted, time.monotonic() - begun)
+                    workshop.keep(block, entry, row, modules)
+                done.entries.append(entry)
+                done.rows.append(row)
+                progress.step(row)
+    except BaseException:
+        put_back(model, originals)
+        raise
+    return done
+
+
+def fit(station: Station, settings: FitSettings, given: Gaussian | None = None) -> FittedBlock | FittedExperts:
+    """One block's polynomial, or its experts'."""
+    if station.block.kind == "experts":
+        return fit_experts(station, settings)
+    return fit_block(station, settings, given, CACHE_BYTES)
+
+
+def put_back(model: Any, originals: Mapping[str, Any]) -> None:
+    for path, module in originals.items():
+        install(model, path, module)

@@ -1,0 +1,97 @@
+"""A budget in nats picks degree 2, degree 3 or the original per block."""
+
+import json
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import surgery
+from surgery.budget import BlockCost, chosen
+from surgery.errors import ModelError, RecipeError
+from tests import tiny
+
+prices = st.floats(-0.01, 0.2)
+tables = st.lists(st.tuples(prices, prices), min_size=1, max_size=5)
+
+
+@given(tables, st.floats(0, 0.5))
+def test_no_other_choice_has_more_quadratic_blocks_or_as_many_and_more_cubic(table, allowed):
+    costs = [BlockCost(str(index), {2: two, 3: three}) for index, (two, three) in enumerate(table)]
+    found = chosen(costs, allowed)
+
+    def price(degrees):
+        return sum(max(0.0, cost.nats[degree]) for cost, degree in zip(costs, degrees, strict=True) if degree)
+
+    def rank(degrees):
+        return degrees.count(2), degrees.count(3)
+
+    mine = tuple(found[cost.path] for cost in costs)
+    assert price(mine) <= allowed + 1e-12
+    possible = [degrees for degrees in product((0, 2, 3), repeat=len(costs)) if price(degrees) <= allowed]
+    assert rank(mine)[0] == max(rank(degrees)[0] for degrees in possible)
+
+
+def model_that_knows_something(ids):
+    """Random weights know nothing, so that nothing could be lost: a head that predicts the model's own taste."""
+    model = tiny.make("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(6)
+        text = model.generate(ids[:, :2], do_sample=True, max_new_tokens=30, min_new_tokens=30, pad_token_id=0)
+    return model, text
+
+
+@pytest.fixture(scope="module")
+def knowing():
+    torch.manual_seed(0)
+    return model_that_knows_something(torch.randint(3, 96, (96, 32), generator=torch.Generator().manual_seed(3)))
+
+
+def convert(knowing, **settings):
+    import copy
+
+    model, text = knowing
+    return surgery.convert(copy.deepcopy(model), calibration=text, length=32, **settings)
+
+
+def test_the_whole_stays_within_the_budget_and_the_account_is_kept(knowing, tmp_path):
+    _, everything = convert(knowing, budget=1e6)
+    assert everything.form == "native"
+    assert set(everything.budget["degrees"].values()) == {2}
+    whole = everything.budget["measured"]
+    assert whole > 0
+    allowed = whole / 3
+    twin, report = convert(knowing, budget=allowed, output=tmp_path / "twin")
+    account = report.budget
+    assert account["measured"] <= allowed
+    assert set(account["degrees"].values()) != {2}
+    assert report.form == "custom"
+    assert {row["path"]: row["degree"] for row in report.blocks} == {
+        path: degree for path, degree in account["degrees"].items() if degree
+    }
+    for cost in account["costs"]:
+        assert cost["nats"][3] < cost["nats"][2]  # a cubic unit is nearer to SiLU
+    assert (tmp_path / "twin" / "budget.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "twin" / "surgery.json").read_text())["budget"]["nats"] == allowed
+    again = surgery.load(str(tmp_path / "twin"))
+    with torch.no_grad():
+        assert torch.allclose(again(knowing[1][:4]).logits, twin(knowing[1][:4]).logits, atol=1e-4)
+
+
+def test_costs_leave_the_model_as_it_was_when_nothing_fits(knowing):
+    model, text = knowing
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ModelError, match="no choice of blocks stays within"):
+        surgery.convert(model, calibration=text, length=32, budget=1e-9)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_budget_is_for_causal_models_and_chooses_degrees_itself(ids):
+    with pytest.raises(RecipeError, match="causal"):
+        surgery.convert(tiny.make("bert"), calibration=ids, length=32, budget=0.1)
+    with pytest.raises(RecipeError, match="chooses degrees"):
+        surgery.convert(tiny.make("llama"), calibration=ids, length=32, budget=0.1, degree=3)
