@@ -1,12 +1,13 @@
 # Two commands do everything on a fresh machine:
 #   make demo   sets up, fetches a real model, converts it at degree 2 and 3, prints what it cost
 #   make test   sets up and passes the tests
+# make bench measures speed and memory (about half an hour on two cores).
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 MODEL = build/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: setup demo test slow lint clean
+.PHONY: setup demo test slow bench lint clean
 
 setup: $(VENV)/.done
 
@@ -31,6 +32,12 @@ test: setup
 
 slow: setup $(MODEL)
 	$(BIN)/python -m pytest -m slow
+
+bench: setup $(MODEL)
+	$(BIN)/python benchmarks/coefficients.py
+	$(BIN)/python benchmarks/conversion.py --plot docs/conversion.png
+	$(BIN)/python benchmarks/inference.py $(MODEL)
+	$(BIN)/python benchmarks/units.py $(MODEL) --text python
 
 lint: setup
 	$(BIN)/ruff check .

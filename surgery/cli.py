@@ -173,6 +173,7 @@ def evaluate(twin: str, nproc: int, **given: Any) -> None:
 @click.option("--rate", type=float, help="Peak learning rate.  [default: 2e-4]")
 @click.option("--warmup", type=float, help="Share of the steps to reach it.  [default: 0.05]")
 @click.option("--clip", type=float, help="Bound on the gradient's norm.  [default: 1]")
+@click.option("--anchor", type=float, help="Norm penalty: pull towards the weights it started from.  [default: 0]")
 @click.option("--average", type=float, help="Decay of the weights' running mean; 0: none.  [default: 0.98]")
 @click.option("--temperature", type=float, help="Of the distillation loss.  [default: 1]")
 @click.option("--precision", help="auto, bf16 or float32, of the training passes.  [default: auto]")

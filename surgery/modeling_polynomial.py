@@ -37,13 +37,20 @@ AUTO_CLASSES = (
 )
 
 
+def multiply_add(row: torch.Tensor, a: torch.Tensor, b: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+    """row + a·b; without gradients in the memory of `into`, since reading and writing it is what this costs."""
+    if torch.is_grad_enabled():
+        return torch.addcmul(row, a, b)
+    return torch.addcmul(row, a, b, out=into)
+
+
 def horner(coefficients: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Σ_k c_k u^k per unit; coefficients (degree + 1, h), ascending; u (..., h)."""
     if len(coefficients) == 1:
         return coefficients[0].expand_as(u)
     value = torch.addcmul(coefficients[-2], coefficients[-1], u)
     for row in reversed(coefficients[:-2].unbind(0)):
-        value = torch.addcmul(row, value, u)
+        value = multiply_add(row, value, u, into=value)
     return value
 
 
@@ -71,7 +78,8 @@ class PolynomialGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         u, v = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(torch.addcmul(horner(self.coefficients, u), horner(self.cross_coefficients, u), v))
+        own, crossed = horner(self.coefficients, u), horner(self.cross_coefficients, u)
+        return self.down_proj(multiply_add(own, crossed, v, into=own))
 
 
 class BilinearGLU(nn.Module):
@@ -110,7 +118,7 @@ class PolynomialExperts(nn.Module):
             hidden = horner(self.coefficients[number], u)
             if self.gated:
                 v = nn.functional.linear(x, self.up_weight[number], self.up_bias[number])
-                hidden = torch.addcmul(hidden, horner(self.cross_coefficients[number], u), v)
+                hidden = multiply_add(hidden, horner(self.cross_coefficients[number], u), v, into=hidden)
         return nn.functional.linear(hidden, self.down_weight[number], self.down_bias[number])
 
     def forward(self, hidden_states, top_k_index, top_k_weights):

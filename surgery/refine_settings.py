@@ -33,6 +33,7 @@ class RefineSettings:
         blend: share of the steps in which the blocks still write part of what the original's would.
         rate, warmup, clip: peak learning rate, the share of the steps to reach it, the bound on the gradient's norm.
         average: decay of the running mean of the weights, which is what is measured and saved; 0: the last weights.
+        anchor: norm penalty, the pull towards the weights the run started from.
         temperature: T of the loss.
         precision: of the forward passes in training; weights and measurements stay in float32.
         checkpointing: compute activations again in the backward pass instead of keeping them.
@@ -60,6 +61,7 @@ class RefineSettings:
     warmup: float = 0.05
     clip: float = 1.0
     average: float = 0.98
+    anchor: float = 0.0
     temperature: float = 1.0
     precision: str = "auto"
     checkpointing: bool = False
@@ -77,6 +79,7 @@ def schedule_of(settings: RefineSettings, processes: int) -> Schedule:
     return Schedule(
         steps=max(1, settings.tokens // a_step), batch=settings.batch, accumulate=settings.accumulate,
         rate=settings.rate, warmup=settings.warmup, clip=settings.clip, average=settings.average,
+        anchor=settings.anchor,
         every=settings.validate_every, patience=settings.patience, seed=settings.seed,
     )  # fmt: skip
 
@@ -114,6 +117,11 @@ def check(settings: RefineSettings) -> None:
     for name in ("average", "blend"):
         if not 0 <= getattr(settings, name) < 1:
             raise RecipeError(f"{getattr(settings, name)} is not from 0 up to, not including, 1", where=f"--{name}")
+    if settings.anchor < 0:
+        raise RecipeError(f"{settings.anchor} is below 0", where="--anchor")
+    entries = getattr(twin.config, "polynomial_blocks", None) or ()
+    if any(entry["kind"] == "experts" for entry in entries) and (settings.objective == "local" or settings.blend):
+        raise RecipeError("experts cannot be refined block by block, or blended", fix="leave --objective and --blend")
     choices = {"train": (*SETS, LORA), "objective": OBJECTIVES, "precision": PRECISIONS}
     for name, known in choices.items():
         value = getattr(settings, name)

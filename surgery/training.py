@@ -31,6 +31,8 @@ class Schedule:
         steps, batch, accumulate: optimiser steps; windows a forward pass and process; forward passes a step.
         rate, warmup, clip: peak learning rate, share of the steps to reach it, bound on the gradient's norm.
         average: decay of the running mean of the weights; 0 keeps the last weights.
+        anchor: pull towards the weights the run started from, a norm penalty λ/2 ‖θ − θ₀‖² decoupled from the
+            gradient as in AdamW (Loshchilov & Hutter, arXiv 1711.05101): θ ← θ − rate·λ·(θ − θ₀).
         every, patience: steps between two looks, and looks without improvement after which to stop (0: never).
         seed: order of the windows.
     """
@@ -42,6 +44,7 @@ class Schedule:
     warmup: float
     clip: float
     average: float
+    anchor: float
     every: int
     patience: int
     seed: int
@@ -90,6 +93,7 @@ class Training:
         self.best: dict[str, Tensor] = {}
         self.best_divergence = math.inf
         self.mean: dict[str, Tensor] = {}
+        self.start = {name: p.detach().clone() for name, p in trainable.items()} if schedule.anchor else {}
         self.orders: dict[int, Tensor] = {}
 
     @property
@@ -148,6 +152,7 @@ class Training:
                     mean = accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
                     if bool(torch.isfinite(norm)) and bool(torch.isfinite(mean)):
                         self.optimizer.step()
+                        self._pull_back()
                         self.in_a_row = 0
                         self._average()
                     else:
@@ -172,6 +177,12 @@ class Training:
         share = 1 - self.schedule.decay_at(self.step)
         for name, value in now.items():
             self.mean[name].lerp_(value, share)
+
+    def _pull_back(self) -> None:
+        share = min(1.0, self.schedule.anchor * self.schedule.rate_at(self.step))
+        with torch.no_grad():
+            for name, value in self.start.items():
+                self.trainable[name].lerp_(value, share)
 
     def _skip(self) -> None:
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1

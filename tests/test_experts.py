@@ -9,7 +9,8 @@ from evals.tiny_models import inputs, tiny
 from surgery import experts
 from surgery.blocks import survey
 from surgery.confirm import confirm, recomputed
-from surgery.errors import CalibrationError, ModelError
+from surgery.errors import CalibrationError, ModelError, RecipeError
+from tests import tiny as tiny_models
 
 SHAPES = {
     "mixtral": T.MixtralForCausalLM,  # [gate; up]
@@ -124,6 +125,41 @@ def recomputed_twin(module, x, routing):
 def test_a_closed_form_under_a_gaussian_is_refused_where_there_is_none():
     with pytest.raises(CalibrationError, match="gate and up together"):
         surgery.convert(model_of("gpt_oss"), calibration=IDS, length=24, assume="gaussian")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_models, "make", lambda _: model_of("mixtral"))
+        tiny_models.save_with_tokenizer("mixtral", folder / "base")
+    surgery.convert(folder / "base", output=folder / "twin", tokens=2048, length=32, measure=256, calibration="python")
+    return folder
+
+
+def test_twins_of_experts_are_measured_block_by_block(saved):
+    from evals.blocks import block_rows, block_sums
+
+    original, twin = (surgery.load(str(saved / name)) for name in ("base", "twin"))
+    blocks = the_experts(original)
+    rows = block_rows(original, twin, blocks, block_sums(original, twin, blocks, [{"input_ids": IDS[:32]}]))
+    assert [row["fvu_gaussian"] for row in rows] == [None, None]
+    assert all(row["r2"] > row["r2_affine"] for row in rows)
+
+
+def test_twins_of_experts_are_refined_end_to_end_only(saved, tmp_path):
+    from surgery import refine
+    from surgery.refine_settings import RefineSettings
+
+    given = {
+        "twin": str(saved / "twin"), "teacher": str(saved / "base"), "output": str(tmp_path / "out"),
+        "tokens": 4096, "length": 32, "validate_tokens": 256, "precision": "float32", "rate": 3e-3,
+    }  # fmt: skip
+    record = refine.refine(RefineSettings(**given, train="coefficients"))
+    assert record["divergence_after"] < record["divergence_before"]
+    for more in ({"objective": "local"}, {"blend": 0.3}):
+        with pytest.raises(RecipeError, match="experts cannot be refined block by block"):
+            refine.refine(RefineSettings(**given, **more), overwrite=True)
 
 
 def test_routing_finds_its_arguments_in_either_order():

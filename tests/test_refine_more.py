@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import surgery
 from surgery import refine as refining
@@ -149,7 +150,6 @@ def test_lora_is_merged_and_a_native_twin_stays_native(place, tmp_path):
     record = refining.refine(settings_of(place, tmp_path / "out", train="lora", lora_rank=4, rate=1e-2))
     assert record["divergence_after"] < 0.9 * record["divergence_before"]
     assert record["trained_parameters"] < 20_000
-    from safetensors.torch import load_file
 
     before, after = (load_file(folder / "model.safetensors") for folder in (place / "native", tmp_path / "out"))
     assert before.keys() == after.keys()
@@ -165,9 +165,21 @@ def test_the_control_is_the_original_trained_on_the_text(place, unverified, tmp_
     assert control["nats_before"] == pytest.approx(record["curve"][0]["nats"] - record["curve"][0]["lost"], abs=1e-5)
 
 
+def test_an_anchor_keeps_the_weights_near_their_start(place, unverified, tmp_path):
+    start = load_file(place / "native" / "model.safetensors")
+    moved = []
+    for anchor in (0.0, 100.0, 1e6):
+        out = tmp_path / f"anchor{anchor}"
+        refining.refine(settings_of(place, out, anchor=anchor, average=0.0))
+        after = load_file(out / "model.safetensors")
+        moved.append(sum(float((after[name] - value).norm() ** 2) for name, value in start.items()))
+    assert moved[0] > 2 * moved[1] > 0
+    assert moved[2] < 1e-6 * moved[0]
+
+
 def test_the_mean_of_the_weights_is_what_is_kept(place, unverified, tmp_path):
     """With one step from a fresh mean, the mean is the step's weights; with decay it lags behind."""
-    schedule = Schedule(10, 1, 1, 1.0, 0.0, 1.0, 0.9, 1, 0, 0)
+    schedule = Schedule(10, 1, 1, 1.0, 0.0, 1.0, 0.9, 0.0, 1, 0, 0)
     assert [round(schedule.decay_at(step), 3) for step in (0, 8, 1000)] == [0.1, 0.5, 0.9]
     sharp = refining.refine(settings_of(place, tmp_path / "sharp", average=0.0))
     mean = refining.refine(settings_of(place, tmp_path / "mean", average=0.9))
