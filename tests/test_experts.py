@@ -149,7 +149,7 @@ def test_twins_of_experts_are_measured_block_by_block(saved):
 
 def test_twins_of_experts_are_refined_end_to_end_only(saved, tmp_path):
     from surgery import refine
-    from surgery.refine_settings import RefineSettings
+    from surgery.refine_settings import RefineSettings, check
 
     given = {
         "twin": str(saved / "twin"), "teacher": str(saved / "base"), "output": str(tmp_path / "out"),
@@ -159,7 +159,7 @@ def test_twins_of_experts_are_refined_end_to_end_only(saved, tmp_path):
     assert record["divergence_after"] < record["divergence_before"]
     for more in ({"objective": "local"}, {"blend": 0.3}):
         with pytest.raises(RecipeError, match="experts cannot be refined block by block"):
-            refine.refine(RefineSettings(**given, **more), overwrite=True)
+            check(RefineSettings(**given, **more))
 
 
 def test_routing_finds_its_arguments_in_either_order():
