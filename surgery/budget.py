@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery import swap
+from surgery import group, swap
 from surgery.blocks import attribute
 from surgery.errors import ModelError
 from surgery.progress import Progress
@@ -146,7 +146,7 @@ def measured_costs(task: Task, nats: Nats, tokens: Sequence[Mapping[str, Tensor]
     costs = []
     with (
         Stream(model, task.batches(), task.blocks, False, task.first_is_sink) as stream,
-        Progress(len(task.blocks), task.quiet, "costs") as progress,
+        Progress(len(task.blocks), task.quiet or not group.first(), "costs") as progress,
     ):
         for station in stream:
             block = station.block

@@ -78,11 +78,15 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace an earlier twin at the output.")
 @click.option("--restart", is_flag=True, help="Discard what an interrupted run has finished.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done; load no weights, write nothing.")
+@click.option("--nproc", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the batches.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON; no progress bar.")
 def convert(
-    recipe_file: str | None, overwrite: bool, restart: bool, dry_run: bool, as_json: bool, **given: Any
+    recipe_file: str | None, overwrite: bool, restart: bool, dry_run: bool, nproc: int, as_json: bool, **given: Any
 ) -> None:
-    """Replace MODEL's feed-forward blocks by their least-squares optimal polynomials."""
+    """Replace MODEL's feed-forward blocks by their least-squares optimal polynomials.
+
+    Works under `accelerate launch -m surgery convert …` too: every process runs its share of the calibration batches.
+    """
     from surgery.recipe import load_recipe
 
     recipe = load_recipe(recipe_file, given)
@@ -99,18 +103,24 @@ def convert(
         return
     if not recipe.output:
         raise SurgeryError("no output folder was named", fix="give -o OUT, or --dry-run to see the plan")
+    from evals.processes import Processes, relaunch, started
     from surgery.pipeline import convert as run
 
-    if not as_json:
+    if nproc > 1 and not started():
+        raise SystemExit(relaunch(nproc, sys.argv[1:]))
+    processes = Processes.join()
+    if not as_json and processes.first:
         source = "the model's own samples (python if it cannot generate)" if recipe.calibration == "auto" else ""
         click.echo(f"calibration: {source or recipe.calibration}, {recipe.tokens} tokens", err=True)
     _, report = run(
         recipe.model, recipe=recipe, output=recipe.output, overwrite=overwrite, restart=restart, quiet=as_json
     )
-    if as_json:
-        click.echo(json.dumps(report.as_dict(), indent=2))
-    else:
-        terminal.print_report(report, recipe.output)
+    if processes.first:
+        if as_json:
+            click.echo(json.dumps(report.as_dict(), indent=2))
+        else:
+            terminal.print_report(report, recipe.output)
+    processes.leave()
 
 
 @cli.command("eval")

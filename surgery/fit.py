@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surgery import sinks
+from surgery import group, sinks
 from surgery.blocks import Block
 from surgery.errors import CalibrationError
 from surgery.features import Features, Original, only, prior_readout, with_sink_units
@@ -164,6 +164,7 @@ def fit_block(
     readout = Affine(solution[:-1].T.contiguous(), solution[-1])
     if result and result.outputs:
         predicted = torch.cat([part[rows] for part, rows in zip(result.outputs, sample.rows, strict=True)])
+        predicted = group.together(predicted)
     else:
         predicted = torch.cat([twin(part) @ solution.to(part) for part in sample.x.split(CHUNK)])
     answers = nn.functional.linear(sample.x, pointing.weight.to(sample.x), pointing.bias.to(sample.x)).square()
@@ -185,7 +186,7 @@ def fit_block(
         sink_units=extra,
         mistaken=int((sample.ordinary & ~ordinary).sum()),
         quadrature_error=units.error,
-        tokens=sum(int(arrival.keep.sum()) for arrival in station.twin),
+        tokens=int(group.number(sum(int(arrival.keep.sum()) for arrival in station.twin))),
         outputs=result.outputs if result else (),
         written=result.written if result else (),
     )
@@ -193,10 +194,12 @@ def fit_block(
 
 def _take_sample(station: Station, original: Original, settings: FitSettings) -> _Sample:
     """Tokens drawn from all batches alike, enough for the units (always several per input dimension)."""
-    rows = _drawn(station.twin, max(settings.unit_tokens, 4 * station.block.width))
+    rows = _drawn(station, max(settings.unit_tokens, 4 * station.block.width))
 
     def gathered(name: str, arrivals: tuple[Arrival, ...] = station.twin) -> Tensor:
-        return torch.cat([getattr(arrival, name)[at] for arrival, at in zip(arrivals, rows, strict=True)])
+        return group.together(
+            torch.cat([getattr(arrival, name)[at] for arrival, at in zip(arrivals, rows, strict=True)])
+        )
 
     x, size, held = gathered("x"), gathered("size"), gathered("held")
     unknowns = 2 * settings.degree + 1
@@ -218,23 +221,26 @@ def _take_sample(station: Station, original: Original, settings: FitSettings) ->
     sink = ((truly.square() + norm.square()).sqrt() > limit) | gathered("known_sink")
     aim = output[sink]
     if station.original and station.block.additive:
-        parts = sink.split([len(at) for at in rows])
+        own = [len(at) for at in rows]
+        before = sum(group.each(sum(own))[: group.rank()])
+        parts = sink[before : before + sum(own)].split(own)
         triples = zip(
             station.twin, station.original, (at[part] for at, part in zip(rows, parts, strict=True)), strict=True
         )
-        aim = torch.cat([original(other.x[at]) + behind(twin, other, at) for twin, other, at in triples])
+        aim = group.together(
+            torch.cat([original(other.x[at]) + behind(twin, other, at) for twin, other, at in triples])
+        )
     return _Sample(rows, x, y, z, output, size, ~sink, sink, held, total > limit, limit, aim)
 
 
-def _drawn(arrivals: tuple[Arrival, ...], wanted: int) -> tuple[Tensor, ...]:
+def _drawn(station: Station, wanted: int) -> tuple[Tensor, ...]:
     """Row numbers, ascending, of about `wanted` real tokens: the same share of every batch, the same in every run."""
-    real = [arrival.keep.nonzero()[:, 0] for arrival in arrivals]
-    share = min(1.0, wanted / max(1, sum(len(rows) for rows in real)))
-    generator = torch.Generator().manual_seed(0)
+    real = [arrival.keep.nonzero()[:, 0] for arrival in station.twin]
+    share = min(1.0, wanted / max(1, group.number(sum(len(rows) for rows in real))))
     drawn = []
-    for rows in real:
-        order = torch.randperm(len(rows), generator=generator)[: math.ceil(share * len(rows))]
-        drawn.append(rows[order.sort().values.to(rows.device)])
+    for number, rows in enumerate(real, start=station.number):
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(number))
+        drawn.append(rows[order[: math.ceil(share * len(rows))].sort().values.to(rows.device)])
     return tuple(drawn)
 
 

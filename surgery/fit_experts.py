@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery import experts
+from surgery import experts, group
 from surgery.blocks import Block
 from surgery.confirm import recomputed
 from surgery.errors import CalibrationError
@@ -70,7 +70,8 @@ def fit_experts(station: Station, settings: FitSettings) -> FittedExperts:
     for number in range(experts.count(module)):
         original = Original.of_expert(module, number)
         mine = _station_of(station, number, corrections)
-        fit, held = (sum(int((a.keep & (a.held == h)).sum()) for a in mine.twin) for h in (False, True))
+        seen = [sum(int((a.keep & (a.held == held)).sum()) for a in mine.twin) for held in (False, True)]
+        fit, held = (int(group.number(tokens_here)) for tokens_here in seen)
         tokens.append(fit + held)
         if fit < least or held < HELD_TOKENS:
             starved.append(number)
@@ -109,7 +110,7 @@ def _station_of(station: Station, number: int, corrections: tuple[Tensor, ...]) 
             zero = torch.zeros_like(mine.x[:, :1]).expand(-1, block.out)
             twin[-1] = replace(mine, residual=zero)
             aims.append(replace(mine, residual=corrections[batch][rows]))
-    return Station(block, {}, tuple(twin), tuple(aims))
+    return Station(block, {}, tuple(twin), tuple(aims), station.number)
 
 
 def _rows(arrival: Arrival, rows: Tensor, weight: Tensor | None) -> Arrival:
@@ -121,9 +122,8 @@ def _rows(arrival: Arrival, rows: Tensor, weight: Tensor | None) -> Arrival:
 
 def _layer_sample(station: Station, wanted: int) -> Station:
     """Some tokens of the whole layer."""
-    share = min(1.0, wanted / sum(len(arrival.x) for arrival in station.twin))
+    share = min(1.0, wanted / group.number(sum(len(arrival.x) for arrival in station.twin)))
     block = replace(station.block, kind="gated", additive=False)
     step = max(1, math.floor(1 / share))
-    return Station(
-        block, {}, tuple(_rows(a, torch.arange(0, len(a.x), step, device=a.x.device), None) for a in station.twin), ()
-    )
+    sample = (_rows(a, torch.arange(0, len(a.x), step, device=a.x.device), None) for a in station.twin)
+    return Station(block, {}, tuple(sample), (), station.number)

@@ -7,12 +7,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from surgery import checkpoint, loading, swap
+from surgery import checkpoint, group, loading, swap
 from surgery.blocks import Block, Survey, survey
 from surgery.budget import draw, within
 from surgery.calibration import Calibration, prepare, start_tokens
@@ -73,7 +73,7 @@ def convert(
     target = Path(plan.output) if plan.output else None
     if target is not None:
         checkpoint.check_target(target, overwrite)
-        if restart:
+        if restart and group.first():
             shutil.rmtree(partial(target), ignore_errors=True)
     torch.manual_seed(plan.seed)
     if isinstance(model, str | Path):
@@ -87,7 +87,7 @@ def convert(
     ready_at = time.monotonic()
     workshop, account = Workshop(None), None
     if plan.budget is None:
-        workshop = Workshop.open(target, plan, loaded.source, data)
+        workshop = group.agreed(Workshop.open(target, plan, loaded.source, data) if group.first() else workshop)
         done = replace_blocks(task, form == "native", workshop)
     else:
         done, account, stock = within(task, form == "native", plan.budget, _nats, data.unseen)
@@ -112,7 +112,7 @@ def convert(
             "convert": round(fitted_at - ready_at, 2),
         },
     )
-    if target is not None:
+    if target is not None and group.first():
         dtype = loaded.source.dtype if plan.save_dtype == "auto" else plan.save_dtype
         checkpoint.save(
             network, loaded.tokenizer, target, report.as_dict(), ready.probe, dtype=dtype, native=form == "native"
@@ -120,6 +120,7 @@ def convert(
         workshop.close()
         if account is not None:
             draw(account, target / "budget.png")
+    group.agreed(None)  # nobody leaves before the twin stands
     return network, report
 
 
@@ -148,7 +149,7 @@ def _ready(
     form_of(plan, native)  # whatever can be wrong is said before samples are drawn
     plan = _chosen_source(plan, loaded)
     source = plan.calibration if calibration is None or isinstance(calibration, str) else calibration
-    data = _inputs(source, loaded, plan)
+    data = group.agreed(_inputs(source, loaded, plan) if group.first() else cast(Calibration, None))
     probe = _probe(network, data)
     blocks, others = _seen_to_run(network, blocks, probe, plan)
     form = form_of(plan, native and not others)
@@ -232,9 +233,14 @@ def _once(model: Any, probe: Mapping[str, Tensor]) -> None:
 
 
 def _perplexity(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> Any:
-    from evals.perplexity import perplexity
+    from evals.perplexity import Perplexity, perplexity
 
-    return perplexity(model, batches) if batches else None
+    if not batches:
+        return None
+    _, mine = group.mine(batches)
+    own = perplexity(model, mine) if mine else Perplexity(0.0, 0)
+    tokens = group.number(own.tokens)
+    return Perplexity(group.number(own.nats * own.tokens) / tokens, int(tokens))
 
 
 def _nats(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from surgery import group
 from surgery.errors import CalibrationError
 from surgery.features import Features, Original
 from surgery.ridge import Readout, RidgeSums, most_useful, ridge_path
@@ -68,7 +69,7 @@ def refit(
     tokens = sum(len(arrival.x) for arrival in station.twin)
     whole = block.kind != "plain"  # else the passes wait inside the block and finish it themselves
     hold = whole and tokens * prior.shape[0] * station.twin[0].x.element_size() <= cache_bytes
-    typical = torch.cat([arrival.size[arrival.keep] for arrival in station.twin]).median()
+    typical = group.together(torch.cat([arrival.size[arrival.keep] for arrival in station.twin])).median()
     fit, chosen_on = (RidgeSums.zeros(prior.shape[0], prior.shape[1], prior.device) for _ in range(2))
     at_sinks: list[tuple[Tensor, Tensor]] = []
     hidden: list[list[Tensor]] = [[] for _ in station.twin]
@@ -102,9 +103,12 @@ def refit(
             at_sinks.append((features[real & sink] * root[real & sink], target[real & sink] * root[real & sink]))
             root = root * (real & ~sink)[:, None]
             (chosen_on if held else fit).add_rows(features * root, target * root)
+    anchor = RidgeSums.of(torch.cat([f for f, _ in at_sinks]), torch.cat([t for _, t in at_sinks]))
+    for sums in (fit, chosen_on, anchor):
+        for part in sums.parts():
+            group.total(part)
     if not (float(fit.weight) and float(chosen_on.weight)):
         raise CalibrationError("no tokens are left to fit on", where=block.path, fix="give more text")
-    anchor = RidgeSums.of(torch.cat([f for f, _ in at_sinks]), torch.cat([t for _, t in at_sinks]))
     free = sink_units + 1
     kept = None
     if units is not None and units < len(prior) - free:

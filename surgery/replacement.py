@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from surgery import swap
+from surgery import group, swap
 from surgery.blocks import Block, attribute
 from surgery.calibration import Calibration
 from surgery.fit import FitSettings, FittedBlock, Gaussian, fit_block
@@ -81,12 +81,12 @@ def replace_blocks(task: Task, native: bool, workshop: Workshop, degrees: Mappin
     originals = task.originals()
     done = Replaced([], [])
     follow = task.plan.refit and task.plan.target == "stream" and any(block.additive for block in blocks)
-    finished = workshop.finished(blocks)
+    finished = group.agreed(workshop.finished(blocks))
     passed = [] if len(finished) == len(blocks) else task.batches()  # nothing is left to calibrate, so nothing runs
     try:
         with (
             Stream(model, passed, blocks, follow, task.first_is_sink) as stream,
-            Progress(len(blocks), task.quiet) as progress,
+            Progress(len(blocks), task.quiet or not group.first()) as progress,
         ):
             for station in stream:
                 block, begun = station.block, time.monotonic()
@@ -105,7 +105,8 @@ def replace_blocks(task: Task, native: bool, workshop: Workshop, degrees: Mappin
                         for number, output in enumerate(fitted.written):
                             stream.answer(number, output, original=True)
                     row = block_row(fitted, time.monotonic() - begun)
-                    workshop.keep(block, entry, row, modules)
+                    if group.first():
+                        workshop.keep(block, entry, row, modules)
                 done.entries.append(entry)
                 done.rows.append(row)
                 progress.step(row)

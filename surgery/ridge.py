@@ -70,6 +70,10 @@ class RidgeSums:
             self.target_square + other.target_square,
         )
 
+    def parts(self) -> tuple[Tensor, ...]:
+        """All that is summed."""
+        return self.weight, self.gram, self.cross, self.target_square
+
     def at(self, kept: Tensor) -> RidgeSums:
         """The same sums for some of the features, by number; the constant stays the last."""
         return RidgeSums(self.weight, self.full_gram()[kept][:, kept], self.cross[kept], self.target_square)

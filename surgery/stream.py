@@ -23,6 +23,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
+from surgery import group
 from surgery.blocks import Block, attribute, layer_of, norms_around
 from surgery.errors import CalibrationError, ModelError
 from surgery.experts import Routing
@@ -65,6 +66,7 @@ class Station:
     modules: Mapping[str, Any]  # the original's modules, by path: its maps and its activation
     twin: tuple[Arrival, ...]
     original: tuple[Arrival, ...]  # empty unless the original stream runs too
+    number: int = 0  # of the first pass, among those of all processes
 
 
 class _Pass(greenlet):
@@ -131,6 +133,7 @@ class Stream:
     Args:
         follow_original: run a second set of passes through the original blocks.
         first_is_sink: the first token of every sequence is a sink.
+    With several processes, each gives all batches and runs its own.
     """
 
     def __init__(
@@ -141,14 +144,22 @@ class Stream:
         follow_original: bool = False,
         first_is_sink: bool = False,
     ) -> None:
-        self.model, self.batches, self.blocks = model, batches, blocks
-        self._fitted = fitted_sequences(batches)
+        self.model, self.blocks = model, blocks
+        self.total = len(batches)
+        self.number, self.batches = group.mine(batches)
+        self._fitted = fitted_sequences(batches)[self.number :]
         self.follow_original, self.first_is_sink = follow_original, first_is_sink
         self._forks: dict[str, _Fork] = {}
         self._hooks: list[Any] = []
         self._passes: list[tuple[_Pass, ...]] = []
 
     def __enter__(self) -> Stream:
+        if not self.batches and self.total:
+            raise CalibrationError(
+                f"{group.count()} processes, but {self.total} calibration batches",
+                cause="every process needs one",
+                fix="more --tokens, a smaller --batch, or fewer processes",
+            )
         # One switch for all passes: gradient mode belongs to the thread, and a pass that is dropped inside a no_grad of
         # its own would put back whatever it found when it began.
         self._gradients = torch.is_grad_enabled()
@@ -201,7 +212,7 @@ class Stream:
                     self._forks[path].original = self._forks[path].current
             twin = tuple(column[0] for column in columns)
             original = tuple(column[1] for column in columns) if self.follow_original else ()
-            yield Station(block, self._originals(block), twin, original)
+            yield Station(block, self._originals(block), twin, original, self.number)
 
     def _originals(self, block: Block) -> dict[str, Any]:
         paths = {*block.first, block.last, block.activation_path}
