@@ -141,7 +141,7 @@ def within(
 def measured_costs(task: Task, nats: Nats, tokens: Sequence[Mapping[str, Tensor]]) -> tuple[BlockCost, ...]:
     """Each block alone, fitted on the original's stream, at every degree; the model is unchanged afterwards."""
     model = task.model
-    like = next(model.parameters())
+    like = task.like()
     before = nats(model, tokens)
     costs = []
     with (

@@ -25,6 +25,7 @@ from torch import Tensor
 from surgery.errors import CheckpointError
 
 REPORT = "surgery.json"
+SHARD = "5GB"  # of a checkpoint put together from files
 PROBE_ROWS, PROBE_LENGTH = 2, 32
 
 
@@ -179,11 +180,24 @@ A block left at random initial values gives 1 or more."""
 
 def _verify(model: Any, folder: Path, probe: Mapping[str, Tensor], dtype: str, native: bool) -> dict[str, Any]:
     with torch.no_grad():
-        expected = main_output(model(**{name: value.to(model.device) for name, value in probe.items()})).float().cpu()
+        expected = main_output(model(**{name: value.to(model.device) for name, value in probe.items()}))
+    return verified(folder, probe, expected, dtype, native)
+
+
+def verified(
+    folder: Path, probe: Mapping[str, Tensor], expected: Tensor, dtype: str, native: bool, on_disk: bool = False
+) -> dict[str, Any]:
+    """What a fresh process sees of a saved twin.
+
+    Args:
+        on_disk: leave the weights on disk there.
+    Raises:
+        CheckpointError: keys missing or left over, or other outputs than `expected`.
+    """
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "probe.safetensors"
-        write_probe(file, probe, expected)
-        (seen,) = reload_elsewhere([(folder, file, native)])
+        write_probe(file, probe, expected.float().cpu())
+        (seen,) = reload_elsewhere([(folder, file, native)], on_disk)
     if "error" in seen:
         raise CheckpointError(f"the saved twin does not load in a fresh process:\n{seen['error']}", where=str(folder))
     if seen["missing"] or seen["unexpected"] or not seen["difference"] <= TOLERANCE[dtype]:
@@ -202,10 +216,11 @@ def write_probe(file: Path, probe: Mapping[str, Tensor], expected: Tensor, **mor
     save_file({**tensors, **more, "expected": expected.contiguous()}, file)
 
 
-def reload_elsewhere(checks: Sequence[tuple[Path, Path, bool]]) -> list[dict[str, Any]]:
+def reload_elsewhere(checks: Sequence[tuple[Path, Path, bool]], on_disk: bool = False) -> list[dict[str, Any]]:
     """Loads (folder, probe file, native) in one fresh process without this package; what was seen of each."""
     script = Path(__file__).with_name("reload_check.py")
-    arguments = [
+    arguments = ["--on-disk"] if on_disk else []
+    arguments += [
         part
         for folder, file, native in checks
         for part in (str(folder.resolve()), str(file.resolve()), "native" if native else "custom")

@@ -74,6 +74,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
     help="Weight of a wide Gaussian that tames high powers.  [default: 0.01 from degree 4 on]",
 )
 @click.option("--tail-width", type=float, help="Its width in standard deviations.  [default: 3]")
+@click.option("--offload", is_flag=True, default=None, help="Leave weights on disk: for models larger than memory.")
 @click.option("--revision", help="Hub revision of MODEL.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier twin at the output.")
 @click.option("--restart", is_flag=True, help="Discard what an interrupted run has finished.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,7 +111,7 @@ def load(
     name: str,
     revision: str | None = None,
     dtype: str = "float32",
-    device_map: str | None = None,
+    device_map: str | dict[str, str] | None = None,
     base: str | None = None,
 ) -> LoadedModel:
     """Loads weights and tokenizer.
@@ -138,6 +139,8 @@ def load(
     options = dict(extra, revision=revision, dtype=getattr(torch, wanted))
     if device_map is not None:
         options["device_map"] = device_map
+    if isinstance(device_map, dict) and "disk" in device_map.values():
+        options["offload_folder"] = tempfile.mkdtemp()  # stays empty: safetensors files are read where they are
     try:
         model, info = (cls or model_class(config)).from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:
@@ -174,7 +177,7 @@ def public(name: str, kind: str) -> str:
 
 
 def _load_delta(
-    name: str, revision: str | None, dtype: str, device_map: str | None, base: str | None, config: Any
+    name: str, revision: str | None, dtype: str, device_map: str | dict[str, str] | None, base: str | None, config: Any
 ) -> LoadedModel:
     """The twin a delta stands for: its original, loaded in the twin's stored precision, with the delta applied."""
     import torch

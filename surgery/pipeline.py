@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from surgery import checkpoint, group, loading, swap
+from surgery import checkpoint, group, loading, offload, swap
 from surgery.blocks import Block, Survey, survey
 from surgery.budget import draw, within
 from surgery.calibration import Calibration, prepare, start_tokens
@@ -22,7 +22,7 @@ from surgery.fit import Gaussian
 from surgery.inspection import choose, form_of
 from surgery.recipe import Recipe
 from surgery.reexpress import as_llama
-from surgery.replacement import Task, replace_blocks
+from surgery.replacement import Replaced, Task, replace_blocks
 from surgery.report import Report
 from surgery.resume import Workshop, kept, partial
 from surgery.stream import first_token_is_sink
@@ -77,7 +77,7 @@ def convert(
             shutil.rmtree(partial(target), ignore_errors=True)
     torch.manual_seed(plan.seed)
     if isinstance(model, str | Path):
-        loaded = loading.load(str(model), plan.revision, plan.dtype)
+        loaded = loading.load(str(model), plan.revision, plan.dtype, offload.ON_DISK if plan.offload else None)
     else:
         loaded = loading.in_memory(model, tokenizer)
     loaded_at = time.monotonic()
@@ -88,7 +88,7 @@ def convert(
     workshop, account = Workshop(None), None
     if plan.budget is None:
         workshop = group.agreed(Workshop.open(target, plan, loaded.source, data) if group.first() else workshop)
-        done = replace_blocks(task, form == "native", workshop)
+        done = replace_blocks(task, form == "native", workshop, probe=ready.probe if plan.offload else None)
     else:
         done, account, stock = within(task, form == "native", plan.budget, _nats, data.unseen)
         form = "native" if stock else "custom"
@@ -113,26 +113,47 @@ def convert(
         },
     )
     if target is not None and group.first():
-        dtype = loaded.source.dtype if plan.save_dtype == "auto" else plan.save_dtype
-        checkpoint.save(
-            network, loaded.tokenizer, target, report.as_dict(), ready.probe, dtype=dtype, native=form == "native"
-        )
-        workshop.close()
+        _store(loaded, ready, done, target, workshop, report)
         if account is not None:
             draw(account, target / "budget.png")
     group.agreed(None)  # nobody leaves before the twin stands
+    if plan.offload:
+        network = loading.load(str(target), dtype=plan.dtype, device_map=offload.ON_DISK).model
     return network, report
+
+
+def _store(
+    loaded: loading.LoadedModel, ready: _Ready, done: Replaced, target: Path, workshop: Workshop, report: Report
+) -> None:
+    """Writes the twin and has it read by a fresh process."""
+    network, plan, native = ready.task.model, ready.task.plan, report.form == "native"
+    dtype = loaded.source.dtype if plan.save_dtype == "auto" else plan.save_dtype
+    if plan.offload:
+        assert workshop.folder is not None
+        with checkpoint.whole_folder(target) as place:
+            offload.write(network, workshop.folder, ready.files, loaded.tokenizer, place, dtype)
+            answer = checkpoint.main_output(done.outcome)
+            seen = checkpoint.verified(place, ready.probe, answer, dtype, native, on_disk=True)
+            checkpoint.write_report(place, report.as_dict(), seen)
+    else:
+        checkpoint.save(network, loaded.tokenizer, target, report.as_dict(), ready.probe, dtype=dtype, native=native)
+    workshop.close()
 
 
 @dataclass(frozen=True)
 class _Ready:
-    """All that stands before the first fit: what to replace, the form it takes, and the original's perplexity."""
+    """All that stands before the first fit: what to replace, the form it takes, and the original's perplexity.
+
+    Attributes:
+        files: where the original's tensors are, for a model whose weights stay on disk.
+    """
 
     task: Task
     form: str
     left_alone: tuple[tuple[str, str], ...]
     probe: dict[str, Tensor]
     perplexity: Any
+    files: dict[str, Path]
 
 
 def _ready(
@@ -143,6 +164,10 @@ def _ready(
     quiet: bool,
 ) -> _Ready:
     network, found, blocks, native = _to_replace(loaded, plan)
+    files = {}
+    if plan.offload:
+        folder = offload.folder_of(loaded.source, plan.model)
+        files = offload.check_names(network, folder, [block.path for block in blocks])
     given = dict(moments or {}) | _moments_file(plan, blocks)
     if plan.budget is not None and not _is_causal(network):
         raise RecipeError("a budget is in nats, which only a causal language model has", fix="leave --budget out")
@@ -155,7 +180,7 @@ def _ready(
     form = form_of(plan, native and not others)
     first_is_sink = _is_causal(network) and first_token_is_sink(network, probe, blocks)
     task = Task(network, blocks, data, plan, given, first_is_sink, quiet)
-    return _Ready(task, form, (*found.left_alone, *others), probe, _perplexity(network, data.unseen))
+    return _Ready(task, form, (*found.left_alone, *others), probe, _perplexity(network, data.unseen), files)
 
 
 def _to_replace(loaded: loading.LoadedModel, plan: Recipe) -> tuple[Any, Survey, tuple[Block, ...], bool]:
@@ -168,7 +193,13 @@ def _to_replace(loaded: loading.LoadedModel, plan: Recipe) -> tuple[Any, Survey,
     blocks = choose(found, plan)
     whole = not found.left_alone and len(blocks) == len(found.blocks)
     native = whole and swap.native_config(network, blocks, blocks[0].hidden + 1) is not None
-    if whole and not native and plan.degree == 2 and plan.form != "custom" and loaded.source.kind != "memory":
+    if (
+        whole
+        and not native
+        and plan.degree == 2
+        and plan.form != "custom"
+        and not (loaded.source.kind == "memory" or plan.offload)
+    ):
         stored = loaded.source.dtype if plan.save_dtype == "auto" else plan.save_dtype
         llama = as_llama(network, stored)
         if llama is not None:
@@ -198,7 +229,7 @@ def _public(plan: Recipe) -> dict[str, Any]:
 
 def _inputs(source: Any, loaded: loading.LoadedModel, plan: Recipe) -> Calibration:
     """Calibration batches, and further ones that no fit sees, to measure perplexity on."""
-    measured = plan.measure if isinstance(source, str) and _is_causal(loaded.model) else 0
+    measured = plan.measure if isinstance(source, str) and _is_causal(loaded.model) and not plan.offload else 0
     settings: dict[str, Any] = {
         "tokens": plan.tokens, "length": plan.length, "batch": plan.batch, "seed": plan.seed, "short": plan.short_share,
         "unseen": measured,
@@ -224,7 +255,8 @@ def _is_causal(model: Any) -> bool:
 
 
 def _probe(model: Any, data: Calibration) -> dict[str, Tensor]:
-    return {name: value.to(model.device) for name, value in checkpoint.probe_inputs(data.batches[0]).items()}
+    device = offload.device_of(model)
+    return {name: value.to(device) for name, value in checkpoint.probe_inputs(data.batches[0]).items()}
 
 
 def _once(model: Any, probe: Mapping[str, Tensor]) -> None:

@@ -66,6 +66,7 @@ class Recipe(BaseModel):
     batch: int = Field(8, ge=1, description="sequences a forward pass")
     measure: int = Field(8192, ge=0, description="further tokens to measure perplexity on, 0 for none")
     seed: int = Field(0, ge=0, description="seed for the model's own samples")
+    offload: bool = Field(False, description="leave the weights on disk: for models larger than memory")
     form: Literal["auto", "native", "custom"] = Field(
         "auto", description="checkpoint form: stock architecture where possible, or custom code"
     )
@@ -92,6 +93,8 @@ class Recipe(BaseModel):
             problems.append("units needs readout: refit and a degree of 2 or more")
         if self.budget is not None and (self.degree != 2 or self.assume != "data" or self.form == "native"):
             problems.append("budget chooses degrees and form itself, and needs assume: data")
+        if self.offload and (not self.output or self.budget is not None):
+            problems.append("offload needs an output folder, and no budget")
         if self.tail_weight and self.assume != "data":
             problems.append("tail_weight needs assume: data")
         least = math.ceil(2 * self.length / (1 - self.short_share))

@@ -1,11 +1,12 @@
 """Run by path in a fresh process: loads folders with plain transformers and compares their outputs with files'.
 
 Imports nothing of this package, so what it sees is what somebody without it sees. Arguments: FOLDER FILE FORM, any
-number of times; a line of JSON each.
+number of times; a line of JSON each. --on-disk before them leaves the weights on disk.
 """
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
@@ -17,7 +18,7 @@ from safetensors.torch import load_file  # noqa: E402
 NEW_TOKENS = 5
 
 
-def compare(folder: str, file: str, form: str) -> dict:
+def compare(folder: str, file: str, form: str, **where) -> dict:
     """Missing and unexpected keys, the relative difference of the outputs, and whether greedy text is the same."""
     trust = form == "custom"
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
@@ -27,7 +28,7 @@ def compare(folder: str, file: str, form: str) -> dict:
     else:
         cls = getattr(transformers, config.architectures[0])
     options = {"trust_remote_code": True} if trust else {}
-    model, info = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    model, info = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options, **where)
     model.eval()
     tensors = load_file(file)
     inputs = {name.removeprefix("input."): value for name, value in tensors.items() if name.startswith("input.")}
@@ -52,9 +53,12 @@ def compare(folder: str, file: str, form: str) -> dict:
 
 def main(arguments: list[str]) -> None:
     transformers.utils.logging.disable_progress_bar()
+    where = {}
+    if arguments[0] == "--on-disk":
+        arguments, where = arguments[1:], {"device_map": {"": "disk"}, "offload_folder": tempfile.mkdtemp(dir=".")}
     for start in range(0, len(arguments), 3):
         try:
-            seen = compare(*arguments[start : start + 3])
+            seen = compare(*arguments[start : start + 3], **where)
         except Exception as error:
             seen = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(seen), flush=True)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from surgery import group, swap
+import torch
+from torch import Tensor
+
+from surgery import group, offload, swap
 from surgery.blocks import Block, attribute
 from surgery.calibration import Calibration
 from surgery.fit import FitSettings, FittedBlock, Gaussian, fit_block
@@ -55,8 +58,12 @@ class Task:
     def batches(self) -> list[dict[str, Any]]:
         """The calibration inputs where the model is, as its forward passes take them."""
         cache = {"use_cache": False} if self.model.can_generate() else {}
-        device = self.model.device
+        device = offload.device_of(self.model)
         return [{**{name: value.to(device) for name, value in batch.items()}, **cache} for batch in self.data.batches]
+
+    def like(self) -> Tensor:
+        """A tensor of the precision and in the place of the model's computations."""
+        return torch.empty(0, dtype=next(self.model.parameters()).dtype, device=offload.device_of(self.model))
 
     def originals(self) -> dict[str, Any]:
         return {path: attribute(self.model, path) for block in self.blocks for path in block.replaced}
@@ -64,20 +71,28 @@ class Task:
 
 @dataclass(frozen=True)
 class Replaced:
-    """Per block: its entry in `polynomial_blocks`, and its row in the report."""
+    """Per block: its entry in `polynomial_blocks`, and its row in the report; and what the twin makes of the probe."""
 
     entries: list[dict[str, Any]]
     rows: list[dict[str, Any]]
+    outcome: Any = None
 
 
-def replace_blocks(task: Task, native: bool, workshop: Workshop, degrees: Mapping[str, int] | None = None) -> Replaced:
+def replace_blocks(
+    task: Task,
+    native: bool,
+    workshop: Workshop,
+    degrees: Mapping[str, int] | None = None,
+    probe: Mapping[str, Tensor] | None = None,
+) -> Replaced:
     """Fits and installs one block after another. On any error the model is put back as it was.
 
     Args:
         degrees: by path, where they are not all the recipe's.
+        probe: inputs whose outputs are wanted of the twin, where new modules are not to stay in memory.
     """
     model, blocks = task.model, task.blocks
-    like = next(model.parameters())
+    like = task.like()
     originals = task.originals()
     done = Replaced([], [])
     follow = task.plan.refit and task.plan.target == "stream" and any(block.additive for block in blocks)
@@ -85,7 +100,7 @@ def replace_blocks(task: Task, native: bool, workshop: Workshop, degrees: Mappin
     passed = [] if len(finished) == len(blocks) else task.batches()  # nothing is left to calibrate, so nothing runs
     try:
         with (
-            Stream(model, passed, blocks, follow, task.first_is_sink) as stream,
+            Stream(model, passed, blocks, follow, task.first_is_sink, probe, probe is not None) as stream,
             Progress(len(blocks), task.quiet or not group.first()) as progress,
         ):
             for station in stream:
@@ -113,14 +128,15 @@ def replace_blocks(task: Task, native: bool, workshop: Workshop, degrees: Mappin
     except BaseException:
         put_back(model, originals)
         raise
-    return done
+    return replace(done, outcome=stream.outcome)
 
 
 def fit(station: Station, settings: FitSettings, given: Gaussian | None = None) -> FittedBlock | FittedExperts:
     """One block's polynomial, or its experts'."""
-    if station.block.kind == "experts":
-        return fit_experts(station, settings)
-    return fit_block(station, settings, given, CACHE_BYTES)
+    with offload.in_memory(station.modules.values()):
+        if station.block.kind == "experts":
+            return fit_experts(station, settings)
+        return fit_block(station, settings, given, CACHE_BYTES)
 
 
 def put_back(model: Any, originals: Mapping[str, Any]) -> None:

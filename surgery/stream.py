@@ -133,6 +133,8 @@ class Stream:
     Args:
         follow_original: run a second set of passes through the original blocks.
         first_is_sink: the first token of every sequence is a sink.
+        probe: inputs of one more pass, which nothing is fitted on; what the twin answers is `outcome` in the end.
+        retire: new modules leave memory when all passes are beyond them.
     With several processes, each gives all batches and runs its own.
     """
 
@@ -143,15 +145,19 @@ class Stream:
         blocks: Sequence[Block],
         follow_original: bool = False,
         first_is_sink: bool = False,
+        probe: Mapping[str, Tensor] | None = None,
+        retire: bool = False,
     ) -> None:
         self.model, self.blocks = model, blocks
         self.total = len(batches)
         self.number, self.batches = group.mine(batches)
         self._fitted = fitted_sequences(batches)[self.number :]
         self.follow_original, self.first_is_sink = follow_original, first_is_sink
+        self.probe, self.retire, self.outcome = probe, retire, None
         self._forks: dict[str, _Fork] = {}
         self._hooks: list[Any] = []
         self._passes: list[tuple[_Pass, ...]] = []
+        self._probing: _Pass | None = None
 
     def __enter__(self) -> Stream:
         if not self.batches and self.total:
@@ -207,12 +213,30 @@ class Stream:
                     x = forward.switch(batch) if index == 0 else forward.switch()
                     arrivals.append(self._arrival(block, x, forward, number))
                 columns.append(arrivals)
+            if self.probe is not None:
+                self._advance_probe()
             if index:  # every pass is beyond the previous block now, so its original weights can go
-                for path in self.blocks[index - 1].replaced:
-                    self._forks[path].original = self._forks[path].current
+                self._leave(self.blocks[index - 1])
             twin = tuple(column[0] for column in columns)
             original = tuple(column[1] for column in columns) if self.follow_original else ()
             yield Station(block, self._originals(block), twin, original, self.number)
+        if self.probe is not None:
+            self.outcome = self._advance_probe()
+        self._leave(self.blocks[-1])
+
+    def _advance_probe(self) -> Any:
+        if self._probing is None:
+            self._probing = self._start()[0]
+            self._passes.append((self._probing,))
+            return self._probing.switch(self.probe)
+        return self._probing.switch()
+
+    def _leave(self, block: Block) -> None:
+        for path in block.replaced:
+            fork = self._forks[path]
+            if self.retire and isinstance(fork.current, nn.Module):
+                fork.current.to("meta")
+            fork.original = fork.current
 
     def _originals(self, block: Block) -> dict[str, Any]:
         paths = {*block.first, block.last, block.activation_path}
@@ -255,8 +279,8 @@ class Stream:
         return Arrival(flat, keep, residual, size.float(), held, known, routing)
 
     def _start(self) -> tuple[_Pass, ...]:
-        def run(batch: Mapping[str, Tensor]) -> None:
-            self.model(**batch)
+        def run(batch: Mapping[str, Tensor]) -> Any:
+            return self.model(**batch)
 
         pair = [_Pass(run)]
         if self.follow_original:

@@ -1,0 +1,107 @@
+"""Models larger than memory: weights stay on disk, and the twin is the one made in memory."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import surgery
+from surgery import checkpoint, offload
+from surgery.errors import ModelError, RecipeError
+from tests import tiny
+
+SETTINGS = {"calibration": "python", "tokens": 4096, "length": 32, "measure": 0}
+
+
+def tensors_of(folder):
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("offload")
+    for name in ("llama", "gpt2"):
+        tiny.save_with_tokenizer(name, place / name)
+    return place
+
+
+@pytest.mark.parametrize(("name", "form"), [("llama", "native"), ("llama", "custom"), ("gpt2", "custom")])
+def test_the_twin_is_the_one_made_in_memory(folder, name, form, tmp_path, monkeypatch):
+    monkeypatch.setattr("surgery.offload.SHARD", "40KB")
+    surgery.convert(folder / name, output=tmp_path / "memory", form=form, **SETTINGS)
+    twin, report = surgery.convert(folder / name, output=tmp_path / "disk", form=form, offload=True, **SETTINGS)
+    assert report.form == form
+    assert len(list((tmp_path / "disk").glob("*.safetensors"))) > 1
+    assert not (tmp_path / "disk.partial").exists()
+    one, two = tensors_of(tmp_path / "memory"), tensors_of(tmp_path / "disk")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert all(parameter.is_meta for parameter in twin.parameters())
+    ids = torch.randint(3, 90, (2, 16))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "disk", trust_remote_code=form == "custom")
+    with torch.no_grad():
+        assert torch.allclose(twin(ids).logits, again(ids).logits, atol=1e-5)
+    assert json.loads((tmp_path / "disk" / "surgery.json").read_text())["verification"]["verified"]
+
+
+def test_finished_blocks_and_shards_are_not_redone(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("surgery.offload.SHARD", "40KB")
+    written, later = [], []
+    real = offload.save_file
+
+    def noting(tensors, file, **more):
+        later.append(sorted(tensors))
+        real(tensors, file, **more)
+
+    def stopping(tensors, file, **more):
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        written.append(sorted(tensors))
+        real(tensors, file, **more)
+
+    given = {"output": tmp_path / "twin", "offload": True, **SETTINGS}
+    with monkeypatch.context() as patch:
+        patch.setattr("surgery.offload.save_file", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            surgery.convert(folder / "llama", **given)
+    assert not (tmp_path / "twin").exists()
+
+    def never(*_):
+        raise AssertionError("a finished block was fitted again")
+
+    monkeypatch.setattr("surgery.replacement.fit_block", never)
+    monkeypatch.setattr("surgery.offload.save_file", noting)
+    surgery.convert(folder / "llama", **given)
+    assert written[0] not in later
+    assert later
+
+
+def test_a_damaged_shard_is_noticed(folder, tmp_path, monkeypatch):
+    """Negative control: what was copied wrongly must not pass."""
+    real = checkpoint.save_file
+
+    def damaged(tensors, file, **more):
+        changed = {name: value * 1.5 if "down_proj" in name else value for name, value in tensors.items()}
+        real(changed, file, **more)
+
+    monkeypatch.setattr(offload, "save_file", damaged)
+    with pytest.raises(surgery.SurgeryError, match="differs from the one in memory"):
+        surgery.convert(folder / "llama", output=tmp_path / "twin", offload=True, **SETTINGS)
+    assert not (tmp_path / "twin").exists()
+
+
+def test_what_cannot_stay_on_disk_is_said(folder, tmp_path):
+    from evals.tiny_models import tiny as build
+
+    with pytest.raises(RecipeError, match="needs an output folder"):
+        surgery.convert(folder / "llama", offload=True, **SETTINGS)
+    with pytest.raises(ModelError, match="can stay on disk"):
+        surgery.convert(tiny.make("llama"), output=tmp_path / "a", offload=True, calibration=torch.ones(8, 8).long())
+    build(transformers.MixtralForCausalLM, "mixtral").save_pretrained(tmp_path / "mixtral")
+    with pytest.raises(ModelError, match="convert it in memory"):
+        surgery.convert(
+            tmp_path / "mixtral", output=tmp_path / "b", offload=True, length=16,
+            calibration=torch.randint(3, 90, (64, 16)),
+        )  # fmt: skip
