@@ -88,7 +88,9 @@ def render(folder: Path, base_model: str | None = None, licence: str | None = No
             headline=headline, tasks=tasks, notes=notes, plot=str(PLOT) if (folder / PLOT).is_file() else None,
             checkpoint=_checkpoint_row(report, config),
             refinement=report.get("refinement"),
-            quadratic=report["recipe"]["degree"] == 2, causal="ForCausalLM" in config["architectures"][0]
+            quadratic=_degrees(report) == [2], degrees=" or ".join(map(str, _degrees(report))),
+            kept=[path for path, degree in (report.get("budget") or {}).get("degrees", {}).items() if degree == 0],
+            causal="ForCausalLM" in config["architectures"][0]
             or "LMHead" in config["architectures"][0],
         )
     )  # fmt: skip
@@ -117,10 +119,16 @@ def _front_matter(report: dict[str, Any], config: dict[str, Any], base: str | No
         data |= {"base_model": base, "base_model_relation": "finetune"}
     if "ForCausalLM" in architecture or "LMHead" in architecture:
         data["pipeline_tag"] = "text-generation"
-    data["tags"] = ["polynomial", "polysurgery", "interpretability", f"degree-{report['recipe']['degree']}"]
+    data["tags"] = ["polynomial", "polysurgery", "interpretability", *(f"degree-{n}" for n in _degrees(report))]
     if report["form"] == "native":
         data["tags"].append("bilinear")
     return yaml.safe_dump(data, sort_keys=False).strip()
+
+
+def _degrees(report: dict[str, Any]) -> list[int]:
+    """Of the blocks, each once."""
+    own = report["recipe"]["degree"]
+    return sorted({row.get("degree", own) for row in report["blocks"]}) or [own]
 
 
 def _licence_of(base: str, revision: str | None) -> str | None:

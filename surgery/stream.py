@@ -222,7 +222,8 @@ class Stream:
             yield Station(block, self._originals(block), twin, original, self.number)
         if self.probe is not None:
             self.outcome = self._advance_probe()
-        self._leave(self.blocks[-1])
+        for block in self.blocks[-1:]:
+            self._leave(block)
 
     def _advance_probe(self) -> Any:
         if self._probing is None:

@@ -75,6 +75,11 @@ def test_the_whole_stays_within_the_budget_and_the_account_is_kept(knowing, tmp_
         assert cost["nats"][3] < cost["nats"][2]  # a cubic unit is nearer to SiLU
     assert (tmp_path / "twin" / "budget.png").stat().st_size > 1000
     assert json.loads((tmp_path / "twin" / "surgery.json").read_text())["budget"]["nats"] == allowed
+    from surgery.card import render
+
+    text = render(tmp_path / "twin").text
+    assert "every feed-forward block" not in text
+    assert all(path in text for path, degree in account["degrees"].items() if degree == 0)
     again = surgery.load(str(tmp_path / "twin"))
     with torch.no_grad():
         assert torch.allclose(again(knowing[1][:4]).logits, twin(knowing[1][:4]).logits, atol=1e-4)
