@@ -67,6 +67,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
 @click.option("--seed", type=int, help="Seed for the model's own samples.  [default: 0]")
 @click.option("--form", help="auto, native or custom: checkpoint form.  [default: auto]")
 @click.option("--dtype", help="Precision to compute in.  [default: float32]")
+@click.option("--device", help="cpu, cuda, …; auto: the accelerator, if there is one.  [default: cpu]")
 @click.option("--save-dtype", help="Precision of the saved weights.  [default: as in the source]")
 @click.option(
     "--tail-weight",

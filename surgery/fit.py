@@ -256,7 +256,7 @@ def _moments(
 
     if given is not None:
         parts = [
-            gaussian(InputMoments.gaussian(mean, covariance), float(weight))
+            gaussian(InputMoments.gaussian(mean.to(sample.x.device), covariance.to(sample.x.device)), float(weight))
             for weight, mean, covariance in zip(given.weights, given.means, given.covariances, strict=True)
         ]
         total = parts[0]

@@ -44,7 +44,7 @@ def total(value: Tensor) -> Tensor:
 
 def number(value: float) -> float:
     """The sum over all processes of a number."""
-    return float(total(torch.tensor(float(value), dtype=torch.float64))) if count() > 1 else value
+    return sum(each(value))
 
 
 def together(rows: Tensor) -> Tensor:

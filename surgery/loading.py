@@ -171,6 +171,28 @@ def load(
     return LoadedModel(model, tokenizer, source)
 
 
+def placed(device: str) -> Any:
+    """The device of that name; `auto` is this process's accelerator, where there is one that computes in float64.
+
+    Raises:
+        ModelError: no such device here.
+    """
+    import torch
+
+    if device == "auto":
+        from accelerate import PartialState
+
+        found: torch.device = PartialState().device
+        return torch.device("cpu") if found.type == "mps" else found  # Metal has no float64, which the sums are kept in
+    try:
+        torch.empty(0, device=device, dtype=torch.float64)
+    except Exception as error:
+        raise ModelError(
+            f"no device {device!r} that computes in float64", where="--device", cause=str(error).splitlines()[0]
+        ) from error
+    return torch.device(device)
+
+
 def public(name: str, kind: str) -> str:
     """A name as it is recorded: local paths by their last part."""
     return Path(locate(name)[0]).name if kind == "folder" else (Path(name).name if kind == "gguf" else name)

@@ -77,7 +77,10 @@ def convert(
             shutil.rmtree(partial(target), ignore_errors=True)
     torch.manual_seed(plan.seed)
     if isinstance(model, str | Path):
+        where = loading.placed(plan.device)
         loaded = loading.load(str(model), plan.revision, plan.dtype, offload.ON_DISK if plan.offload else None)
+        if not plan.offload:
+            loaded.model.to(where)
     else:
         loaded = loading.in_memory(model, tokenizer)
     loaded_at = time.monotonic()

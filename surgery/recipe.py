@@ -71,6 +71,7 @@ class Recipe(BaseModel):
         "auto", description="checkpoint form: stock architecture where possible, or custom code"
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("float32", description="precision to compute in")
+    device: str = Field("cpu", description="where to compute: cpu, cuda, …; auto: the accelerator, if there is one")
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision of the saved weights (auto: as in the source)"
     )

@@ -70,9 +70,8 @@ class Workshop:
         if target is None:
             return Workshop(None)
         folder = partial(target)
-        ours = {
-            key: value for key, value in recipe.resolved().items() if key not in ("output", "measure", "save_dtype")
-        }
+        elsewhere = ("output", "measure", "save_dtype", "device")  # change nothing in a block
+        ours = {key: value for key, value in recipe.resolved().items() if key not in elsewhere}
         text = json.dumps([ours, source.as_dict(), data.fingerprint], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()
         note = folder / "run.json"

@@ -40,6 +40,13 @@ def test_inspect_reads_no_weights(llama, tmp_path):
     assert surgery("inspect", tmp_path).returncode == 0
 
 
+def test_a_device_that_is_not_here_is_an_error(llama, tmp_path):
+    done = surgery("convert", llama, "-o", tmp_path / "twin", "--tokens", 4096, "--length", 32, "--device", "nowhere")
+    assert done.returncode == 2
+    assert "no device 'nowhere'" in done.stderr
+    assert not (tmp_path / "twin").exists()
+
+
 def test_convert_prints_perplexity_and_keeps_the_companions(llama, tmp_path):
     arguments = ["convert", llama, "--tokens", 4096, "--length", 32, "--measure", 512]
     done = surgery(*arguments, "-o", tmp_path / "twin")
