@@ -183,7 +183,8 @@ def _held_out(task: Task) -> list[dict[str, Tensor]]:
         zip(batches, fitted_sequences(batches), strict=True), key=lambda pair: -pair[0]["input_ids"].shape[1]
     )
     for batch, fitted in pairs:
-        held = {name: value[fitted:] for name, value in batch.items()}
+        rows = -(-(COST_TOKENS - count) // batch["input_ids"].shape[1])
+        held = {name: value[fitted:][:rows] for name, value in batch.items()}
         if len(held["input_ids"]) and count < COST_TOKENS:
             found.append(held)
             count += held["input_ids"].numel()
