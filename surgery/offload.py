@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from surgery.blocks import Block
 from surgery.checkpoint import SHARD, write_json
 from surgery.errors import CheckpointError, ModelError
 from surgery.loading import Source
@@ -78,14 +79,22 @@ def folder_of(source: Source, name: str) -> Path:
     return Path(snapshot_download(name, revision=source.revision, allow_patterns=["*.safetensors", "*.json"]))
 
 
-def check_names(model: Any, folder: Path, blocks: Iterable[str]) -> dict[str, Path]:
+def check_names(model: Any, folder: Path, blocks: Sequence[Block]) -> dict[str, Path]:
     """The files of all tensors outside the blocks, under their names in memory.
 
     Raises:
         ModelError: a tensor has another name on disk, so that it cannot be copied as it is.
     """
     files = original_files(folder)
-    inside = tuple(f"{path}." for path in blocks)
+    inside = tuple(f"{block.path}." for block in blocks)
+    for block in blocks:
+        if block.kind == "experts":
+            raise ModelError(
+                "experts cannot stay on disk",
+                where=block.path,
+                cause="a checkpoint keeps each by itself, and the model all in one",
+                fix="convert it in memory, without --offload",
+            )
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     for name in model.state_dict():
         if name not in files and name not in tied and not name.startswith(inside):

@@ -170,7 +170,7 @@ def _ready(
     files = {}
     if plan.offload:
         folder = offload.folder_of(loaded.source, plan.model)
-        files = offload.check_names(network, folder, [block.path for block in blocks])
+        files = offload.check_names(network, folder, blocks)
     given = dict(moments or {}) | _moments_file(plan, blocks)
     if plan.budget is not None and not _is_causal(network):
         raise RecipeError("a budget is in nats, which only a causal language model has", fix="leave --budget out")
