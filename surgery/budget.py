@@ -177,15 +177,13 @@ def _better(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
 
 
 def _held_out(task: Task) -> list[dict[str, Tensor]]:
-    """Calibration sequences that no fit sees (they choose ridges), the longest first, about COST_TOKENS tokens."""
+    """Calibration sequences that no fit sees (they choose ridges): long ones, about COST_TOKENS tokens."""
     batches, found, count = task.data.batches, [], 0
-    pairs = sorted(
-        zip(batches, fitted_sequences(batches), strict=True), key=lambda pair: -pair[0]["input_ids"].shape[1]
-    )
-    for batch, fitted in pairs:
-        rows = -(-(COST_TOKENS - count) // batch["input_ids"].shape[1])
+    length = max(batch["input_ids"].shape[1] for batch in batches)
+    for batch, fitted in zip(batches, fitted_sequences(batches), strict=True):
+        rows = -(-(COST_TOKENS - count) // length)
         held = {name: value[fitted:][:rows] for name, value in batch.items()}
-        if len(held["input_ids"]) and count < COST_TOKENS:
+        if held["input_ids"].shape[1] == length and len(held["input_ids"]) and count < COST_TOKENS:
             found.append(held)
             count += held["input_ids"].numel()
     return found

@@ -95,6 +95,14 @@ def test_costs_leave_the_model_as_it_was_when_nothing_fits(knowing):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_long_and_short_windows_together(tmp_path):
+    tiny.save_with_tokenizer("llama", tmp_path / "base")
+    settings = {"calibration": "python", "tokens": 4096, "length": 96, "short": 0.5, "measure": 192}
+    _, report = surgery.convert(tmp_path / "base", budget=10.0, **settings)
+    assert report.budget["tokens"] % 95 == 0
+    assert report.budget["measured"] == pytest.approx(report.perplexity["nats"])
+
+
 def test_a_budget_is_for_causal_models_and_chooses_degrees_itself(ids):
     with pytest.raises(RecipeError, match="causal"):
         surgery.convert(tiny.make("bert"), calibration=ids, length=32, budget=0.1)
