@@ -96,11 +96,12 @@ def replace_blocks(
     originals = task.originals()
     done = Replaced([], [])
     follow = task.plan.refit and task.plan.target == "stream" and any(block.additive for block in blocks)
+    aside = None if probe is None else workshop.folder
     finished = group.agreed(workshop.finished(blocks))
     passed = [] if len(finished) == len(blocks) else task.batches()  # nothing is left to calibrate, so nothing runs
     try:
         with (
-            Stream(model, passed, blocks, follow, task.first_is_sink, probe, probe is not None) as stream,
+            Stream(model, passed, blocks, follow, task.first_is_sink, probe, aside) as stream,
             Progress(len(blocks), task.quiet or not group.first()) as progress,
         ):
             for station in stream:

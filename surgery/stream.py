@@ -14,8 +14,11 @@ Memory: the local variables of the suspended passes, about three hidden states p
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
@@ -110,6 +113,17 @@ class _Fork(nn.Module):
             return getattr(super().__getattr__("current"), name)
 
 
+def in_file(tensor: Tensor, folder: Path) -> None:
+    """Moves a tensor's memory, in place, to a file without a name, which lives as long as the tensor does."""
+    if tensor.device.type != "cpu" or tensor.untyped_storage().filename is not None:
+        return
+    descriptor, name = tempfile.mkstemp(dir=folder, suffix=".hidden")
+    os.close(descriptor)
+    mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+    os.unlink(name)
+    tensor.data = mapped.copy_(tensor)
+
+
 def fitted_sequences(batches: Sequence[Mapping[str, Tensor]]) -> list[int]:
     """How many sequences of each batch are fitted on. The others, the last eighth of all of one length (at least one),
     choose the ridge: whole texts, so that the choice is honest."""
@@ -134,7 +148,9 @@ class Stream:
         follow_original: run a second set of passes through the original blocks.
         first_is_sink: the first token of every sequence is a sink.
         probe: inputs of one more pass, which nothing is fitted on; what the twin answers is `outcome` in the end.
-        retire: new modules leave memory when all passes are beyond them.
+        aside: for models larger than memory, a folder for hidden states: waiting passes keep theirs in (deleted) files
+            there, which the system writes out when it needs the memory; and new modules leave memory when all passes
+            are beyond them.
     With several processes, each gives all batches and runs its own.
     """
 
@@ -146,14 +162,14 @@ class Stream:
         follow_original: bool = False,
         first_is_sink: bool = False,
         probe: Mapping[str, Tensor] | None = None,
-        retire: bool = False,
+        aside: Path | None = None,
     ) -> None:
         self.model, self.blocks = model, blocks
         self.total = len(batches)
         self.number, self.batches = group.mine(batches)
         self._fitted = fitted_sequences(batches)[self.number :]
         self.follow_original, self.first_is_sink = follow_original, first_is_sink
-        self.probe, self.retire, self.outcome = probe, retire, None
+        self.probe, self.aside, self.outcome = probe, aside, None
         self._forks: dict[str, _Fork] = {}
         self._hooks: list[Any] = []
         self._passes: list[tuple[_Pass, ...]] = []
@@ -235,7 +251,7 @@ class Stream:
     def _leave(self, block: Block) -> None:
         for path in block.replaced:
             fork = self._forks[path]
-            if self.retire and isinstance(fork.current, nn.Module):
+            if self.aside is not None and isinstance(fork.current, nn.Module):
                 fork.current.to("meta")
             fork.original = fork.current
 
@@ -255,6 +271,10 @@ class Stream:
                 where=block.path,
                 cause="the calibration inputs do not exercise it, or it runs before an earlier one",
             )
+        normed = forward.normed is not None and forward.normed[1].data_ptr() == x.data_ptr()
+        if self.aside is not None:
+            for held in (x, *(forward.normed or ())[:1]):
+                in_file(held, self.aside)
         flat = x.detach().flatten(0, -2)
         if not bool(torch.isfinite(flat).all()):
             raise CalibrationError(
@@ -264,8 +284,8 @@ class Stream:
                 fix="load it with --dtype float32, or check the checkpoint",
             )
         residual = None
-        if forward.normed is not None and forward.normed[1].data_ptr() == x.data_ptr():
-            residual = forward.normed[0].flatten(0, -2)
+        if normed and forward.normed is not None:
+            residual = forward.normed[0].detach().flatten(0, -2)
         forward.normed, routing, forward.routing = None, forward.routing, None
         size = residual.norm(dim=-1) if residual is not None and block.additive else forward.size
         if size is None or len(size) != len(flat):
@@ -299,7 +319,7 @@ def _note_size(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 def _note_norm(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     me = getcurrent()
     if isinstance(me, _Pass) and args and isinstance(output, Tensor):
-        me.normed = (args[0].detach(), output)
+        me.normed = (args[0], output)
 
 
 def _mask(block: Block, batch: Mapping[str, Tensor], flat: Tensor) -> Tensor:

@@ -78,6 +78,25 @@ def test_finished_blocks_and_shards_are_not_redone(folder, tmp_path, monkeypatch
     assert later
 
 
+def test_hidden_states_wait_in_files(folder, tmp_path, monkeypatch):
+    from surgery import replacement
+
+    real, seen = replacement.fit_block, []
+
+    def looking(station, *rest):
+        for arrival in (*station.twin, *station.original):
+            seen.append([arrival.x.untyped_storage().filename, arrival.residual.untyped_storage().filename])
+        return real(station, *rest)
+
+    monkeypatch.setattr(replacement, "fit_block", looking)
+    surgery.convert(folder / "llama", output=tmp_path / "memory", **SETTINGS)
+    assert {name for names in seen for name in names} == {None}
+    seen.clear()
+    surgery.convert(folder / "llama", output=tmp_path / "disk", offload=True, **SETTINGS)
+    assert seen
+    assert all(name is not None for names in seen for name in names)
+
+
 def test_a_damaged_shard_is_noticed(folder, tmp_path, monkeypatch):
     """Negative control: what was copied wrongly must not pass."""
     real = checkpoint.save_file
