@@ -103,18 +103,18 @@ def refit(
             at_sinks.append((features[real & sink] * root[real & sink], target[real & sink] * root[real & sink]))
             root = root * (real & ~sink)[:, None]
             (chosen_on if held else fit).add_rows(features * root, target * root)
-    anchor = RidgeSums.of(torch.cat([f for f, _ in at_sinks]), torch.cat([t for _, t in at_sinks]))
-    for sums in (fit, chosen_on, anchor):
+    anchor = tuple(group.together(torch.cat(rows)) for rows in zip(*at_sinks, strict=True))
+    for sums in (fit, chosen_on):
         for part in sums.parts():
             group.total(part)
     if not (float(fit.weight) and float(chosen_on.weight)):
         raise CalibrationError("no tokens are left to fit on", where=block.path, fix="give more text")
-    free = sink_units + 1
-    kept = None
+    free, kept = sink_units + 1, None
     if units is not None and units < len(prior) - free:
-        kept = most_useful(fit + anchor, prior, units, free)
-        fit, chosen_on, anchor, prior = fit.at(kept), chosen_on.at(kept), anchor.at(kept), prior[kept]
-    choice = ridge_path(fit, chosen_on, prior, anchor=anchor, free=free)
+        kept = most_useful(fit, prior, units, free)
+        fit, chosen_on, prior = fit.at(kept), chosen_on.at(kept), prior[kept]
+        anchor = (anchor[0][:, kept], anchor[1])
+    choice = ridge_path(fit, chosen_on, prior, anchor=(anchor[0], anchor[1]), free=free)
     solution = choice.weight.to(station.twin[0].x)
     if kept is not None:
         hidden = [[part[:, kept] for part in parts] for parts in hidden]

@@ -76,11 +76,16 @@ class RidgeSums:
 
     def at(self, kept: Tensor) -> RidgeSums:
         """The same sums for some of the features, by number; the constant stays the last."""
-        return RidgeSums(self.weight, self.full_gram()[kept][:, kept], self.cross[kept], self.target_square)
+        gram = self.full_gram()[kept][:, kept]
+        return RidgeSums(self.weight, gram, self.cross[kept], self.target_square)
 
     def full_gram(self) -> Tensor:
-        """Fᵀ W F with its lower half filled in, (p, p)."""
-        return self.gram.triu() + self.gram.triu(1).T
+        """Fᵀ W F with its lower half filled in, (p, p). In place: this matrix is what takes the memory."""
+        edges = [len(self.gram) * k // PARTS for k in range(PARTS + 1)]
+        for k in range(PARTS):
+            rows, below = slice(edges[k], edges[k + 1]), slice(edges[k + 1], None)
+            self.gram[below, rows] = self.gram[rows, below].T
+        return self.gram
 
     def r2(self, solution: Tensor) -> float:
         """1 − Σ w ‖t − Bᵀ f‖² ÷ variance of the targets about their mean, over all outputs; B of shape (p, q)."""
@@ -110,7 +115,7 @@ def ridge_path(
     held: RidgeSums,
     prior: Tensor,
     ridges: Sequence[float] = RIDGES,
-    anchor: RidgeSums | None = None,
+    anchor: tuple[Tensor, Tensor] | None = None,
     free: int = 1,
 ) -> Readout:
     """min_B Σ w‖t − Bᵀf‖² + λ·n·mean(f²)·‖B − prior‖², with the λ that leaves the smallest held-out residual.
@@ -122,13 +127,15 @@ def ridge_path(
         fit, held: sums over the tokens to fit and to choose on.
         prior: shape (p, q), what B is pulled towards.
         free: how many of the last features (sink units, the constant) are not pulled.
-        anchor: sums that belong to every fit but to no score (attention sinks).
+        anchor: features and targets of rows that belong to every fit but to no score (attention sinks); they are added
+            to `fit`.
     """
     ordered = sorted(ridges)
-    base = fit if anchor is None else fit + anchor
-    gram, held_gram = base.full_gram(), held.full_gram()
     size = float(fit.gram.diagonal()[:-free].mean())
-    pull = base.cross - gram @ prior
+    if anchor is not None:
+        fit.add_rows(*anchor)
+    gram, held_gram = fit.full_gram(), held.full_gram()
+    pull = fit.cross - gram @ prior
     sketch = _directions(prior)
     begin, seen, held_cross = prior @ sketch, pull @ sketch, held.cross @ sketch
 
