@@ -103,13 +103,17 @@ def plan_text(planned: dict[str, Any]) -> str:
     lines = [
         f"model         {planned['model']} ({planned['architecture']})",
         f"blocks        {len(planned['convert'])} of {len(planned['blocks'])}",
-        f"degree        {recipe['degree']} ({planned['coefficients_per_unit']} coefficients a unit)",
+        f"degree        {recipe['degree']} ({planned['coefficients_per_unit']} coefficients a unit)"
+        if recipe["budget"] is None
+        else f"degree        2, 3 or the original, within {recipe['budget']} nats",
         f"optimum for   {recipe['assume']}, readout {recipe['readout']}, target {recipe['target']}",
         f"calibration   {recipe['calibration']}: {recipe['tokens']} tokens in sequences of {recipe['length']}, "
         f"{recipe['short']:.0%} of them in short ones",
         f"form          {planned['form']}",
         f"output        {recipe['output'] or '(none)'}",
     ]
+    if recipe["units"] < 1:
+        lines.insert(3, f"units         {recipe['units']:.0%} of each block's, the most useful ones")
     lines += [f"left alone    {item['path']}: {item['reason']}" for item in planned["left_alone"]]
     return "\n".join(lines)
 
