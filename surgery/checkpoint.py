@@ -25,7 +25,7 @@ from torch import Tensor
 from surgery.errors import CheckpointError
 
 REPORT = "surgery.json"
-SHARD = "5GB"  # of a checkpoint put together from files
+SHARD = "500MB"  # of a checkpoint put together from files: what is in memory at once
 PROBE_ROWS, PROBE_LENGTH = 2, 32
 
 
