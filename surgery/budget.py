@@ -5,7 +5,7 @@ at degree 3, put in alone, and the model's loss on held-out calibration tokens i
 the largest number of quadratic blocks that fits is the cheapest ones', and what is left goes to cubic ones likewise.
 
 Costs do not quite add up (later blocks make up for earlier ones, errors meet), so the whole is converted and measured,
-and the allowance is corrected by what was found.
+and what it loses beyond the sum is laid on all replaced blocks alike for the next choice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from surgery.stream import Stream, fitted_sequences
 DEGREES = (2, 3)
 ORIGINAL = 0
 COST_TOKENS = 2048
-TRIES = 4
+TRIES = 5
 ENOUGH = 0.8  # of the budget used; less is worth another try
 MARGIN = 0.95
 
@@ -69,19 +69,22 @@ class Budget:
         return asdict(self)
 
 
-def chosen(costs: Sequence[BlockCost], allowed: float) -> dict[str, int]:
+def chosen(costs: Sequence[BlockCost], allowed: float, surcharge: float = 0.0) -> dict[str, int]:
     """Degrees by path: as many quadratic blocks as the allowance takes, then as many cubic ones.
 
-    With costs that add up and none below zero no other choice has more quadratic blocks, nor as many and more cubic.
+    With costs that add up and none below zero no other choice has more quadratic blocks.
+
+    Args:
+        surcharge: on the cost of every block that is replaced.
     """
     degrees = {cost.path: ORIGINAL for cost in costs}
     left = allowed
     for degree in DEGREES:
-        for cost in sorted(costs, key=lambda cost: max(0.0, cost.nats[degree])):
-            price = max(0.0, cost.nats[degree])
-            if degrees[cost.path] == ORIGINAL and price <= left:
-                degrees[cost.path] = degree
-                left -= price
+        prices = {cost.path: max(0.0, cost.nats[degree] + surcharge) for cost in costs}
+        for path in sorted(prices, key=lambda path: prices[path]):
+            if degrees[path] == ORIGINAL and prices[path] <= left:
+                degrees[path] = degree
+                left -= prices[path]
     return degrees
 
 
@@ -105,22 +108,22 @@ def within(
     before, originals = nats(task.model, check), task.originals()
     tried: list[tuple[int, int, float]] = []
     best: dict[str, int] = {}
-    allowance, now, lost, done = allowed, chosen(costs, allowed), float("inf"), Replaced([], [])
-    for _ in range(TRIES):
+    now, lost, done = chosen(costs, allowed), float("inf"), Replaced([], [])
+    seen: list[dict[str, int]] = []
+    while any(now.values()) and now not in seen and len(seen) < TRIES:
+        put_back(task.model, originals)
         done = _converted(task, native, now)
         lost = nats(task.model, check) - before
+        seen.append(now)
         count = list(now.values())
         tried.append((count.count(2), count.count(3), lost))
         fits = lost <= allowed
         best = now if fits and _better(now, best) else best
         if fits and (lost >= ENOUGH * allowed or set(count) == {2}):
             break
-        allowance *= MARGIN * allowed / lost if lost > 0 else 2.0
-        following = chosen(costs, allowance)
-        if following in (now, best) or not any(following.values()):
-            break
-        put_back(task.model, originals)
-        now = following
+        # What the whole loses beyond the sum (or less than it) is laid on all blocks that were replaced.
+        surcharge = (lost - _sum(costs, now)) / sum(map(bool, count))
+        now = chosen(costs, MARGIN * allowed, surcharge)
     if not best:
         put_back(task.model, originals)
         cheapest = min(min(cost.nats.values()) for cost in costs)
@@ -129,12 +132,11 @@ def within(
             cause=f"the cheapest single block costs {cheapest:.4f}",
             fix="give a larger --budget, or more calibration tokens",
         )
-    if now != best:
+    if seen[-1] != best:
         put_back(task.model, originals)
         done = _converted(task, native, best)
         lost = nats(task.model, check) - before
-    predicted = sum(cost.nats[best[cost.path]] for cost in costs if best[cost.path])
-    account = Budget(allowed, costs, best, predicted, lost, tuple(tried), _count(tokens))
+    account = Budget(allowed, costs, best, _sum(costs, best), lost, tuple(tried), _count(tokens))
     return done, account, native and set(best.values()) == {2}
 
 
@@ -160,6 +162,10 @@ def measured_costs(task: Task, nats: Nats, tokens: Sequence[Mapping[str, Tensor]
             costs.append(BlockCost(block.path, found))
             progress.tell(f"{block.path} {found[2]:+.4f} nats at degree 2, {found[3]:+.4f} at 3")
     return tuple(costs)
+
+
+def _sum(costs: Sequence[BlockCost], degrees: Mapping[str, int]) -> float:
+    return sum(cost.nats[degrees[cost.path]] for cost in costs if degrees[cost.path])
 
 
 def _converted(task: Task, native: bool, degrees: Mapping[str, int]) -> Replaced:

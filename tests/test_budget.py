@@ -34,6 +34,38 @@ def test_no_other_choice_has_more_quadratic_blocks_or_as_many_and_more_cubic(tab
     assert rank(mine)[0] == max(rank(degrees)[0] for degrees in possible)
 
 
+@given(tables, st.floats(0, 0.5), st.floats(0, 0.05))
+def test_a_surcharge_never_buys_more(table, allowed, surcharge):
+    costs = [BlockCost(str(index), {2: two, 3: three}) for index, (two, three) in enumerate(table)]
+    plain, dearer = (list(chosen(costs, allowed, extra).values()) for extra in (0.0, surcharge))
+    assert dearer.count(2) <= plain.count(2)
+
+
+def test_what_the_whole_loses_beyond_the_sum_is_learnt(monkeypatch):
+    """Sixteen blocks, each 0.01 dearer together than alone, as nine tenths of what they lose is not seen alone."""
+    from types import SimpleNamespace
+
+    from surgery import budget
+    from surgery.replacement import Replaced
+
+    costs = tuple(BlockCost(str(index), {2: 0.001, 3: 0.0}) for index in range(16))
+    state = {}
+
+    def converted(task, native, degrees):
+        state["lost"] = sum({0: 0.0, 2: 0.011, 3: 0.003}[degree] for degree in degrees.values())
+        return Replaced([], [])
+
+    monkeypatch.setattr(budget, "measured_costs", lambda *_: costs)
+    monkeypatch.setattr(budget, "_held_out", lambda _: [])
+    monkeypatch.setattr(budget, "_converted", converted)
+    monkeypatch.setattr(budget, "put_back", lambda *_: state.update(lost=0.0))
+    task = SimpleNamespace(model=None, originals=dict)
+    _, account, _ = budget.within(task, True, 0.05, lambda *_: state.get("lost", 0.0), [{}])
+    assert account.measured <= 0.05
+    assert list(account.degrees.values()).count(2) >= 3
+    assert account.tried[0][2] > 0.05
+
+
 def model_that_knows_something(ids):
     """Random weights know nothing, so that nothing could be lost: a head that predicts the model's own taste."""
     model = tiny.make("llama")
