@@ -37,6 +37,7 @@ bench: setup $(MODEL)
 	$(BIN)/python benchmarks/coefficients.py
 	$(BIN)/python benchmarks/conversion.py --plot docs/conversion.png
 	$(BIN)/python benchmarks/inference.py $(MODEL)
+	$(BIN)/python benchmarks/offload.py
 	$(BIN)/python benchmarks/units.py $(MODEL) --text python
 
 lint: setup

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from surgery import group, swap
@@ -207,7 +206,7 @@ def draw(budget: Budget, file: Any) -> bool:
         return False
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
-    place = torch.arange(len(budget.costs)).tolist()
+    place = range(len(budget.costs))
     for degree, colour, shift in ((2, "#4878a8", -0.2), (3, "#d99058", 0.2)):
         bars = axes.bar(
             [at + shift for at in place], [cost.nats[degree] for cost in budget.costs], 0.4,

@@ -18,7 +18,7 @@ tables = st.lists(st.tuples(prices, prices), min_size=1, max_size=5)
 
 
 @given(tables, st.floats(0, 0.5))
-def test_no_other_choice_has_more_quadratic_blocks_or_as_many_and_more_cubic(table, allowed):
+def test_no_other_choice_has_more_quadratic_blocks(table, allowed):
     costs = [BlockCost(str(index), {2: two, 3: three}) for index, (two, three) in enumerate(table)]
     found = chosen(costs, allowed)
 

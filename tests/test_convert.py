@@ -352,8 +352,6 @@ def test_half_the_units_stay_a_native_twin_of_half_the_width(ids, tmp_path):
 
 def test_the_units_kept_are_better_than_others(ids):
     """Negative control: the same number of units, drawn at random."""
-    from surgery import ridge
-
     kept, _ = surgery.convert(tiny.make("llama"), calibration=ids, length=24, units=0.25)
 
     def drawn(fit, prior, count, free=1):
@@ -366,4 +364,3 @@ def test_the_units_kept_are_better_than_others(ids):
     with torch.no_grad():
         original, mine, theirs = (model(ids[:16]).logits for model in (tiny.make("llama"), kept, random))
     assert (mine - original).norm() < 0.95 * (theirs - original).norm()
-    assert ridge.ROUNDS > 1

@@ -1,0 +1,88 @@
+"""Peak memory of a conversion whose weights stay on disk: a random Llama, written a shard at a time, then converted.
+
+    python benchmarks/offload.py [--width 1024] [--hidden 2816] [--depth 48] [--tokens 1024]
+
+Counts the anonymous memory of the converting process (Linux): files that it maps are the system's to drop.
+"""
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import time
+from pathlib import Path
+
+LENGTH, BATCH = 128, 4
+
+
+def write_model(folder: Path, width: int, hidden: int, depth: int) -> int:
+    """A random checkpoint in bfloat16; its number of parameters."""
+    import torch
+    import transformers
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    config = transformers.LlamaConfig(
+        vocab_size=49152, hidden_size=width, intermediate_size=hidden, num_hidden_layers=depth,
+        num_attention_heads=width // 64, num_key_value_heads=max(1, width // 256), dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    with torch.device("meta"):
+        state = transformers.LlamaForCausalLM(config).to(torch.bfloat16).state_dict()
+    plan = split_torch_state_dict_into_shards(state, max_shard_size="500MB")
+    for file, names in plan.filename_to_tensors.items():
+        shard = {}
+        for name in names:
+            shape = state[name].shape
+            values = torch.randn(shape) * shape[-1] ** -0.5 if len(shape) > 1 else torch.ones(shape)
+            shard[name] = values.bfloat16()
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config.save_pretrained(folder)
+    return sum(value.numel() for value in state.values())
+
+
+def convert(source: str, output: str, tokens: int) -> None:
+    import torch
+
+    import surgery
+
+    ids = torch.randint(4, 49152, (tokens // LENGTH, LENGTH), generator=torch.Generator().manual_seed(0))
+    surgery.convert(source, output=output, offload=True, calibration=ids, length=LENGTH, batch=BATCH)
+
+
+def anonymous_mib(process: int) -> int:
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return max((int(line.split()[1]) // 1024 for line in lines if line.startswith("RssAnon")), default=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in (("width", 1024), ("hidden", 2816), ("depth", 48), ("tokens", 1024)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        source = Path(place) / "model"
+        source.mkdir()
+        parameters = write_model(source, options.width, options.hidden, options.depth)
+        work = multiprocessing.get_context("spawn").Process(
+            target=convert, args=(str(source), f"{place}/twin", options.tokens)
+        )
+        begun, peak = time.monotonic(), 0
+        work.start()
+        while work.is_alive():
+            peak = max(peak, anonymous_mib(work.pid or 0))
+            time.sleep(0.1)
+    seconds = time.monotonic() - begun
+    print(
+        f"{parameters:,} parameters, {parameters * 4 / 2**20:,.0f} MiB in float32; peak {peak:,} MiB, {seconds:.0f} s"
+    )
+    raise SystemExit(work.exitcode)
+
+
+if __name__ == "__main__":
+    main()
