@@ -1,8 +1,11 @@
 """Peak memory of a conversion whose weights stay on disk: a random Llama, written a shard at a time, then converted.
 
     python benchmarks/offload.py [--width 1024] [--hidden 2816] [--depth 48] [--tokens 1024]
+    python benchmarks/offload.py --width 4096 --hidden 11008 --depth 32      # the shape of Llama 2 7B
 
-Counts the anonymous memory of the converting process (Linux): files that it maps are the system's to drop.
+Counts the anonymous memory of the converting process (Linux): files that it maps are the system's to drop. To see
+that this is all it needs, let the system enforce a limit: `systemd-run --scope -p MemoryMax=6G python benchmarks/…`.
+--folder keeps the model, and a killed conversion goes on in it.
 """
 
 import argparse
@@ -12,20 +15,19 @@ import tempfile
 import time
 from pathlib import Path
 
-LENGTH, BATCH = 128, 4
+LENGTH, BATCH, WORDS = 128, 4, 32000
 
 
-def write_model(folder: Path, width: int, hidden: int, depth: int) -> int:
-    """A random checkpoint in bfloat16; its number of parameters."""
+def write_model(folder: Path, width: int, hidden: int, depth: int) -> None:
+    """A random checkpoint in bfloat16."""
     import torch
     import transformers
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
     config = transformers.LlamaConfig(
-        vocab_size=49152, hidden_size=width, intermediate_size=hidden, num_hidden_layers=depth,
-        num_attention_heads=width // 64, num_key_value_heads=max(1, width // 256), dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
+        vocab_size=WORDS, hidden_size=width, intermediate_size=hidden, num_hidden_layers=depth,
+        num_attention_heads=max(1, width // 128), dtype="bfloat16", architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     with torch.device("meta"):
         state = transformers.LlamaForCausalLM(config).to(torch.bfloat16).state_dict()
@@ -40,7 +42,6 @@ def write_model(folder: Path, width: int, hidden: int, depth: int) -> int:
     index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config.save_pretrained(folder)
-    return sum(value.numel() for value in state.values())
 
 
 def convert(source: str, output: str, tokens: int) -> None:
@@ -48,7 +49,7 @@ def convert(source: str, output: str, tokens: int) -> None:
 
     import surgery
 
-    ids = torch.randint(4, 49152, (tokens // LENGTH, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(4, WORDS, (tokens // LENGTH, LENGTH), generator=torch.Generator().manual_seed(0))
     surgery.convert(source, output=output, offload=True, calibration=ids, length=LENGTH, batch=BATCH)
 
 
@@ -64,13 +65,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("width", 1024), ("hidden", 2816), ("depth", 48), ("tokens", 1024)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--folder", type=Path, help="where to work and to leave the model and the twin")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        source = Path(place) / "model"
-        source.mkdir()
-        parameters = write_model(source, options.width, options.hidden, options.depth)
+        folder = options.folder or Path(place)
+        source = folder / "model"
+        if not (source / "config.json").is_file():
+            source.mkdir(parents=True, exist_ok=True)
+            write_model(source, options.width, options.hidden, options.depth)
+        stored = sum(file.stat().st_size for file in source.glob("*.safetensors"))
         work = multiprocessing.get_context("spawn").Process(
-            target=convert, args=(str(source), f"{place}/twin", options.tokens)
+            target=convert, args=(str(source), str(folder / "twin"), options.tokens)
         )
         begun, peak = time.monotonic(), 0
         work.start()
@@ -78,9 +83,7 @@ def main() -> None:
             peak = max(peak, anonymous_mib(work.pid or 0))
             time.sleep(0.1)
     seconds = time.monotonic() - begun
-    print(
-        f"{parameters:,} parameters, {parameters * 4 / 2**20:,.0f} MiB in float32; peak {peak:,} MiB, {seconds:.0f} s"
-    )
+    print(f"{stored / 2**30:.1f} GiB in bfloat16, {stored / 2**29:.1f} in float32; peak {peak:,} MiB, {seconds:.0f} s")
     raise SystemExit(work.exitcode)
 
 

@@ -137,15 +137,7 @@ def fit_block(
         units = guarded(moments, units)
     writer = settings.degree > 1 and sinks.written(sample.size[sample.sink], sample.output[sample.sink])
     pointing = sinks.directions(inputs, sample.x[sample.sink if writer else []])
-    gate = standardised(*original.gate, at.y_mean, at.y_std)
-    up = None
-    if original.up is not None:
-        assert at.z_mean is not None and at.z_std is not None
-        up = standardised(*original.up, at.z_mean, at.z_std)
-    gate, up, units = with_sink_units(gate, up, units, pointing)
-    prior = prior_readout(original, units, gate, up, settings.degree)
-    twin = Features(gate, up, units, settings.degree, sample.x.dtype)
-
+    prior, twin = _features(original, at, units, pointing, settings.degree, sample.x.dtype)
     extra = len(pointing.bias)
     result: Refit | None = None
     if settings.refit:
@@ -156,11 +148,13 @@ def fit_block(
             units=max(1, round(settings.units * block.hidden)) if settings.degree > 1 else None,
         )  # fmt: skip
         solution = result.choice.weight
-        if result.kept is not None:
-            gate, up, units = only(result.kept[:-1], gate, up, units)
-            twin = Features(gate, up, units, settings.degree, sample.x.dtype)
     else:
         solution = fill_sink_columns(prior, twin(sample.x[sample.sink]), sample.aim, extra)
+    del prior
+    gate, up, units = with_sink_units(*_first_maps(original, at), units, pointing)
+    if result and result.kept is not None:
+        gate, up, units = only(result.kept[:-1], gate, up, units)
+        twin = Features(gate, up, units, settings.degree, sample.x.dtype)
     readout = Affine(solution[:-1].T.contiguous(), solution[-1])
     if result and result.outputs:
         predicted = torch.cat([part[rows] for part, rows in zip(result.outputs, sample.rows, strict=True)])
@@ -190,6 +184,23 @@ def fit_block(
         outputs=result.outputs if result else (),
         written=result.written if result else (),
     )
+
+
+def _first_maps(original: Original, at: Preactivations) -> tuple[Affine, Affine | None]:
+    gate = standardised(*original.gate, at.y_mean, at.y_std)
+    if original.up is None:
+        return gate, None
+    assert at.z_mean is not None and at.z_std is not None
+    return gate, standardised(*original.up, at.z_mean, at.z_std)
+
+
+def _features(
+    original: Original, at: Preactivations, units: UnitPolynomials, pointing: Affine, degree: int, dtype: torch.dtype
+) -> tuple[Tensor, Features]:
+    """The readout that the ridge pulls towards, and the hidden vector it is on. The first maps in float64 are let go
+    of: they would lie beside the normal equations."""
+    gate, up, units = with_sink_units(*_first_maps(original, at), units, pointing)
+    return prior_readout(original, units, gate, up, degree), Features(gate, up, units, degree, dtype)
 
 
 def _take_sample(station: Station, original: Original, settings: FitSettings) -> _Sample:

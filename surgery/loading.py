@@ -263,6 +263,13 @@ def _forget_quantization(model: Any) -> None:
 
 def _unreadable(name: str, error: Exception) -> ModelError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, MemoryError) or "allocate memory" in first or "out of memory" in first:
+        return ModelError(
+            f"the model could not be loaded: {first[:300]}",
+            where=name,
+            cause="it needs more memory than there is",
+            fix="convert it with --offload, which leaves the weights on disk",
+        )
     return ModelError(
         f"the model could not be loaded: {first[:300]}",
         where=name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from surgery import group
 from surgery.errors import CalibrationError
 from surgery.features import Features, Original
-from surgery.ridge import Readout, RidgeSums, most_useful, ridge_path
+from surgery.ridge import HeldRows, Readout, RidgeSums, most_useful, ridge_path
 from surgery.stream import Arrival, Station
 
 CHUNK = 2048  # tokens whose hidden vectors are held at once
@@ -34,6 +35,47 @@ class Refit:
     outputs: tuple[Tensor, ...]
     written: tuple[Tensor, ...]
     kept: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What the readout is solved from; rows come scaled by the root of their weight.
+
+    Attributes:
+        fit: sums over what is fitted on.
+        held: rows of the held-out sequences, every `step`-th: no more memory than the sums take.
+        sinks: rows at attention sinks, which are few and belong to every fit.
+    """
+
+    fit: RidgeSums
+    held: list[tuple[Tensor, ...]]
+    step: int
+    sinks: list[tuple[Tensor, ...]]
+
+    @staticmethod
+    def zeros(prior: Tensor, station: Station) -> _Sums:
+        tokens = group.number(sum(int((arrival.held & arrival.keep).sum()) for arrival in station.twin))
+        nothing = station.twin[0].x.new_zeros(0, sum(prior.shape)).split(prior.shape, dim=1)
+        sums = RidgeSums.zeros(prior.shape[0], prior.shape[1], prior.device)
+        return _Sums(sums, [nothing], max(1, math.ceil(tokens / (2 * len(prior)))), [nothing])
+
+    def add(self, features: Tensor, targets: Tensor, real: Tensor, sink: Tensor, held: bool) -> None:
+        """Rows of which those that are not `real` do not count."""
+        self.sinks.append((features[real & sink], targets[real & sink]))
+        ordinary = real & ~sink
+        if held:
+            some = ordinary.nonzero()[:: self.step, 0]
+            self.held.append((features[some], targets[some]))
+        else:
+            self.fit.add_rows(features * ordinary[:, None], targets * ordinary[:, None])
+
+    def over_processes(self) -> tuple[RidgeSums, HeldRows, tuple[Tensor, Tensor]]:
+        """The sums, the held-out rows and the sinks of all processes."""
+        for part in self.fit.parts():
+            group.total(part)
+        held, sinks = ([group.together(torch.cat(rows)) for rows in zip(*kept, strict=True)]
+                       for kept in (self.held, self.sinks))  # fmt: skip
+        return self.fit, HeldRows(held[0], held[1]), (sinks[0], sinks[1])
 
 
 def refit(
@@ -70,8 +112,7 @@ def refit(
     whole = block.kind != "plain"  # else the passes wait inside the block and finish it themselves
     hold = whole and tokens * prior.shape[0] * station.twin[0].x.element_size() <= cache_bytes
     typical = group.together(torch.cat([arrival.size[arrival.keep] for arrival in station.twin])).median()
-    fit, chosen_on = (RidgeSums.zeros(prior.shape[0], prior.shape[1], prior.device) for _ in range(2))
-    at_sinks: list[tuple[Tensor, Tensor]] = []
+    sums = _Sums.zeros(prior, station)
     hidden: list[list[Tensor]] = [[] for _ in station.twin]
     written: list[list[Tensor]] = [[] for _ in station.twin]
     for number, arrival in enumerate(station.twin):
@@ -100,21 +141,16 @@ def refit(
                 weight = weight * arrival.weight[rows].square()
             root = weight.sqrt().to(features)[:, None]
             real = arrival.keep[rows] & ~(mistaken(features[:, -1 - sink_units : -1]) & ~sink)
-            at_sinks.append((features[real & sink] * root[real & sink], target[real & sink] * root[real & sink]))
-            root = root * (real & ~sink)[:, None]
-            (chosen_on if held else fit).add_rows(features * root, target * root)
-    anchor = tuple(group.together(torch.cat(rows)) for rows in zip(*at_sinks, strict=True))
-    for sums in (fit, chosen_on):
-        for part in sums.parts():
-            group.total(part)
-    if not (float(fit.weight) and float(chosen_on.weight)):
+            sums.add(features * root, target * root, real, sink, held)
+    fit, held_rows, anchor = sums.over_processes()
+    if not (float(fit.weight) and len(held_rows.features)):
         raise CalibrationError("no tokens are left to fit on", where=block.path, fix="give more text")
     free, kept = sink_units + 1, None
     if units is not None and units < len(prior) - free:
         kept = most_useful(fit, prior, units, free)
-        fit, chosen_on, prior = fit.at(kept), chosen_on.at(kept), prior[kept]
+        fit, held_rows, prior = fit.at(kept), held_rows.at(kept), prior[kept]
         anchor = (anchor[0][:, kept], anchor[1])
-    choice = ridge_path(fit, chosen_on, prior, anchor=(anchor[0], anchor[1]), free=free)
+    choice = ridge_path(fit, held_rows, prior, anchor=anchor, free=free)
     solution = choice.weight.to(station.twin[0].x)
     if kept is not None:
         hidden = [[part[:, kept] for part in parts] for parts in hidden]

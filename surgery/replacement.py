@@ -105,31 +105,38 @@ def replace_blocks(
             Progress(len(blocks), task.quiet or not group.first()) as progress,
         ):
             for station in stream:
-                block, begun = station.block, time.monotonic()
-                if block.path in finished:
-                    entry, row, modules = workshop.load(block, like)
+                if station.block.path in finished:
+                    entry, row, modules = workshop.load(station.block, like)
                     stream.replace(modules)
                 else:
-                    settings = task.settings((degrees or {}).get(block.path, task.plan.degree), native)
-                    fitted = fit(station, settings, task.given.get(block.path))
-                    entry = swap.describe(fitted, native)
-                    modules = swap.modules_for(fitted, native, like)
-                    stream.replace(modules)
-                    if isinstance(fitted, FittedBlock) and block.kind != "plain":  # there the passes wait inside
-                        for number, output in enumerate(fitted.outputs):
-                            stream.answer(number, output)
-                        for number, output in enumerate(fitted.written):
-                            stream.answer(number, output, original=True)
-                    row = block_row(fitted, time.monotonic() - begun)
-                    if group.first():
-                        workshop.keep(block, entry, row, modules)
+                    entry, row = _replace(stream, station, task, native, degrees or {}, workshop)
                 done.entries.append(entry)
                 done.rows.append(row)
                 progress.step(row)
+                del station  # what waits at this block, before the next ones' arrive
     except BaseException:
         put_back(model, originals)
         raise
     return replace(done, outcome=stream.outcome)
+
+
+def _replace(
+    stream: Stream, station: Station, task: Task, native: bool, degrees: Mapping[str, int], workshop: Workshop
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fits one block and puts its replacement in; its entry and its row."""
+    block, begun = station.block, time.monotonic()
+    fitted = fit(station, task.settings(degrees.get(block.path, task.plan.degree), native), task.given.get(block.path))
+    modules = swap.modules_for(fitted, native, task.like())
+    stream.replace(modules)
+    if isinstance(fitted, FittedBlock) and block.kind != "plain":  # there the passes wait inside
+        for number, output in enumerate(fitted.outputs):
+            stream.answer(number, output)
+        for number, output in enumerate(fitted.written):
+            stream.answer(number, output, original=True)
+    entry, row = swap.describe(fitted, native), block_row(fitted, time.monotonic() - begun)
+    if group.first():
+        workshop.keep(block, entry, row, modules)
+    return entry, row
 
 
 def fit(station: Station, settings: FitSettings, given: Gaussian | None = None) -> FittedBlock | FittedExperts:

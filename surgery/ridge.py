@@ -14,6 +14,7 @@ ROUNDS, ROUNDS_RIDGE = 8, 1e-2  # of leaving features out; what is lost there is
 USUAL_RIDGE = 0.3
 RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
 DIRECTIONS = 64  # of the output space, drawn at random, on which strengths are compared
+COLUMNS = 512  # outputs that are solved for at once
 PARTS = 4  # the Gram matrix is computed in 4 × 4 tiles, of which 10 suffice
 
 
@@ -87,12 +88,40 @@ class RidgeSums:
             self.gram[below, rows] = self.gram[rows, below].T
         return self.gram
 
+    def error(self, solution: Tensor, sketch: Tensor) -> float:
+        """Σ w ‖Sᵀt − Bᵀf‖² but for a constant, with B of shape (p, k) and S of shape (q, k)."""
+        return float((solution * (self.full_gram() @ solution - 2 * (self.cross @ sketch))).sum())
+
     def r2(self, solution: Tensor) -> float:
         """1 − Σ w ‖t − Bᵀ f‖² ÷ variance of the targets about their mean, over all outputs; B of shape (p, q)."""
         fitted = (solution * (self.full_gram() @ solution)).sum()
         residual = self.target_square.sum() - 2 * (solution * self.cross).sum() + fitted
         variance = self.target_square.sum() - self.cross[-1].square().sum() / self.weight
         return 1 - float(residual / variance.clamp_min(1e-300))
+
+
+@dataclass(frozen=True)
+class HeldRows:
+    """Held-out rows as they are: where there are fewer than 2 p of them they are smaller than their Gram matrix.
+
+    Attributes:
+        features: (rows, p), scaled by √w.
+        targets: (rows, q), likewise.
+    """
+
+    features: Tensor
+    targets: Tensor
+
+    def at(self, kept: Tensor) -> HeldRows:
+        """The same rows for some of the features, by number."""
+        return HeldRows(self.features[:, kept], self.targets)
+
+    def error(self, solution: Tensor, sketch: Tensor) -> float:
+        """Σ w ‖Sᵀt − Bᵀf‖², with B of shape (p, k) and S of shape (q, k)."""
+        precision = torch.promote_types(self.features.dtype, torch.float32)
+        features, targets = self.features.to(precision), self.targets.to(precision)
+        missing = features @ solution.to(features) - targets @ sketch.to(targets)
+        return float(missing.double().square().sum())
 
 
 @dataclass(frozen=True)
@@ -112,7 +141,7 @@ class Readout:
 
 def ridge_path(
     fit: RidgeSums,
-    held: RidgeSums,
+    held: RidgeSums | HeldRows,
     prior: Tensor,
     ridges: Sequence[float] = RIDGES,
     anchor: tuple[Tensor, Tensor] | None = None,
@@ -122,9 +151,10 @@ def ridge_path(
 
     The path is walked downhill from the usual λ, so most of it is never solved; answers are compared on a few random
     directions of the output space, which estimates the residual at a tenth of the cost (Johnson and Lindenstrauss).
+    Memory: the Gram matrix and one factor of its size.
 
     Args:
-        fit, held: sums over the tokens to fit and to choose on.
+        fit, held: the tokens to fit and to choose on.
         prior: shape (p, q), what B is pulled towards.
         free: how many of the last features (sink units, the constant) are not pulled.
         anchor: features and targets of rows that belong to every fit but to no score (attention sinks); they are added
@@ -134,36 +164,55 @@ def ridge_path(
     size = float(fit.gram.diagonal()[:-free].mean())
     if anchor is not None:
         fit.add_rows(*anchor)
-    gram, held_gram = fit.full_gram(), held.full_gram()
-    pull = fit.cross - gram @ prior
+    gram = fit.full_gram()
     sketch = _directions(prior)
-    begin, seen, held_cross = prior @ sketch, pull @ sketch, held.cross @ sketch
-
-    def factor(index: int) -> Tensor:
-        system = gram.clone()
-        diagonal = system.diagonal()
-        diagonal[:-free] += ordered[index] * size
-        diagonal[-free:] *= 1 + JITTER
-        lower: Tensor = torch.linalg.cholesky(system)
-        return lower
-
+    begin = prior @ sketch
+    seen = fit.cross @ sketch - gram @ begin
+    factor = torch.empty_like(gram)
     scores: dict[int, float] = {}
+    latest = -1
+
+    def solve(index: int, right: Tensor) -> Tensor:
+        nonlocal latest
+        if latest != index:
+            factor.copy_(gram)
+            diagonal = factor.diagonal()
+            diagonal[:-free] += ordered[index] * size
+            diagonal[-free:] *= 1 + JITTER
+            factorise(factor)
+            latest = index
+        return solved(factor, right)
 
     def score(index: int) -> float:
         if not 0 <= index < len(ordered):
             return float("inf")
         if index not in scores:
-            solution = begin + torch.cholesky_solve(seen, factor(index))
-            scores[index] = float((solution * (held_gram @ solution - 2 * held_cross)).sum())
+            scores[index] = held.error(begin + solve(index, seen), sketch)
         return scores[index]
 
     best = min(range(len(ordered)), key=lambda index: abs(math.log(ordered[index] / USUAL_RIDGE)))
     step = 1 if score(best + 1) < score(best) else -1
     while score(best + step) < score(best):
         best += step
-    lower = factor(best)
-    pivots = lower.diagonal().square()
-    return Readout(prior + torch.cholesky_solve(pull, lower), ordered[best], float(pivots.max() / pivots.min()))
+    solution = prior.clone()
+    parts = (matrix.split(COLUMNS, dim=1) for matrix in (solution, fit.cross, prior))
+    for into, cross, start in zip(*parts, strict=True):
+        into.add_(solve(best, cross - gram @ start))
+    pivots = factor.diagonal().square()
+    return Readout(solution, ordered[best], float(pivots.max() / pivots.min()))
+
+
+def factorise(matrix: Tensor) -> None:
+    """Puts the Cholesky factor L, lower, in the place of L Lᵀ: no second matrix of its size. Raises LinAlgError."""
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix.mT, upper=True, check_errors=True, out=(matrix.mT, info))
+
+
+def solved(lower: Tensor, right: Tensor) -> Tensor:
+    """(L Lᵀ)⁻¹ B. (`torch.cholesky_solve` copies L.)"""
+    halfway: Tensor = torch.linalg.solve_triangular(lower, right, upper=False)
+    solution: Tensor = torch.linalg.solve_triangular(lower.mT, halfway, upper=True)
+    return solution
 
 
 def most_useful(fit: RidgeSums, prior: Tensor, count: int, free: int = 1, ridge: float = ROUNDS_RIDGE) -> Tensor:
@@ -181,7 +230,8 @@ def most_useful(fit: RidgeSums, prior: Tensor, count: int, free: int = 1, ridge:
     size = float(fit.gram.diagonal()[:-free].mean())
     pull = torch.full_like(prior[:, 0], ridge * size)
     pull[-free:] = JITTER * fit.gram.diagonal()[-free:]
-    gram = fit.full_gram() + pull.diag()
+    gram = fit.full_gram().clone()
+    gram.diagonal().add_(pull)
     pulled = fit.cross + pull[:, None] * prior
     for round_number in range(ROUNDS):
         left = len(kept) - free

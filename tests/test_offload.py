@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import load_file
 
 import surgery
-from surgery import checkpoint, offload
+from surgery import checkpoint, loading, offload
 from surgery.errors import ModelError, RecipeError
 from tests import tiny
 
@@ -124,3 +124,12 @@ def test_what_cannot_stay_on_disk_is_said(folder, tmp_path):
             tmp_path / "mixtral", output=tmp_path / "b", offload=True, length=16,
             calibration=torch.randint(3, 90, (64, 16)),
         )  # fmt: skip
+
+
+def test_a_model_that_does_not_fit_into_memory_is_told_so(folder, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("unable to mmap 494962032 bytes from file <model.safetensors>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", fails)
+    with pytest.raises(ModelError, match=r"more memory than there is\s.*\s.*--offload"):
+        loading.load(str(folder / "llama"))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.ridge import RidgeSums, most_useful, ridge_path
+from surgery.ridge import HeldRows, RidgeSums, factorise, most_useful, ridge_path, solved
 
 seeds = st.integers(0, 2**16)
 
@@ -75,6 +75,37 @@ def test_the_ridge_is_the_best_of_the_path_on_held_out_tokens():
     found = ridge_path(fit, held, zero, ridges=grid)
     assert max(scores.values()) - min(scores.values()) > 0.01
     assert scores[found.ridge] > max(scores.values()) - 0.002
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=seeds, kept=st.integers(1, 12))
+def test_held_out_rows_choose_what_their_sums_choose(seed, kept):
+    """Of some of the features, too; the two errors differ by a constant."""
+    f, t, truth = regression(seed, tokens=60, q=100, noise=2.0)
+    some = torch.tensor([*range(kept), 12])
+    fit, zero = RidgeSums.of(f[:30], t[:30]).at(some), torch.zeros_like(truth[some])
+    rows, sums = HeldRows(f[30:], t[30:]).at(some), RidgeSums.of(f[30:], t[30:]).at(some)
+    one, other = (ridge_path(fit, held, zero) for held in (rows, sums))
+    assert one.ridge == other.ridge and torch.equal(one.weight, other.weight)
+    sketch = torch.eye(100, dtype=torch.float64)
+    apart = [rows.error(weight, sketch) - sums.error(weight, sketch) for weight in (zero, truth[some])]
+    assert apart[0] == pytest.approx(apart[1]) and apart[0] > 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=seeds, size=st.integers(1, 40))
+def test_a_matrix_is_factorised_in_its_own_place_and_solved_with(seed, size):
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(size, size + 1, generator=generator, dtype=torch.float64)
+    matrix, right = root @ root.T + torch.eye(size), torch.randn(size, 3, generator=generator, dtype=torch.float64)
+    factor = matrix.clone()
+    place = factor.data_ptr()
+    factorise(factor)
+    assert factor.data_ptr() == place
+    torch.testing.assert_close(factor, torch.linalg.cholesky(matrix))
+    torch.testing.assert_close(matrix @ solved(factor, right), right)
+    with pytest.raises(torch.linalg.LinAlgError):
+        factorise(-matrix)
 
 
 @given(st.integers(0, 10**6))
