@@ -190,6 +190,7 @@ def evaluate(twin: str, nproc: int, **given: Any) -> None:
 @click.option("--temperature", type=float, help="Of the distillation loss.  [default: 1]")
 @click.option("--precision", help="auto, bf16 or float32, of the training passes.  [default: auto]")
 @click.option("--checkpointing", is_flag=True, default=None, help="Less memory for activations, a third more time.")
+@click.option("--shard", is_flag=True, default=None, help="Share every tensor out between the processes (FSDP2).")
 @click.option("--validate-tokens", type=int, help="Held-out tokens.  [default: 8192]")
 @click.option("--validate-every", type=int, help="Steps between two looks at them.  [default: 50]")
 @click.option("--patience", type=int, help="Stop after so many looks without improvement; 0: never.  [default: 0]")

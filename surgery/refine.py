@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery import checkpoint, loading
+from surgery import checkpoint, loading, sharding
 from surgery.card import read_twin
 from surgery.distill import named_trainable, names_inside, replaced_modules, share
-from surgery.errors import ModelError, RecipeError, SurgeryError
+from surgery.errors import RecipeError, SurgeryError
 from surgery.objectives import EndToEnd, Local, NextToken, Objective
 from surgery.packing import Windows
 from surgery.refine_settings import LORA, RefineSettings, schedule_of
@@ -62,10 +62,14 @@ def _refine(settings: RefineSettings, out: Path, report: dict[str, Any], restart
         gradient_accumulation_steps=settings.accumulate, mixed_precision="no", kwargs_handlers=[patient],
         log_with=list(settings.report_to) or None, project_dir=str(out.parent),
     )  # fmt: skip
-    _refuse_sharding(accelerator)
+    sharded = sharding.wanted(accelerator, settings.shard)
+    if sharded and (settings.objective == "local" or settings.blend):
+        raise RecipeError("sharded blocks cannot be run by themselves", fix="leave --objective and --blend, or --shard")
     loaded = loading.load(settings.twin)
     student: Any = loaded.model
-    teacher = _teacher(settings, student).to(accelerator.device)
+    teacher = _teacher(settings, student)
+    if not sharded or "samples" in settings.text:
+        teacher.to(accelerator.device)
     twin, replaced = student, replaced_modules(student)
     if settings.train == LORA:
         student, trainable = _with_lora(student, settings)
@@ -78,8 +82,7 @@ def _refine(settings: RefineSettings, out: Path, report: dict[str, Any], restart
     held, windows, ranges = training_windows(settings, loaded.tokenizer, report, teacher, accelerator, place)
     if settings.checkpointing:
         checkpoint_activations(student)
-    network, optimizer = accelerator.prepare(student, _optimizer(settings, trainable))
-    saved = share(student, teacher, set(trainable), names_inside(replaced))  # only now, since moving to a device copies
+    network, optimizer, trainable, saved = _prepared(settings, accelerator, student, twin, teacher, trainable, replaced)
     objective = _objective(settings, accelerator, network, teacher, twin, [paths for paths, _ in replaced])
     if settings.report_to:
         accelerator.init_trackers("polysurgery", config={k: str(v) for k, v in asdict(settings).items()})
@@ -90,26 +93,35 @@ def _refine(settings: RefineSettings, out: Path, report: dict[str, Any], restart
         accelerator, network, teacher, objective, trainable, optimizer, schedule, held, windows, key, log
     )  # fmt: skip
     _run(run, place, quiet)
-    dtype = loaded.source.dtype
-    after = run.restore_best(torch.float32 if settings.train == LORA else getattr(torch, dtype))
-    record = _record(settings, run, ranges, after) | {"shared_bytes": saved, "control": None}
+    after = run.restore_best(torch.float32 if settings.train == LORA else getattr(torch, loaded.source.dtype))
+    record = _record(settings, run, ranges, after) | {"shared_bytes": saved, "sharded": sharded, "control": None}
     if settings.control:
         optimizer.state.clear()
         record["control"] = _control(settings, accelerator, replaced, held, windows, schedule, key, place, quiet)
+    state = sharding.whole_state(student) if sharded else None
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if settings.train == LORA:
-            student = student.merge_and_unload()
-        if "refinement" in report:
-            report.setdefault("earlier_refinements", []).append(report["refinement"])
-        report |= {"refinement": record, "form": "native" if report["form"] == "native" else "custom"}
-        report.pop("exported_from", None)
-        probe = checkpoint.probe_inputs({"input_ids": windows.ids[:2].to(accelerator.device)})
-        checkpoint.save(student, loaded.tokenizer, out, report, probe, dtype=dtype, native=report["form"] == "native")
-        _draw(record, out)
+        student = student if state is None else _whole(settings, state)
+        _save(settings, student, loaded, report, record, windows.ids[:2], out)
         shutil.rmtree(place, ignore_errors=True)
     accelerator.end_training()
     return record
+
+
+def _save(
+    settings: RefineSettings, student: Any, loaded: loading.LoadedModel, report: dict[str, Any],
+    record: dict[str, Any], ids: torch.Tensor, out: Path,
+) -> None:  # fmt: skip
+    if settings.train == LORA:
+        student = student.merge_and_unload()
+    if "refinement" in report:
+        report.setdefault("earlier_refinements", []).append(report["refinement"])
+    native = report["form"] == "native"
+    report |= {"refinement": record, "form": "native" if native else "custom"}
+    report.pop("exported_from", None)
+    probe = checkpoint.probe_inputs({"input_ids": ids.to(student.device)})
+    checkpoint.save(student, loaded.tokenizer, out, report, probe, dtype=loaded.source.dtype, native=native)
+    _draw(record, out)
 
 
 def _objective(
@@ -168,6 +180,15 @@ def _with_lora(student: Any, settings: RefineSettings) -> tuple[Any, dict[str, n
     return adapted, {name: value for name, value in adapted.named_parameters() if value.requires_grad}
 
 
+def _whole(settings: RefineSettings, state: dict[str, Any]) -> Any:
+    """The student in one piece, from the tensors of a sharded one."""
+    model: Any = loading.load(settings.twin).model
+    if settings.train == LORA:
+        model, _ = _with_lora(model, settings)
+    model.load_state_dict(state)
+    return model
+
+
 def checkpoint_activations(model: Any) -> None:
     """Layers keep their input alone and run again in the backward pass; nothing else changes.
 
@@ -201,13 +222,22 @@ def _fast_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and look is not None and bool(look())
 
 
-def _refuse_sharding(accelerator: Any) -> None:
-    if str(accelerator.distributed_type).rpartition(".")[2] not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise ModelError(
-            f"refinement does not run under {accelerator.distributed_type}",
-            cause="teacher and twin share their tensors, which sharding would tear apart",
-            fix="use data parallelism (accelerate's MULTI_GPU), --train lora, --checkpointing or --objective local",
-        )
+def _prepared(
+    settings: RefineSettings, accelerator: Any, student: Any, twin: Any, teacher: Any,
+    trainable: dict[str, nn.Parameter], replaced: list[tuple[tuple[str, ...], str]],
+) -> tuple[Any, Any, dict[str, nn.Parameter], int]:  # fmt: skip
+    """The student as it is called, its optimiser, what is trained, and the bytes that it shares with the teacher."""
+    inside = names_inside(replaced)
+    if not sharding.wanted(accelerator, settings.shard):
+        network, optimizer = accelerator.prepare(student, _optimizer(settings, trainable))
+        # Only now, since moving to a device copies.
+        return network, optimizer, trainable, share(student, teacher, set(trainable), inside)
+    teacher.to("cpu")
+    share(student, teacher, set(trainable), inside)  # one model in memory until each process has its parts
+    for network, model in ((student, twin), (teacher, teacher)):
+        sharding.shard(network, model, (paths[0] for paths, _ in replaced), accelerator)
+    trainable = {name: value for name, value in student.named_parameters() if name in trainable}
+    return student, _optimizer(settings, trainable), trainable, 0
 
 
 def _control(
@@ -219,12 +249,14 @@ def _control(
     By its own divergence it has nothing to learn, so this is what the text alone would teach an original.
     """
     original: Any = loading.load(settings.teacher, settings.teacher_revision).model
-    still = copy.deepcopy(original).requires_grad_(False).to(accelerator.device)
+    still = copy.deepcopy(original).requires_grad_(False)
     which = "block" if settings.train in (LORA, "coefficients") else settings.train
     trainable = named_trainable(original, which, replaced)
     if settings.checkpointing:
         checkpoint_activations(original)
-    network, optimizer = accelerator.prepare(original, _optimizer(settings, trainable))
+    if not sharding.wanted(accelerator, settings.shard):
+        still.to(accelerator.device)
+    network, optimizer, trainable, _ = _prepared(settings, accelerator, original, original, still, trainable, replaced)
     objective = NextToken(accelerator, network, _autocast(settings.precision, accelerator.device))
     run = Training(
         accelerator, network, still, objective, trainable, optimizer, schedule, held, windows, key | {"control": True}
@@ -301,7 +333,7 @@ def _too_little_memory() -> SurgeryError:
         "out of memory",
         cause="activations grow with batch × length, logits with the vocabulary too; what is trained counts five times",
         fix="lower --batch (and raise --accumulate by as much) or --length; then --checkpointing, --train readout or "
-        "lora, or --objective local (and give --restart, where steps were done already)",
+        "lora, --objective local, or --shard with several processes (and --restart, where steps were done already)",
     )
 
 
@@ -313,15 +345,18 @@ def plan(settings: RefineSettings, processes: int = 1) -> dict[str, Any]:
     count = sum(value.numel() for value in trainable.values())
     schedule = schedule_of(settings, processes)
     a_step = settings.batch * settings.accumulate * processes * settings.length
+    parameters = sum(value.numel() for value in twin.parameters())
     originals = sum(value.numel() for name, value in twin.named_parameters() if name in inside)
+    # weights once, the original's blocks (or, sharded, both models), and of what is trained gradient, mean, best and
+    # two moments
+    numbers = (2 * parameters + 5 * count) // processes if settings.shard else parameters + originals + 5 * count
     return {
         "settings": asdict(settings),
         "steps": schedule.steps,
         "tokens_a_step": a_step,
         "trained_parameters": count,
-        "parameters": sum(value.numel() for value in twin.parameters()),
-        # weights once, the original's blocks, and of what is trained gradient, mean, best and two moments
-        "bytes_at_least": 4 * (sum(value.numel() for value in twin.parameters()) + originals + 5 * count),
+        "parameters": parameters,
+        "bytes_at_least": 4 * numbers,
     }
 
 

@@ -37,6 +37,7 @@ class RefineSettings:
         temperature: T of the loss.
         precision: of the forward passes in training; weights and measurements stay in float32.
         checkpointing: compute activations again in the backward pass instead of keeping them.
+        shard: every process holds a part of every tensor (FSDP2), for models larger than one device.
         validate_tokens, validate_every: held-out tokens, and steps between two looks at them.
         patience: looks without improvement after which to stop; 0 never stops early.
         control: train the original alike, on the text itself, and report it beside the twin.
@@ -65,6 +66,7 @@ class RefineSettings:
     temperature: float = 1.0
     precision: str = "auto"
     checkpointing: bool = False
+    shard: bool = False
     validate_tokens: int = 8192
     validate_every: int = 50
     patience: int = 0

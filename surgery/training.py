@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import checkpoint
+from surgery import checkpoint, group, sharding
 from surgery.distill import kl, sum_dtype
 from surgery.errors import CalibrationError, CheckpointError
 from surgery.objectives import Objective
 from surgery.packing import Windows
+from surgery.sharding import own
 
 MOST_SKIPPED = 10  # steps in a row that may be skipped for not being finite
 
@@ -76,6 +77,7 @@ class Training:
         held: held-out windows by the name of their text; each is measured by itself and all together.
         key: settings that an interrupted run must share to be gone on with.
         log: called with what a tracker records, and the step.
+    Where the network is sharded every process keeps its own part of the state.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Training:
         self.accelerator, self.network, self.teacher, self.objective = accelerator, network, teacher, objective
         self.trainable, self.optimizer, self.schedule = trainable, optimizer, schedule
         self.held, self.windows, self.key, self.log = held, windows, key, log
+        self.sharded = sharding.is_sharded(network)
         self.rows = schedule.batch * schedule.accumulate * accelerator.num_processes  # windows a step
         self.step, self.skipped, self.in_a_row, self.stale, self.seconds = 0, 0, 0, 0, 0.0
         self.losses: list[float] = []
@@ -93,7 +96,7 @@ class Training:
         self.best: dict[str, Tensor] = {}
         self.best_divergence = math.inf
         self.mean: dict[str, Tensor] = {}
-        self.start = {name: p.detach().clone() for name, p in trainable.items()} if schedule.anchor else {}
+        self.start = {name: own(p).clone() for name, p in trainable.items()} if schedule.anchor else {}
         self.orders: dict[int, Tensor] = {}
 
     @property
@@ -140,8 +143,8 @@ class Training:
         rows = self._rows_of(self.step)
         mine = self.windows[rows[accelerator.process_index :: accelerator.num_processes]]
         self.objective.done = self.step / self.schedule.steps
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.rate_at(self.step)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = self.schedule.rate_at(self.step)
         losses = []
         for part in mine.split(self.schedule.batch):
             with accelerator.accumulate(self.network):
@@ -149,6 +152,7 @@ class Training:
                 if accelerator.sync_gradients:
                     self._share_gradients()
                     norm = accelerator.clip_grad_norm_(list(self.trainable.values()), self.schedule.clip)
+                    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
                     mean = accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
                     if bool(torch.isfinite(norm)) and bool(torch.isfinite(mean)):
                         self.optimizer.step()
@@ -171,7 +175,7 @@ class Training:
     def _average(self) -> None:
         if not self.schedule.average:
             return
-        now = {name: value.detach() for name, value in self.trainable.items()}
+        now = {name: own(value) for name, value in self.trainable.items()}
         if not self.mean:
             self.mean = {name: value.clone() for name, value in now.items()}
         share = 1 - self.schedule.decay_at(self.step)
@@ -182,7 +186,7 @@ class Training:
         share = min(1.0, self.schedule.anchor * self.schedule.rate_at(self.step))
         with torch.no_grad():
             for name, value in self.start.items():
-                self.trainable[name].lerp_(value, share)
+                own(self.trainable[name]).lerp_(value, share)
 
     def _skip(self) -> None:
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
@@ -197,7 +201,7 @@ class Training:
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """Inside, the weights are their running mean."""
-        kept = {name: self.trainable[name].detach().clone() for name in self.mean}
+        kept = {name: own(self.trainable[name]).clone() for name in self.mean}
         self._put(self.mean)
         try:
             yield
@@ -207,7 +211,8 @@ class Training:
     def _put(self, values: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for name, value in values.items():
-                self.trainable[name].copy_(value)
+                own(self.trainable[name]).copy_(value)
+        sharding.settle(self.network)
 
     def _look(self) -> None:
         """Held-out nats and KL of the mean weights; the best state so far is kept."""
@@ -215,7 +220,7 @@ class Training:
             row = self.look()
             if row["divergence"] < self.best_divergence:
                 self.best_divergence, self.stale = row["divergence"], 0
-                self.best = {name: value.detach().cpu().clone() for name, value in self.trainable.items()}
+                self.best = {name: own(value).cpu().clone() for name, value in self.trainable.items()}
             else:
                 self.stale += 1
         self.curve.append({"step": self.step, "tokens": self.tokens_seen} | row)
@@ -237,13 +242,17 @@ class Training:
         model: Any = accelerator.unwrap_model(self.network)
         sums = torch.zeros(4, dtype=sum_dtype(accelerator.device), device=accelerator.device)
         mine = held[accelerator.process_index :: accelerator.num_processes]
+        parts = [(part, 1.0) for part in mine.split(self.schedule.batch)]
+        if self.sharded:  # all processes put a layer together at once, so that all must run as many passes
+            most = len(held[:: accelerator.num_processes].split(self.schedule.batch))
+            parts += [(held[:1], 0.0)] * (most - len(parts))
         with torch.no_grad():
-            for part in mine.split(self.schedule.batch):
+            for part, counts in parts:
                 given = part.inputs(accelerator.device)
                 ours, goal = (m(**given, use_cache=False).logits[:, :-1] for m in (model, self.teacher))
                 target, count = given["input_ids"][:, 1:].flatten(), given["input_ids"][:, 1:].numel()
                 nats = [F.cross_entropy(logits.flatten(0, 1).float(), target) for logits in (ours, goal)]
-                sums += torch.stack([*nats, kl(goal, ours), torch.ones_like(nats[0])]).to(sums) * count
+                sums += torch.stack([*nats, kl(goal, ours), torch.ones_like(nats[0])]).to(sums) * counts * count
         total: Tensor = accelerator.reduce(sums, reduction="sum").cpu().double()
         return total
 
@@ -261,25 +270,46 @@ class Training:
         return self.look()
 
     def keep(self, place: Path) -> None:
-        """Everything needed to go on exactly, under a temporary name and then renamed."""
-        if self.accelerator.is_main_process:
-            state = {
-                "key": self.key, "step": self.step, "skipped": self.skipped, "in_a_row": self.in_a_row,
-                "stale": self.stale, "losses": self.losses, "curve": self.curve, "seconds": self.seconds,
-                "best_divergence": self.best_divergence,
-            }  # fmt: skip
-            place.mkdir(parents=True, exist_ok=True)
-            tensors = {
-                "state": state, "best": self.best, "optimizer": self.optimizer.state_dict(), "mean": self.mean,
-                "now": {name: value.detach().cpu() for name, value in self.trainable.items()},
-            }  # fmt: skip
-            torch.save(tensors, place / "state.tmp")
-            (place / "state.tmp").replace(place / "state.pt")
+        """Everything needed to go on exactly, under a temporary name and then renamed; of a sharded run by every
+        process, and an earlier state goes when all have kept the new one."""
+        accelerator = self.accelerator
+        if not (accelerator.is_main_process or self.sharded):
+            return
+        state = {
+            "key": self.key, "step": self.step, "skipped": self.skipped, "in_a_row": self.in_a_row,
+            "stale": self.stale, "losses": self.losses, "curve": self.curve, "seconds": self.seconds,
+            "best_divergence": self.best_divergence,
+        }  # fmt: skip
+        place.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            "state": state, "best": self.best, "optimizer": sharding.own_state(self.optimizer), "mean": self.mean,
+            "now": {name: own(value).cpu() for name, value in self.trainable.items()},
+        }  # fmt: skip
+        file = self._file(place, self.step)
+        torch.save(tensors, file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").replace(file)
+        if self.sharded:
+            accelerator.wait_for_everyone()
+            for other in place.glob(self._file(place, "*").name):
+                if other != file:
+                    other.unlink()
+        if accelerator.is_main_process:
             checkpoint.write_json(place / "progress.json", state)
+
+    def _file(self, place: Path, step: int | str) -> Path:
+        return place / (f"state-{step}-of-{self.accelerator.process_index}.pt" if self.sharded else "state.pt")
+
+    def _latest(self, place: Path) -> Path:
+        """The state to go on from: of a sharded run the last that every process has kept."""
+        if not self.sharded:
+            return self._file(place, 0)
+        steps = [int(file.name.split("-")[1]) for file in place.glob(self._file(place, "*").name)]
+        common = set(steps).intersection(*group.each(steps))
+        return self._file(place, max(common, default=0))
 
     def resume(self, place: Path) -> None:
         """Goes on from `keep`. Raises CheckpointError where the folder is another run's."""
-        file = place / "state.pt"
+        file = self._latest(place)
         if not file.is_file():
             return
         kept = torch.load(file, map_location="cpu", weights_only=True)
@@ -295,6 +325,6 @@ class Training:
         self.step, self.skipped, self.in_a_row = state["step"], state["skipped"], state["in_a_row"]
         self.stale, self.losses, self.curve = state["stale"], state["losses"], state["curve"]
         self.best, self.best_divergence, self.seconds = kept["best"], state["best_divergence"], state["seconds"]
-        self.optimizer.load_state_dict(kept["optimizer"])
+        sharding.load_own_state(self.optimizer, kept["optimizer"])
         self.mean = {name: value.to(self.trainable[name].device) for name, value in kept["mean"].items()}
         self._put(kept["now"])

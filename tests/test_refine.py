@@ -1,8 +1,6 @@
 """Refinement by distillation, at tiny size."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 
@@ -176,36 +174,6 @@ def command(place, out, **more):
     options |= {"--validate-tokens": 512, "--rate": 0.003, "--validate-every": 4, "--accumulate": 1}
     options |= {"--precision": "float32"} | more
     return ["-m", "surgery", "refine", str(place / "twin"), *(str(part) for item in options.items() for part in item)]
-
-
-def test_two_processes_give_the_losses_of_one(place, tmp_path):
-    """The same global batch: 8 windows in one process, 4 in each of two."""
-    alone = subprocess.run(
-        [sys.executable, *command(place, tmp_path / "one", **{"--batch": 8})],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert alone.returncode == 0, alone.stderr
-    assert "held-out tokens" in alone.stdout
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, *command(place, tmp_path / "two", **{"--batch": 4})],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    errors = [rank.communicate()[1].decode()[-2000:] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
-    one, two = (json.loads((tmp_path / name / "surgery.json").read_text())["refinement"] for name in ("one", "two"))
-    assert two["processes"] == 2
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
-    assert [r["nats"] for r in two["curve"]] == pytest.approx([r["nats"] for r in one["curve"]], rel=1e-4)
 
 
 @pytest.mark.parametrize(
