@@ -179,6 +179,7 @@ def ridge_path(
             diagonal = factor.diagonal()
             diagonal[:-free] += ordered[index] * size
             diagonal[-free:] *= 1 + JITTER
+            latest = -1
             factorise(factor)
             latest = index
         return solved(factor, right)
@@ -187,7 +188,10 @@ def ridge_path(
         if not 0 <= index < len(ordered):
             return float("inf")
         if index not in scores:
-            scores[index] = held.error(begin + solve(index, seen), sketch)
+            try:
+                scores[index] = held.error(begin + solve(index, seen), sketch)
+            except torch.linalg.LinAlgError:  # singular to rounding: fewer tokens than features, and too weak a ridge
+                scores[index] = float("inf")
         return scores[index]
 
     best = min(range(len(ordered)), key=lambda index: abs(math.log(ordered[index] / USUAL_RIDGE)))

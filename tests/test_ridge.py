@@ -92,6 +92,18 @@ def test_held_out_rows_choose_what_their_sums_choose(seed, kept):
     assert apart[0] == pytest.approx(apart[1]) and apart[0] > 0
 
 
+def test_a_ridge_too_weak_to_be_solved_with_is_passed_over():
+    """Two copies of a feature, a gram matrix that rounding has made indefinite, and a path that leads down to it."""
+    f, t, truth = regression(5, noise=0.0)
+    twice = torch.cat([f[:, :1], f], dim=1)
+    fit, held = RidgeSums.of(twice[:200], t[:200]), RidgeSums.of(twice[200:], t[200:])
+    fit.gram[0, 0] -= 1e-3 * fit.gram[0, 0]
+    zero = torch.zeros(len(truth) + 1, t.shape[1], dtype=torch.float64)
+    found = ridge_path(fit, held, zero, ridges=(1e-9, 1e-2, 0.3))
+    assert found.ridge == 1e-2
+    assert held.r2(found.weight) > 0.99
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=seeds, size=st.integers(1, 40))
 def test_a_matrix_is_factorised_in_its_own_place_and_solved_with(seed, size):
