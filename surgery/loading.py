@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,8 @@ from surgery.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import nn
+
+M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,7 @@ def load(
         options["device_map"] = device_map
     if isinstance(device_map, dict) and "disk" in device_map.values():
         options["offload_folder"] = tempfile.mkdtemp()  # stays empty: safetensors files are read where they are
+        _give_memory_back()
     try:
         model, info = (cls or model_class(config)).from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:
@@ -259,6 +264,13 @@ def _forget_quantization(model: Any) -> None:
         for name in names:
             if hasattr(holder, name):
                 delattr(holder, name)
+
+
+def _give_memory_back() -> None:
+    """Lets the C library (glibc; no other is asked) return freed matrices at once instead of keeping those of up to
+    32 MB for later: with weights read and let go of all the time, what it keeps grows with the number of layers."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _unreadable(name: str, error: Exception) -> ModelError:

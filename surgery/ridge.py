@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 JITTER = 1e-13  # of the constant's own sum: keeps a Cholesky factor defined, changes no digit
 ROUNDS, ROUNDS_RIDGE = 8, 1e-2  # of leaving features out; what is lost there is counted next to unpulled
@@ -190,7 +191,7 @@ def ridge_path(
         if index not in scores:
             try:
                 scores[index] = held.error(begin + solve(index, seen), sketch)
-            except torch.linalg.LinAlgError:  # singular to rounding: fewer tokens than features, and too weak a ridge
+            except LinAlgError:  # singular to rounding: fewer tokens than features, and too weak a ridge
                 scores[index] = float("inf")
         return scores[index]
 
