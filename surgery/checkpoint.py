@@ -227,6 +227,8 @@ def reload_elsewhere(checks: Sequence[tuple[Path, Path, bool]], on_disk: bool = 
     ]
     with tempfile.TemporaryDirectory() as place:
         environment = {**os.environ, "HF_MODULES_CACHE": place, "HF_HUB_OFFLINE": "1"}
+        if on_disk:  # glibc, too, should give freed matrices back, as `loading` has it do here
+            environment["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
         done = subprocess.run(
             [sys.executable, str(script), *arguments],
             check=False, capture_output=True, text=True, env=environment, cwd=place,
@@ -235,5 +237,7 @@ def reload_elsewhere(checks: Sequence[tuple[Path, Path, bool]], on_disk: bool = 
     seen: list[dict[str, Any]] = [json.loads(line) for line in lines]
     if len(seen) < len(checks):
         tail = "\n".join(done.stderr.strip().splitlines()[-3:])
+        if done.returncode < 0:
+            tail = f"the process was killed (signal {-done.returncode}), for memory most likely"
         seen += [{"error": tail or "the process ended early"}] * (len(checks) - len(seen))
     return seen
