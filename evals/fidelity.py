@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -59,6 +59,36 @@ def compare_tokens(original: Any, twin: Any, windows: Tensor) -> TokenFidelity:
             fix="evaluate with --dtype float32; if that does not help, convert again with --tail-weight 0.01",
         )
     return result
+
+
+class Predictions:
+    """What a model predicts for some batches, kept to measure how far it goes from them when it is changed.
+
+    Kept as float16 logits: rounding them by 2⁻¹¹ of their size moves a divergence by some 10⁻⁵ nats.
+    """
+
+    def __init__(self, model: Any, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        self.batches = batches
+        self.logits = [self._logits(model, batch).half() for batch in batches]
+
+    @staticmethod
+    def _logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            given = {name: value.to(model.device) for name, value in batch.items()}
+            logits: Tensor = model(**given, use_cache=False).logits[:, :-1]
+        return logits
+
+    def divergence(self, model: Any) -> tuple[float, int]:
+        """Σ KL(then ‖ now) over tokens, nats, and their number; padded ones count for nothing."""
+        total, count = 0.0, 0
+        for batch, before in zip(self.batches, self.logits, strict=True):
+            real = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[:, 1:]
+            for then, now, kept in zip(before, self._logits(model, batch), real, strict=True):
+                p, q = then.float().log_softmax(-1), now.float().log_softmax(-1)
+                apart = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+                total += float(apart.double()[kept.to(apart.device) != 0].sum())
+                count += int(kept.count_nonzero())
+        return total, count
 
 
 def summary(found: TokenFidelity, text: Text, tokenizer: Any | None = None, seed: int = 0) -> dict[str, Any]:

@@ -1,15 +1,17 @@
 """A budget instead of a switch: per block degree 2, degree 3 or the original, within so many nats.
 
 One pass over the blocks measures what each costs: every block is fitted on the original's own stream, at degree 2 and
-at degree 3, put in alone, and the model's loss on held-out calibration tokens is compared. Taking the costs to add up,
-the largest number of quadratic blocks that fits is the cheapest ones', and what is left goes to cubic ones likewise.
+at degree 3, put in alone, and its predictions of held-out calibration tokens are compared with the original's. Costs
+are divergences KL(original ‖ changed): never below zero, and far less noisy than differences of losses. Taking them to
+add up, the largest number of quadratic blocks that fits is the cheapest ones', and what is left goes to cubic ones.
 
-Costs do not quite add up (later blocks make up for earlier ones, errors meet), so the whole is converted and measured,
-and what it loses beyond the sum is laid on all replaced blocks alike for the next choice.
+Costs do not quite add up (later blocks make up for earlier ones, errors meet), so the whole is converted and its loss
+measured: what sum of costs the budget stands for is learnt from what the sums tried came to.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -27,19 +29,23 @@ from surgery.stream import Stream, fitted_sequences
 DEGREES = (2, 3)
 ORIGINAL = 0
 COST_TOKENS = 2048
-TRIES = 5
+TRIES = 6
 ENOUGH = 0.8  # of the budget used; less is worth another try
-MARGIN = 0.95
+AIM = 0.9  # of the budget, for a choice that is to stay within it
+STEEPNESS = (0.5, 3.0)  # of what is lost against the sum of costs, both as logarithms, as far as it is believed
 
-Nats = Callable[[Any, Sequence[Mapping[str, Tensor]]], float]
+Batches = Sequence[Mapping[str, Tensor]]
+Nats = Callable[[Any, Batches], float]
+Divergence = Callable[[Any, Batches], Callable[[Any], float]]
+"""Of a model as it is and batches: what measures how far a changed model's predictions are from it."""
 
 
 @dataclass(frozen=True)
 class BlockCost:
-    """Nats lost when this block alone is replaced, by degree."""
+    """KL(original ‖ model in which this block alone is replaced), nats, by degree."""
 
     path: str
-    nats: dict[int, float]
+    divergence: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Budget:
         degrees: chosen, by path; 0 is the original block.
         predicted: sum of the costs of what was chosen.
         measured: nats lost by the whole, on the same tokens as `tried`.
-        tried: (number of quadratic blocks, number of cubic ones, nats) of each attempt.
+        tried: (number of quadratic blocks, number of cubic ones, sum of costs, nats) of each attempt.
         tokens: how many tokens costs were measured on.
     """
 
@@ -61,25 +67,22 @@ class Budget:
     degrees: dict[str, int]
     predicted: float
     measured: float
-    tried: tuple[tuple[int, int, float], ...]
+    tried: tuple[tuple[int, int, float, float], ...]
     tokens: int
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def chosen(costs: Sequence[BlockCost], allowed: float, surcharge: float = 0.0) -> dict[str, int]:
+def chosen(costs: Sequence[BlockCost], allowed: float) -> dict[str, int]:
     """Degrees by path: as many quadratic blocks as the allowance takes, then as many cubic ones.
 
-    With costs that add up and none below zero no other choice has more quadratic blocks.
-
-    Args:
-        surcharge: on the cost of every block that is replaced.
+    With costs that add up no other choice has more quadratic blocks.
     """
     degrees = {cost.path: ORIGINAL for cost in costs}
     left = allowed
     for degree in DEGREES:
-        prices = {cost.path: max(0.0, cost.nats[degree] + surcharge) for cost in costs}
+        prices = {cost.path: cost.divergence[degree] for cost in costs}
         for path in sorted(prices, key=lambda path: prices[path]):
             if degrees[path] == ORIGINAL and prices[path] <= left:
                 degrees[path] = degree
@@ -87,14 +90,39 @@ def chosen(costs: Sequence[BlockCost], allowed: float, surcharge: float = 0.0) -
     return degrees
 
 
+def next_allowance(tried: Sequence[tuple[float, float]], budget: float) -> float:
+    """The sum of costs to try next, so that what is lost comes to a little less than the budget.
+
+    Log loss against log sum is taken as a line: of slope 1 through the one try, later through the two nearest to the
+    budget; and the answer stays between the largest sum that was within the budget and the smallest that was not.
+
+    Args:
+        tried: (sum of costs, nats lost), at least one with both above zero; a loss below zero counts as next to none.
+    """
+    points = [(cost, max(lost, 1e-3 * budget)) for cost, lost in tried if cost > 0]
+    aim = AIM * budget
+    points.sort(key=lambda point: abs(math.log(point[1] / aim)))
+    (cost, lost), slope = points[0], 1.0
+    if len(points) > 1 and points[1][0] != cost:
+        slope = math.log(points[1][1] / lost) / math.log(points[1][0] / cost)
+        slope = min(max(slope, STEEPNESS[0]), STEEPNESS[1])
+    allowance: float = cost * (aim / lost) ** (1 / slope)
+    within = max((cost for cost, lost in points if lost <= budget), default=0.0)
+    beyond = min((cost for cost, lost in points if lost > budget), default=math.inf)
+    if within < beyond < math.inf and not within < allowance < beyond:
+        return math.sqrt(within * beyond) if within else beyond / 2
+    return allowance
+
+
 def within(
-    task: Task, native: bool, allowed: float, nats: Nats, check: Sequence[Mapping[str, Tensor]]
+    task: Task, native: bool, allowed: float, nats: Nats, divergence: Divergence, check: Batches
 ) -> tuple[Replaced, Budget, bool]:
     """Converts within `allowed` nats.
 
     Args:
         native: whether a twin all of whose blocks are quadratic can be a stock checkpoint.
         nats: mean loss of a model on batches.
+        divergence: see :data:`Divergence`.
         check: batches that the whole is measured on; the tokens that costs are measured on where empty.
     Returns:
         what was replaced, the account, and whether the twin is native.
@@ -102,10 +130,10 @@ def within(
         ModelError: not even one block fits into the budget.
     """
     tokens = _held_out(task)
-    costs = measured_costs(task, nats, tokens)
+    costs = measured_costs(task, divergence, tokens)
     check = check or tokens
     before, originals = nats(task.model, check), task.originals()
-    tried: list[tuple[int, int, float]] = []
+    tried: list[tuple[int, int, float, float]] = []
     best: dict[str, int] = {}
     now, lost, done = chosen(costs, allowed), float("inf"), Replaced([], [])
     seen: list[dict[str, int]] = []
@@ -115,20 +143,18 @@ def within(
         lost = nats(task.model, check) - before
         seen.append(now)
         count = list(now.values())
-        tried.append((count.count(2), count.count(3), lost))
+        tried.append((count.count(2), count.count(3), _sum(costs, now), lost))
         fits = lost <= allowed
         best = now if fits and _better(now, best) else best
         if fits and (lost >= ENOUGH * allowed or set(count) == {2}):
             break
-        # What the whole loses beyond the sum (or less than it) is laid on all blocks that were replaced.
-        surcharge = (lost - _sum(costs, now)) / sum(map(bool, count))
-        now = chosen(costs, MARGIN * allowed, surcharge)
+        now = chosen(costs, next_allowance([attempt[2:] for attempt in tried], allowed))
     if not best:
         put_back(task.model, originals)
-        cheapest = min(min(cost.nats.values()) for cost in costs)
+        cheapest = min(min(cost.divergence.values()) for cost in costs)
         raise ModelError(
             f"no choice of blocks stays within {allowed} nats",
-            cause=f"the cheapest single block costs {cheapest:.4f}",
+            cause=f"the cheapest single block is {cheapest:.4f} nats from the original",
             fix="give a larger --budget, or more calibration tokens",
         )
     if seen[-1] != best:
@@ -139,11 +165,11 @@ def within(
     return done, account, native and set(best.values()) == {2}
 
 
-def measured_costs(task: Task, nats: Nats, tokens: Sequence[Mapping[str, Tensor]]) -> tuple[BlockCost, ...]:
+def measured_costs(task: Task, divergence: Divergence, tokens: Batches) -> tuple[BlockCost, ...]:
     """Each block alone, fitted on the original's stream, at every degree; the model is unchanged afterwards."""
     model = task.model
     like = task.like()
-    before = nats(model, tokens)
+    apart = divergence(model, tokens)
     costs = []
     with (
         Stream(model, task.batches(), task.blocks, False, task.first_is_sink) as stream,
@@ -156,15 +182,15 @@ def measured_costs(task: Task, nats: Nats, tokens: Sequence[Mapping[str, Tensor]
             for degree in DEGREES:
                 fitted = fit(station, task.settings(degree, native=False), task.given.get(block.path))
                 stream.replace(swap.modules_for(fitted, False, like))
-                found[degree] = nats(model, tokens) - before
+                found[degree] = apart(model)
             stream.replace(originals)
             costs.append(BlockCost(block.path, found))
-            progress.tell(f"{block.path} {found[2]:+.4f} nats at degree 2, {found[3]:+.4f} at 3")
+            progress.tell(f"{block.path} {found[2]:.4f} nats at degree 2, {found[3]:.4f} at 3")
     return tuple(costs)
 
 
 def _sum(costs: Sequence[BlockCost], degrees: Mapping[str, int]) -> float:
-    return sum(cost.nats[degrees[cost.path]] for cost in costs if degrees[cost.path])
+    return sum(cost.divergence[degrees[cost.path]] for cost in costs if degrees[cost.path])
 
 
 def _converted(task: Task, native: bool, degrees: Mapping[str, int]) -> Replaced:
@@ -194,7 +220,7 @@ def _held_out(task: Task) -> list[dict[str, Tensor]]:
     return found
 
 
-def _count(batches: Sequence[Mapping[str, Tensor]]) -> int:
+def _count(batches: Batches) -> int:
     return sum(batch["input_ids"][:, 1:].numel() for batch in batches)
 
 
@@ -209,12 +235,12 @@ def draw(budget: Budget, file: Any) -> bool:
     place = range(len(budget.costs))
     for degree, colour, shift in ((2, "#4878a8", -0.2), (3, "#d99058", 0.2)):
         bars = axes.bar(
-            [at + shift for at in place], [cost.nats[degree] for cost in budget.costs], 0.4,
+            [at + shift for at in place], [cost.divergence[degree] for cost in budget.costs], 0.4,
             color=colour, label=f"degree {degree}",
         )  # fmt: skip
         for bar, cost in zip(bars, budget.costs, strict=True):
             bar.set_alpha(1.0 if budget.degrees[cost.path] == degree else 0.3)
-    axes.set(xlabel="block", ylabel="nats lost, this block alone")
+    axes.set(xlabel="block", ylabel="KL, this block alone, nats")
     axes.set_title(f"{budget.measured:+.4f} of {budget.nats} nats; solid: chosen", loc="left", fontsize=9)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

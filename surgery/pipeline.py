@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -93,7 +93,7 @@ def convert(
         workshop = group.agreed(Workshop.open(target, plan, loaded.source, data) if group.first() else workshop)
         done = replace_blocks(task, form == "native", workshop, probe=ready.probe if plan.offload else None)
     else:
-        done, account, stock = within(task, form == "native", plan.budget, _nats, data.unseen)
+        done, account, stock = within(task, form == "native", plan.budget, _nats, _divergence, data.unseen)
         form = "native" if stock else "custom"
     fitted_at = time.monotonic()
     if form == "native":
@@ -281,6 +281,20 @@ def _perplexity(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> Any:
 def _nats(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> float:
     found: float = _perplexity(model, batches).nats
     return found
+
+
+def _divergence(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> Callable[[Any], float]:
+    """Measures how far a model's predictions, changed, are from those it makes now: mean KL, nats."""
+    from evals.fidelity import Predictions
+
+    _, mine = group.mine(batches)
+    now = Predictions(model, mine)
+
+    def measure(changed: Any) -> float:
+        total, count = now.divergence(changed)
+        return group.number(total) / group.number(count)
+
+    return measure
 
 
 def _compared(before: Any, after: Any, plan: Recipe) -> dict[str, Any] | None:

@@ -122,15 +122,15 @@ def budget_lines(budget: dict[str, Any]) -> list[str]:
     """What each block costs alone, and what was chosen."""
     names = {2: "degree 2", 3: "degree 3", 0: "original"}
     width = max(len(cost["path"]) for cost in budget["costs"])
-    lines = [f"{'nats lost, block alone':{width}}  degree 2  degree 3  chosen"]
+    lines = [f"{'KL, block alone':{width}}  degree 2  degree 3  chosen"]
     for cost in budget["costs"]:
-        two, three = cost["nats"][2], cost["nats"][3]
-        lines.append(f"{cost['path']:{width}}  {two:+8.4f}  {three:+8.4f}  {names[budget['degrees'][cost['path']]]}")
+        two, three = cost["divergence"][2], cost["divergence"][3]
+        lines.append(f"{cost['path']:{width}}  {two:8.4f}  {three:8.4f}  {names[budget['degrees'][cost['path']]]}")
     counts = list(budget["degrees"].values())
     return [
         *lines,
         f"{counts.count(2)} quadratic, {counts.count(3)} cubic, {counts.count(0)} original: {budget['measured']:+.4f} "
-        f"of {budget['nats']} nats (the costs add up to {budget['predicted']:+.4f})",
+        f"of {budget['nats']} nats (the divergences add up to {budget['predicted']:.4f})",
     ]
 
 

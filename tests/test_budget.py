@@ -5,15 +5,15 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import surgery
-from surgery.budget import BlockCost, chosen
+from surgery.budget import ENOUGH, BlockCost, chosen, next_allowance
 from surgery.errors import ModelError, RecipeError
 from tests import tiny
 
-prices = st.floats(-0.01, 0.2)
+prices = st.floats(1e-6, 0.2)
 tables = st.lists(st.tuples(prices, prices), min_size=1, max_size=5)
 
 
@@ -23,7 +23,7 @@ def test_no_other_choice_has_more_quadratic_blocks(table, allowed):
     found = chosen(costs, allowed)
 
     def price(degrees):
-        return sum(max(0.0, cost.nats[degree]) for cost, degree in zip(costs, degrees, strict=True) if degree)
+        return sum(cost.divergence[degree] for cost, degree in zip(costs, degrees, strict=True) if degree)
 
     def rank(degrees):
         return degrees.count(2), degrees.count(3)
@@ -34,25 +34,35 @@ def test_no_other_choice_has_more_quadratic_blocks(table, allowed):
     assert rank(mine)[0] == max(rank(degrees)[0] for degrees in possible)
 
 
-@given(tables, st.floats(0, 0.5), st.floats(0, 0.05))
-def test_a_surcharge_never_buys_more(table, allowed, surcharge):
-    costs = [BlockCost(str(index), {2: two, 3: three}) for index, (two, three) in enumerate(table)]
-    plain, dearer = (list(chosen(costs, allowed, extra).values()) for extra in (0.0, surcharge))
-    assert dearer.count(2) <= plain.count(2)
+@settings(deadline=None)
+@given(st.floats(0.6, 3.0), st.floats(0.5, 20.0), st.floats(0.01, 1.0))
+def test_the_sum_a_budget_stands_for_is_found(power, factor, budget):
+    """Whatever power law what is lost follows, four tries come within it and use most of it."""
+    tried, allowance = [], budget
+    for _ in range(4):
+        tried.append((allowance, factor * allowance**power))
+        allowance = next_allowance(tried, budget)
+    assert any(ENOUGH * budget <= lost <= budget for _, lost in [*tried, (allowance, factor * allowance**power)])
+
+
+def test_the_next_sum_stays_between_what_fitted_and_what_did_not():
+    steps = [(0.1, 0.05), (0.2, 0.3), (0.15, 0.29)]  # lost rises in a step that no line knows
+    assert 0.1 < next_allowance(steps, 0.1) < 0.15
+    assert next_allowance([(0.1, -0.02)], 0.1) > 0.1
 
 
 def test_what_the_whole_loses_beyond_the_sum_is_learnt(monkeypatch):
-    """Sixteen blocks, each 0.01 dearer together than alone, as nine tenths of what they lose is not seen alone."""
+    """Sixteen blocks that lose eleven times as much together as their divergences add up to."""
     from types import SimpleNamespace
 
     from surgery import budget
     from surgery.replacement import Replaced
 
-    costs = tuple(BlockCost(str(index), {2: 0.001, 3: 0.0}) for index in range(16))
+    costs = tuple(BlockCost(str(index), {2: 0.001, 3: 0.0002}) for index in range(16))
     state = {}
 
     def converted(task, native, degrees):
-        state["lost"] = sum({0: 0.0, 2: 0.011, 3: 0.003}[degree] for degree in degrees.values())
+        state["lost"] = sum({0: 0.0, 2: 0.011, 3: 0.0022}[degree] for degree in degrees.values())
         return Replaced([], [])
 
     monkeypatch.setattr(budget, "measured_costs", lambda *_: costs)
@@ -60,10 +70,10 @@ def test_what_the_whole_loses_beyond_the_sum_is_learnt(monkeypatch):
     monkeypatch.setattr(budget, "_converted", converted)
     monkeypatch.setattr(budget, "put_back", lambda *_: state.update(lost=0.0))
     task = SimpleNamespace(model=None, originals=dict)
-    _, account, _ = budget.within(task, True, 0.05, lambda *_: state.get("lost", 0.0), [{}])
-    assert account.measured <= 0.05
+    _, account, _ = budget.within(task, True, 0.05, lambda *_: state.get("lost", 0.0), lambda *_: None, [{}])
+    assert 0.8 * 0.05 <= account.measured <= 0.05
     assert list(account.degrees.values()).count(2) >= 3
-    assert account.tried[0][2] > 0.05
+    assert account.tried[0][3] > 0.05
 
 
 def model_that_knows_something(ids):
@@ -94,17 +104,17 @@ def test_the_whole_stays_within_the_budget_and_the_account_is_kept(knowing, tmp_
     assert set(everything.budget["degrees"].values()) == {2}
     whole = everything.budget["measured"]
     assert whole > 0
-    allowed = whole / 3
+    allowed = whole / 30
     twin, report = convert(knowing, budget=allowed, output=tmp_path / "twin")
     account = report.budget
     assert account["measured"] <= allowed
-    assert set(account["degrees"].values()) != {2}
+    assert 0 in account["degrees"].values()
     assert report.form == "custom"
     assert {row["path"]: row["degree"] for row in report.blocks} == {
         path: degree for path, degree in account["degrees"].items() if degree
     }
     for cost in account["costs"]:
-        assert cost["nats"][3] < cost["nats"][2]  # a cubic unit is nearer to SiLU
+        assert 0 < cost["divergence"][3] < cost["divergence"][2]  # a cubic unit is nearer to SiLU
     assert (tmp_path / "twin" / "budget.png").stat().st_size > 1000
     assert json.loads((tmp_path / "twin" / "surgery.json").read_text())["budget"]["nats"] == allowed
     from surgery.card import render
