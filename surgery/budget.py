@@ -97,9 +97,9 @@ def next_allowance(tried: Sequence[tuple[float, float]], budget: float) -> float
     budget; and the answer stays between the largest sum that was within the budget and the smallest that was not.
 
     Args:
-        tried: (sum of costs, nats lost), at least one with both above zero; a loss below zero counts as next to none.
+        tried: (sum of costs, nats lost), at least one; what is not above zero counts as next to none.
     """
-    points = [(cost, max(lost, 1e-3 * budget)) for cost, lost in tried if cost > 0]
+    points = [(max(cost, 1e-6 * budget), max(lost, 1e-3 * budget)) for cost, lost in tried]
     aim = AIM * budget
     points.sort(key=lambda point: abs(math.log(point[1] / aim)))
     (cost, lost), slope = points[0], 1.0

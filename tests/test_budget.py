@@ -49,6 +49,7 @@ def test_the_next_sum_stays_between_what_fitted_and_what_did_not():
     steps = [(0.1, 0.05), (0.2, 0.3), (0.15, 0.29)]  # lost rises in a step that no line knows
     assert 0.1 < next_allowance(steps, 0.1) < 0.15
     assert next_allowance([(0.1, -0.02)], 0.1) > 0.1
+    assert next_allowance([(0.0, 0.02)], 0.1) > 0.0  # blocks that change nothing
 
 
 def test_what_the_whole_loses_beyond_the_sum_is_learnt(monkeypatch):
