@@ -9,6 +9,8 @@ Sources (never a silent fallback: what was used is returned, printed and recorde
 Windows of text are long or short: part of the tokens comes in short windows that begin as a text begins, and half of
 the long ones do too, unless the tokenizer gives every text a start token anyway. A model is used on short texts as well
 as in the midst of long ones; calibrated on long windows alone, its twin is lost in the first tokens (docs/log.md).
+
+Some tokens are replaced by random ones of the vocabulary: most of it is rare, and what a twin never met costs it most.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from surgery.errors import CalibrationError
+from surgery.stream import fitted_sequences
 from surgery.texts import frame, tokens_of
 
 SHORT = 64  # tokens of a short window
@@ -154,6 +157,7 @@ def prepare(
     batch: int,
     seed: int = 0,
     short: float = 0.0,
+    random_tokens: float = 0.0,
     unseen: int = 0,
 ) -> Calibration:
     """Batches from any source.
@@ -164,6 +168,7 @@ def prepare(
         length: tokens a sequence; lowered to the model's own limit.
         batch: sequences a forward pass; of short ones as many as have the same number of tokens.
         short: share of the tokens in short windows; 0 where `length` is short itself.
+        random_tokens: share of the tokens of text or samples replaced; see :func:`with_random_tokens`.
         unseen: further tokens to measure on, from sources that have any.
     Raises:
         CalibrationError: nothing to read, or less than two sequences.
@@ -181,6 +186,9 @@ def prepare(
             sets, rest = plan.of_samples(model, tokenizer, seed, limit)
         else:
             sets, rest = plan.of_text(source, tokenizer)
+        if random_tokens > 0:
+            words = _vocabulary(tokenizer, model)
+            sets = [with_random_tokens(ids, random_tokens, *words, seed) for ids in sets]
         inputs = [_text_inputs(ids, model) for ids in sets]
     elif isinstance(source, Tensor):
         inputs = [_text_inputs(source if source.dim() == 2 else sequences(source.flatten(), length), model)]
@@ -218,6 +226,30 @@ def sequences(
         )
     bodies = ids[: rows * room].view(rows, room)
     return torch.cat([before.expand(rows, -1), bodies, after.expand(rows, -1)], dim=1)
+
+
+def with_random_tokens(ids: Tensor, share: float, words: Tensor, special: Tensor, seed: int = 0) -> Tensor:
+    """Tokens replaced by random ones of the vocabulary, each with probability `share`; special ones stay.
+
+    The sequences that no block is fitted on stay as they are: what is measured on them is measured on text.
+
+    Args:
+        ids: (sequences, length).
+        words, special: the vocabulary's ids, which are drawn alike, and those that are kept, (numbers,).
+    """
+    draw = torch.Generator().manual_seed(seed)
+    chosen = (torch.rand(ids.shape, generator=draw) < share) & ~torch.isin(ids, special)
+    (fitted,) = fitted_sequences([{"input_ids": ids}])
+    chosen[fitted:] = False
+    return torch.where(chosen, words[torch.randint(len(words), ids.shape, generator=draw)], ids)
+
+
+def _vocabulary(tokenizer: Any, model: Any) -> tuple[Tensor, Tensor]:
+    """Ids of words that the model has embeddings for, and of special tokens."""
+    special = set(tokenizer.all_special_ids)
+    rows = getattr(model.config.get_text_config(), "vocab_size", None)
+    words = [number for number in tokenizer.get_vocab().values() if rows is None or number < rows]
+    return torch.tensor(sorted(set(words) - special)), torch.tensor(sorted(special), dtype=torch.long)
 
 
 def _text_inputs(ids: Tensor, model: Any) -> dict[str, Tensor]:

@@ -235,7 +235,7 @@ def _inputs(source: Any, loaded: loading.LoadedModel, plan: Recipe) -> Calibrati
     measured = plan.measure if isinstance(source, str) and _is_causal(loaded.model) and not plan.offload else 0
     settings: dict[str, Any] = {
         "tokens": plan.tokens, "length": plan.length, "batch": plan.batch, "seed": plan.seed, "short": plan.short_share,
-        "unseen": measured,
+        "random_tokens": plan.random_tokens, "unseen": measured,
     }  # fmt: skip
 
     def draw() -> Calibration:

@@ -108,7 +108,7 @@ def plan_text(planned: dict[str, Any]) -> str:
         else f"degree        2, 3 or the original, within {recipe['budget']} nats",
         f"optimum for   {recipe['assume']}, readout {recipe['readout']}, target {recipe['target']}",
         f"calibration   {recipe['calibration']}: {recipe['tokens']} tokens in sequences of {recipe['length']}, "
-        f"{recipe['short']:.0%} of them in short ones",
+        f"{recipe['short']:.0%} of them in short ones, {recipe['random_tokens']:.0%} replaced by random ones",
         f"form          {planned['form']}",
         f"output        {recipe['output'] or '(none)'}",
     ]

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from evals.text import read
 from surgery.calibration import SHORT, prepare, sample
 from surgery.errors import CalibrationError, RecipeError
+from surgery.stream import fitted_sequences
 from surgery.texts import check_source, documents, frame, tokens_of
 from tests import tiny
 
@@ -18,6 +19,10 @@ class Characters:
     """A tokenizer that maps characters to ids 3 … 95."""
 
     eos_token_id, bos_token_id = 2, 1
+    all_special_ids = (1, 2)
+
+    def get_vocab(self):
+        return {str(number): number for number in range(120)}  # more than the model has embeddings for
 
     def decode(self, ids, **_):
         return "x" * len(ids)
@@ -184,3 +189,24 @@ def test_samples_never_leave_the_models_positions():
     model = tiny.make("gpt2")
     data = prepare("samples", model, Characters(), tokens=1024, length=128, batch=4, short=0.5)
     assert data.length == model.config.n_positions == 128
+
+
+def test_random_tokens_stand_in_for_words_where_blocks_are_fitted(tmp_path):
+    (tmp_path / "a.txt").write_text("hello world " * 400)
+    settings = {"tokens": 4096, "length": 96, "batch": 4, "short": 0.2, "unseen": 192}
+    plain, data = (
+        prepare(str(tmp_path / "a.txt"), MODEL, Characters(), **settings, random_tokens=share) for share in (0.0, 0.25)
+    )
+    of_text = torch.cat([batch["input_ids"].flatten() for batch in plain.batches]).unique()
+    changed = []
+    for fitted, *pair in zip(fitted_sequences(plain.batches), plain.batches, data.batches, strict=True):
+        before, after = (batch["input_ids"] for batch in pair)
+        assert torch.equal(before[fitted:], after[fitted:])
+        special = before <= 2
+        assert torch.equal(before[special], after[special])
+        changed.append((before != after)[:fitted][~special[:fitted]])
+    assert 0.22 < torch.cat(changed).float().mean() < 0.27
+    met = torch.cat([batch["input_ids"].flatten() for batch in data.batches]).unique()
+    assert len(met) > 2 * len(of_text)
+    assert met.max() < 96 and 0 in met
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(plain.unseen, data.unseen, strict=True))
