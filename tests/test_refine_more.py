@@ -37,6 +37,7 @@ def place(tmp_path_factory):
     order = torch.randint(len(words), (6000,), generator=torch.Generator().manual_seed(1)).tolist()
     (folder / "text.txt").write_text(" ".join(words[index] for index in order))
     settings = {"tokens": 1024, "length": 32, "measure": 0, "readout": "keep", "calibration": "python"}
+    settings |= {"random_tokens": 0.0}  # rough: on words calibration did not meet there is something left to win
     for name, base in BASES.items():
         if not (folder / base).exists():
             tiny.save_with_tokenizer(base, folder / base)
@@ -55,7 +56,7 @@ def settings_of(place, out, twin="native", **more):
 @pytest.mark.parametrize(
     ("twin", "more"),
     [
-        ("native", {"objective": "local"}), ("plain", {"objective": "local"}), ("custom", {"match": 0.5}),
+        ("native", {"objective": "local"}), ("plain", {"objective": "local", "rate": 1e-3}), ("custom", {"match": 0.5}),
         ("plain", {"match": 0.5, "rate": 5e-4}), ("native", {"checkpointing": True}),
         ("native", {"text": ("samples",)}), ("native", {"blend": 0.5}), ("plain", {"blend": 0.5, "rate": 5e-4}),
         ("native", {"precision": "bf16"}), ("native", {"blend": 0.5, "checkpointing": True}),
