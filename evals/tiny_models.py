@@ -58,16 +58,30 @@ _FOUR = {"num_hidden_layers": 4}  # the shortest stack with every kind of layer
 _INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
             "indexer_compress_ratio": 4}  # fmt: skip
 _HEADS = {"num_key_value_heads": 4}
+_SWIN = {"image_size": 64, "patch_size": 4, "window_size": 4, "depths": [1, 1], "num_heads": [2, 4], "embed_dim": 16}
+_ZAMBA = {**_FOUR, "layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": 64,
+          "attention_head_dim": 16}  # fmt: skip
 TYPES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_hidden_layers": 6},
     "bamba": {"mamba_n_heads": 4, "attn_layer_indices": [1]},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "donut-swin": _SWIN,
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "dots3_note": _HEADS,
     "dots3_note_text": _HEADS,
     "esm": {"vocab_size": 128, "pad_token_id": 0, "mask_token_id": 4},
-    "esmc": _HEADS,
+    "esmc": {"vocab_size": 128, **_HEADS},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64},
     "gemma3n_text": {"intermediate_size": [64, 64]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -78,11 +92,13 @@ TYPES: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "kimi_linear": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
     "led": {"attention_window": 4},
+    "levit": {"image_size": 64, "patch_size": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lfm3": _FOUR,
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
     "ministral": {"head_dim": 8},
     "mobilebert": {"hidden_size": 32, "embedding_size": 32, "true_hidden_size": 32, "intra_bottleneck_size": 32},
+    "mobilevitv2": {"image_size": 256},
     "nemotron": {"head_dim": 8, **_HEADS},
     "neomme": {"head_dim": 16},
     "perceiver": {"d_latents": 32, "num_latents": 8, "num_self_attention_heads": 4, "num_cross_attention_heads": 4},
@@ -95,10 +111,13 @@ TYPES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {**_FOUR, **_INDEXER},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "attn_layers": ["local", "local"]},
+    "swin": _SWIN,
     "ultrabert": {"prediction_head_size": 32},
     "ultravbert": {"prediction_head_size": 32},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "attention_head_dim": 16},
+    "zamba": _ZAMBA,
+    "zamba2": {**_ZAMBA, "num_mem_blocks": 1},
 }
 AS_DECODER = {"reformer": {"is_decoder": True}}  # causal classes that insist
 
@@ -162,9 +181,15 @@ def inputs(model: Any, rows: int, length: int, seed: int = 0) -> dict[str, Tenso
         return torch.randn(rows, *shape, generator=generator)
 
     if name == "pixel_values":
-        size = getattr(config, "image_size", None) or 64
+        vision = getattr(config, "vision_config", config)
+        if "num_patches" in vars(vision):  # images come cut into patches (SigLIP 2)
+            side = int(vision.num_patches**0.5)
+            return {name: noise(side**2, vision.num_channels * vision.patch_size**2),
+                    "pixel_attention_mask": torch.ones(rows, side**2, dtype=torch.long),
+                    "spatial_shapes": torch.full((rows, 2), side)}  # fmt: skip
+        size = getattr(vision, "image_size", None) or 64
         height, wide = size if isinstance(size, list | tuple) else (size, size)
-        return {name: noise(getattr(config, "num_channels", 3), height, wide)}
+        return {name: noise(getattr(vision, "num_channels", 3), height, wide)}
     if name == "input_values":
         if hasattr(config, "max_length"):  # a spectrogram (AST)
             return {name: noise(config.max_length, config.num_mel_bins)}
