@@ -15,6 +15,7 @@ from surgery.blocks import Block, activation_of, attribute, layer_of, norms_arou
 from surgery.errors import CalibrationError, ModelError
 from surgery.experts import Routing, count, widths
 from surgery.features import Original
+from surgery.on_disk import in_memory
 
 TOLERANCE = 1e-3  # relative; a wrong reading of a block is off by the size of its output
 LEAVE_OUT = "leave it out with --blocks; the model is unchanged"
@@ -157,7 +158,9 @@ def _confirmed_experts(
         raise ModelError("the experts were not called once in one forward pass", where=block.path, fix=LEAVE_OUT)
     x, output = seen[block.path][0]
     module = model.get_submodule(block.path)
-    if not _near(recomputed(module, x.flatten(0, -2), routed[block.path]), output):
+    with in_memory([module]):
+        found = recomputed(module, x.flatten(0, -2), routed[block.path])
+    if not _near(found, output):
         raise ModelError(
             "recomputing the experts from the weights found does not give what the model computes",
             where=block.path,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import json
+import shutil
 import tempfile
+import weakref
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,6 +119,7 @@ def load(
     dtype: str = "float32",
     device_map: str | dict[str, str] | None = None,
     base: str | None = None,
+    merged: Path | None = None,
 ) -> LoadedModel:
     """Loads weights and tokenizer.
 
@@ -124,6 +127,8 @@ def load(
         name: Hub id, folder or .gguf file; a delta is applied to its original.
         dtype: precision to compute in; `auto` is the stored one.
         base: the original of a delta, where it is not to be loaded from the Hub as recorded.
+        merged: folder for weights that stay on disk but are not there as the model keeps them (experts are put
+            together on loading); removed with the model. Default: a temporary one.
     Raises:
         ModelError: nothing there, not a transformer, or weights missing from the checkpoint.
     """
@@ -143,13 +148,16 @@ def load(
     options = dict(extra, revision=revision, dtype=getattr(torch, wanted))
     if device_map is not None:
         options["device_map"] = device_map
+    place = None
     if isinstance(device_map, dict) and "disk" in device_map.values():
-        options["offload_folder"] = tempfile.mkdtemp()  # stays empty: safetensors files are read where they are
+        options["offload_folder"] = place = _fresh(merged)
         _give_memory_back()
     try:
         model, info = (cls or model_class(config)).from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:
+        _remove(place)
         raise _unreadable(name, error) from error
+    weakref.finalize(model, _remove, place)
     missing = sorted(info.get("missing_keys", ()))
     if missing or info.get("mismatched_keys"):
         raise ModelError(
@@ -264,6 +272,22 @@ def _forget_quantization(model: Any) -> None:
         for name in names:
             if hasattr(holder, name):
                 delattr(holder, name)
+
+
+def _fresh(folder: Path | None) -> Path:
+    if folder is None:
+        return Path(tempfile.mkdtemp())
+    shutil.rmtree(folder, ignore_errors=True)  # a killed run's
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _remove(folder: Path | None) -> None:
+    """The folder, and the one it is in if nothing else is there."""
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            folder.parent.rmdir()
 
 
 def _give_memory_back() -> None:

@@ -8,112 +8,60 @@ are beyond it. The checkpoint is then put together shard by shard from those fil
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from surgery.blocks import Block
 from surgery.checkpoint import SHARD, write_json
 from surgery.errors import CheckpointError, ModelError
 from surgery.loading import Source
 from surgery.modeling_polynomial import PolynomialModel
 
-ON_DISK = {"": "disk"}
 INDEX = "model.safetensors.index.json"
+Place = tuple[Path, str]
+"""A safetensors file, and the name of a tensor in it."""
 
 
-def device_of(model: Any) -> torch.device:
-    """Where the model computes: where its weights are, or, with weights on disk, where they are read to."""
-    if model.device.type != "meta":
-        device: torch.device = model.device
-        return device
-    given = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
-    return torch.device("cpu" if given is None else given)
-
-
-@contextmanager
-def in_memory(modules: Iterable[Any]) -> Iterator[None]:
-    """Inside, the modules' weights are there."""
-    from accelerate.utils import align_module_device
-
-    with ExitStack() as stack:
-        for module in modules:
-            if isinstance(module, nn.Module) and any(p.is_meta for p in module.parameters()):
-                stack.enter_context(align_module_device(module, getattr(module._hf_hook, "execution_device", "cpu")))
-        yield
-
-
-def original_files(folder: Path) -> dict[str, Path]:
-    """Which file of a checkpoint folder holds each tensor. Raises ModelError where it is not in safetensors."""
-    if (folder / INDEX).is_file():
-        names: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-        return {name: folder / file for name, file in names.items()}
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise ModelError(
-            "the checkpoint is not in safetensors",
-            where=folder.name,
-            fix="save it as safetensors first, or convert it in memory",
-        )
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single)
-
-
-def folder_of(source: Source, name: str) -> Path:
-    """Where a model's files are. Raises ModelError for what is no checkpoint of its own."""
-    if source.kind not in ("folder", "hub"):
-        raise ModelError("only a checkpoint in safetensors can stay on disk", where=source.name, cause=source.kind)
-    if source.kind == "folder":
-        return Path(name).expanduser()
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, revision=source.revision, allow_patterns=["*.safetensors", "*.json"]))
-
-
-def check_names(model: Any, folder: Path, blocks: Sequence[Block]) -> dict[str, Path]:
-    """The files of all tensors outside the blocks, under their names in memory.
+def places(model: Any, source: Source) -> dict[str, Place]:
+    """Where each of the model's tensors is on disk: in the original's files, whatever its name there, or, put together
+    on loading (experts), in a file of its own.
 
     Raises:
-        ModelError: a tensor has another name on disk, so that it cannot be copied as it is.
+        ModelError: not a checkpoint's, or a tensor is nowhere.
     """
-    files = original_files(folder)
-    inside = tuple(f"{block.path}." for block in blocks)
-    for block in blocks:
-        if block.kind == "experts":
-            raise ModelError(
-                "experts cannot stay on disk",
-                where=block.path,
-                cause="a checkpoint keeps each by itself, and the model all in one",
-                fix="convert it in memory, without --offload",
-            )
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if source.kind not in ("folder", "hub"):
+        raise ModelError("only a checkpoint in a folder can stay on disk", where=source.name, cause=source.kind)
+    found: dict[str, Place] = {}
+    for module in model.modules():
+        known = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        for name, entry in getattr(getattr(known, "dataset", None), "index", {}).items():
+            found[name] = Path(entry["safetensors_file"]), entry["weight_name"]
+    tied = {name: of for name, of in (getattr(model, "all_tied_weights_keys", None) or {}).items() if of in found}
     for name in model.state_dict():
-        if name not in files and name not in tied and not name.startswith(inside):
+        if name not in found and name not in tied:
             raise ModelError(
-                f"{name} has another name in the checkpoint",
-                where=folder.name,
-                cause="this architecture's weights are renamed or put together on loading",
+                f"{name} is in none of the checkpoint's files",
+                where=source.name,
+                cause="this architecture makes it on loading",
                 fix="convert it in memory, without --offload",
             )
-    return files
+    return {name: place for name, place in found.items() if name not in tied}
 
 
-def write(model: Any, blocks: Path, originals: Mapping[str, Path], tokenizer: Any, folder: Path, dtype: str) -> None:
+def write(model: Any, blocks: Path, originals: Mapping[str, Place], tokenizer: Any, folder: Path, dtype: str) -> None:
     """The twin's checkpoint, one shard in memory at a time. Shards that an interrupted run finished are not redone.
 
     Args:
         model: the twin's structure; its weights are not looked at.
         blocks: folder of the finished blocks' files.
-        originals: see :func:`check_names`.
+        originals: see :func:`places`.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -147,9 +95,9 @@ def write(model: Any, blocks: Path, originals: Mapping[str, Path], tokenizer: An
         tokenizer.save_pretrained(folder)
 
 
-def _sources(blocks: Path, originals: Mapping[str, Path]) -> dict[str, tuple[Path, str]]:
+def _sources(blocks: Path, originals: Mapping[str, Place]) -> dict[str, Place]:
     """File and key of every tensor; what a finished block holds stands before the original's."""
-    found = {name: (file, name) for name, file in originals.items()}
+    found = dict(originals)
     for part in blocks.glob("*.safetensors"):
         with safe_open(part, framework="pt") as file:
             found |= {key.replace(":", "."): (part, key) for key in file.keys() if ":" in key}  # noqa: SIM118

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from surgery import checkpoint, group, loading, offload, swap
+from surgery import checkpoint, group, loading, offload, on_disk, swap
 from surgery.blocks import Block, Survey, survey
 from surgery.budget import draw, within
 from surgery.calibration import Calibration, prepare, start_tokens
@@ -24,7 +24,7 @@ from surgery.recipe import Recipe
 from surgery.reexpress import as_llama
 from surgery.replacement import Replaced, Task, replace_blocks
 from surgery.report import Report
-from surgery.resume import Workshop, kept, partial
+from surgery.resume import Workshop, kept, merged, partial
 from surgery.stream import first_token_is_sink
 
 
@@ -76,13 +76,7 @@ def convert(
         if restart and group.first():
             shutil.rmtree(partial(target), ignore_errors=True)
     torch.manual_seed(plan.seed)
-    if isinstance(model, str | Path):
-        where = loading.placed(plan.device)
-        loaded = loading.load(str(model), plan.revision, plan.dtype, offload.ON_DISK if plan.offload else None)
-        if not plan.offload:
-            loaded.model.to(where)
-    else:
-        loaded = loading.in_memory(model, tokenizer)
+    loaded = _loaded(plan, target) if isinstance(model, str | Path) else loading.in_memory(model, tokenizer)
     loaded_at = time.monotonic()
     ready = _ready(loaded, plan, moments, calibration, quiet)
     task, form = ready.task, ready.form
@@ -121,8 +115,18 @@ def convert(
             draw(account, target / "budget.png")
     group.agreed(None)  # nobody leaves before the twin stands
     if plan.offload:
-        network = loading.load(str(target), dtype=plan.dtype, device_map=offload.ON_DISK).model
+        network = loading.load(str(target), dtype=plan.dtype, device_map=on_disk.ON_DISK).model
     return network, report
+
+
+def _loaded(plan: Recipe, target: Path | None) -> loading.LoadedModel:
+    """The recipe's model, where it is to compute."""
+    where = loading.placed(plan.device)
+    if target is not None and plan.offload:
+        return loading.load(plan.model, plan.revision, plan.dtype, on_disk.ON_DISK, merged=merged(target))
+    loaded = loading.load(plan.model, plan.revision, plan.dtype)
+    loaded.model.to(where)
+    return loaded
 
 
 def _store(
@@ -156,7 +160,7 @@ class _Ready:
     left_alone: tuple[tuple[str, str], ...]
     probe: dict[str, Tensor]
     perplexity: Any
-    files: dict[str, Path]
+    files: dict[str, offload.Place]
 
 
 def _ready(
@@ -167,10 +171,7 @@ def _ready(
     quiet: bool,
 ) -> _Ready:
     network, found, blocks, native = _to_replace(loaded, plan)
-    files = {}
-    if plan.offload:
-        folder = offload.folder_of(loaded.source, plan.model)
-        files = offload.check_names(network, folder, blocks)
+    files = offload.places(network, loaded.source) if plan.offload else {}
     given = dict(moments or {}) | _moments_file(plan, blocks)
     if plan.budget is not None and not _is_causal(network):
         raise RecipeError("a budget is in nats, which only a causal language model has", fix="leave --budget out")
@@ -258,7 +259,7 @@ def _is_causal(model: Any) -> bool:
 
 
 def _probe(model: Any, data: Calibration) -> dict[str, Tensor]:
-    device = offload.device_of(model)
+    device = on_disk.device_of(model)
     return {name: value.to(device) for name, value in checkpoint.probe_inputs(data.batches[0]).items()}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery import group, offload, swap
+from surgery import group, on_disk, swap
 from surgery.blocks import Block, attribute
 from surgery.calibration import Calibration
 from surgery.fit import FitSettings, FittedBlock, Gaussian, fit_block
@@ -58,12 +58,12 @@ class Task:
     def batches(self) -> list[dict[str, Any]]:
         """The calibration inputs where the model is, as its forward passes take them."""
         cache = {"use_cache": False} if self.model.can_generate() else {}
-        device = offload.device_of(self.model)
+        device = on_disk.device_of(self.model)
         return [{**{name: value.to(device) for name, value in batch.items()}, **cache} for batch in self.data.batches]
 
     def like(self) -> Tensor:
         """A tensor of the precision and in the place of the model's computations."""
-        return torch.empty(0, dtype=next(self.model.parameters()).dtype, device=offload.device_of(self.model))
+        return torch.empty(0, dtype=next(self.model.parameters()).dtype, device=on_disk.device_of(self.model))
 
     def originals(self) -> dict[str, Any]:
         return {path: attribute(self.model, path) for block in self.blocks for path in block.replaced}
@@ -141,7 +141,7 @@ def _replace(
 
 def fit(station: Station, settings: FitSettings, given: Gaussian | None = None) -> FittedBlock | FittedExperts:
     """One block's polynomial, or its experts'."""
-    with offload.in_memory(station.modules.values()):
+    with on_disk.in_memory(station.modules.values()):
         if station.block.kind == "experts":
             return fit_experts(station, settings)
         return fit_block(station, settings, given, CACHE_BYTES)

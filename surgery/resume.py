@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from surgery import group
 from surgery import modeling_polynomial as modeling
 from surgery.blocks import Block
 from surgery.calibration import Calibration
@@ -24,12 +25,17 @@ from surgery.errors import CheckpointError
 from surgery.loading import Source
 from surgery.recipe import Recipe
 
-SAMPLES, UNFINISHED = "samples.safetensors", "samples.tmp"
+SAMPLES, UNFINISHED, MERGED = "samples.safetensors", "samples.tmp", "merged"
 
 
 def partial(target: Path) -> Path:
     """Where an interrupted conversion to `target` keeps what is finished."""
     return target.with_name(target.name + ".partial")
+
+
+def merged(target: Path) -> Path:
+    """Where a process keeps weights that were put together on loading and are to stay on disk."""
+    return partial(target) / MERGED / str(group.rank())
 
 
 def kept(
@@ -75,7 +81,7 @@ class Workshop:
         text = json.dumps([ours, source.as_dict(), data.fingerprint], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()
         note = folder / "run.json"
-        if folder.exists() and {file.name for file in folder.iterdir()} - {SAMPLES, UNFINISHED}:
+        if folder.exists() and {file.name for file in folder.iterdir()} - {SAMPLES, UNFINISHED, MERGED}:
             known = json.loads(note.read_text())["key"] if note.is_file() else None
             if known != key:
                 raise CheckpointError(

@@ -14,8 +14,6 @@ Memory: the local variables of the suspended passes, about three hidden states p
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,7 @@ from surgery.blocks import Block, attribute, layer_of, norms_around
 from surgery.errors import CalibrationError, ModelError
 from surgery.experts import Routing
 from surgery.modeling_polynomial import install
+from surgery.on_disk import in_file
 from surgery.sinks import MASSIVE
 
 HELD_OUT_SHARE = 8
@@ -111,17 +110,6 @@ class _Fork(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("current"), name)
-
-
-def in_file(tensor: Tensor, folder: Path) -> None:
-    """Moves a tensor's memory, in place, to a file without a name, which lives as long as the tensor does."""
-    if tensor.device.type != "cpu" or tensor.untyped_storage().filename is not None:
-        return
-    descriptor, name = tempfile.mkstemp(dir=folder, suffix=".hidden")
-    os.close(descriptor)
-    mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
-    os.unlink(name)
-    tensor.data = mapped.copy_(tensor)
 
 
 def fitted_sequences(batches: Sequence[Mapping[str, Tensor]]) -> list[int]:

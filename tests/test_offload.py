@@ -1,5 +1,6 @@
 """Models larger than memory: weights stay on disk, and the twin is the one made in memory."""
 
+import gc
 import json
 
 import pytest
@@ -8,6 +9,7 @@ import transformers
 from safetensors.torch import load_file
 
 import surgery
+from evals.tiny_models import tiny as tiny_of
 from surgery import checkpoint, loading, offload
 from surgery.errors import ModelError, RecipeError
 from tests import tiny
@@ -97,6 +99,56 @@ def test_hidden_states_wait_in_files(folder, tmp_path, monkeypatch):
     assert all(name is not None for names in seen for name in names)
 
 
+IDS = torch.randint(4, 100, (64, 24), generator=torch.Generator().manual_seed(0))
+
+
+def same_both_ways(place, **more):
+    """The tensors of the twin made from disk, which are those of the one made in memory."""
+    given = {"calibration": IDS, "length": 24, "measure": 0, **more}
+    twin, report = surgery.convert(place / "original", **given)
+    surgery.convert(place / "original", output=place / "disk", offload=True, **given)
+    assert not (place / "disk.partial").exists()
+    found = tensors_of(place / "disk")
+    stored = getattr(torch, report.source["dtype"])
+    expected = {name: value.to(stored) for name, value in twin.state_dict().items()}
+    assert expected.keys() - found.keys() == set(twin.all_tied_weights_keys)
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    return found
+
+
+RENAMED = {"mixtral": "Mixtral", "gpt_oss": "GptOss", "deepseek_v3": "DeepseekV3", "gpt_neox": "GPTNeoX"}
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_weights_that_are_put_together_or_renamed_on_loading(name, tmp_path):
+    """Experts stand one by one in the checkpoint and in one tensor in the model; GPT-NeoX's head has two names."""
+    tiny_of(getattr(transformers, f"{RENAMED[name]}ForCausalLM"), name).save_pretrained(tmp_path / "original")
+    assert same_both_ways(tmp_path)
+
+
+def test_experts_left_as_they_are_are_copied(tmp_path, monkeypatch):
+    tiny_of(transformers.MixtralForCausalLM, "mixtral").to(torch.bfloat16).save_pretrained(tmp_path / "original")
+    before = tensors_of(tmp_path / "original")
+    monkeypatch.setattr("surgery.offload.SHARD", "40KB")
+    found = same_both_ways(tmp_path, blocks="0")
+    last = [before[f"model.layers.1.block_sparse_moe.experts.{number}.w2.weight"] for number in range(4)]
+    assert torch.equal(found["model.layers.1.mlp.experts.down_proj"], torch.stack(last))
+
+
+def test_what_was_put_together_is_removed_when_the_conversion_fails(tmp_path, monkeypatch):
+    tiny_of(transformers.MixtralForCausalLM, "mixtral").save_pretrained(tmp_path / "original")
+
+    def fails(*_, **__):
+        assert list((tmp_path / "twin.partial" / "merged" / "0").glob("*experts*"))
+        raise ModelError("no")
+
+    monkeypatch.setattr("surgery.pipeline._ready", fails)
+    with pytest.raises(ModelError):
+        surgery.convert(tmp_path / "original", output=tmp_path / "twin", offload=True, calibration=IDS, length=24)
+    gc.collect()
+    assert not list((tmp_path / "twin.partial").rglob("*.safetensors"))
+
+
 def test_a_damaged_shard_is_noticed(folder, tmp_path, monkeypatch):
     """Negative control: what was copied wrongly must not pass."""
     real = checkpoint.save_file
@@ -112,18 +164,10 @@ def test_a_damaged_shard_is_noticed(folder, tmp_path, monkeypatch):
 
 
 def test_what_cannot_stay_on_disk_is_said(folder, tmp_path):
-    from evals.tiny_models import tiny as build
-
     with pytest.raises(RecipeError, match="needs an output folder"):
         surgery.convert(folder / "llama", offload=True, **SETTINGS)
     with pytest.raises(ModelError, match="can stay on disk"):
         surgery.convert(tiny.make("llama"), output=tmp_path / "a", offload=True, calibration=torch.ones(8, 8).long())
-    build(transformers.MixtralForCausalLM, "mixtral").save_pretrained(tmp_path / "mixtral")
-    with pytest.raises(ModelError, match="convert it in memory"):
-        surgery.convert(
-            tmp_path / "mixtral", output=tmp_path / "b", offload=True, length=16,
-            calibration=torch.randint(3, 90, (64, 16)),
-        )  # fmt: skip
 
 
 def test_a_model_that_does_not_fit_into_memory_is_told_so(folder, monkeypatch):
