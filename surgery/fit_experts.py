@@ -23,6 +23,7 @@ from surgery.confirm import recomputed
 from surgery.errors import CalibrationError
 from surgery.features import Original
 from surgery.fit import TOKENS_PER_UNKNOWN, FitSettings, FittedBlock, fit_block
+from surgery.polynomial import Affine
 from surgery.readout import behind
 from surgery.stream import Arrival, Station
 
@@ -78,8 +79,18 @@ def fit_experts(station: Station, settings: FitSettings) -> FittedExperts:
             found = fit_block(prior_rows, kept, original=original)
         else:
             found = fit_block(mine, settings, original=original)
-        fitted.append(replace(found, outputs=(), written=()))
+        fitted.append(_rounded(found, station.twin[0].x.dtype))
     return FittedExperts(block, settings.degree, tuple(fitted), tuple(tokens), tuple(starved))
+
+
+def _rounded(fitted: FittedBlock, dtype: torch.dtype) -> FittedBlock:
+    """Maps in the precision they are stored in: all experts' in float64 would be the largest thing in memory."""
+    maps: dict[str, Any] = {
+        name: Affine(value.weight.to(dtype), value.bias.to(dtype))
+        for name in ("gate", "up", "readout")
+        if (value := getattr(fitted, name)) is not None
+    }
+    return replace(fitted, outputs=(), written=(), **maps)
 
 
 def _corrections(station: Station, module: Any) -> tuple[Tensor, ...]:
