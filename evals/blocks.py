@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from surgery.blocks import Block, attribute
+from surgery.experts import folded
 from surgery.moments import InputMoments
 from surgery.ridge import RidgeSums, ridge_path
 
@@ -114,13 +115,15 @@ def block_sums(
     def see(block: Block, given: tuple[Tensor, ...], output: Tensor) -> None:
         rows = len(next(iter(batch.values())))
         x, truth = given[0].flatten(0, -2), output.flatten(0, -2)
+        there = (x, *given[1:]) if block.kind == "experts" else (x,)
+        found = functions[block.path](*(part.to(device_of(twin)) for part in there)).to(x.device)
+        if block.kind == "experts":
+            x, truth, found = (folded(attribute(original, block.path), part) for part in (x, truth, found))
         even = (torch.arange(len(x), device=x.device) // max(1, len(x) // rows) + begin) % 2 == 0
         keep = torch.ones_like(even)
         mask = batch.get("attention_mask")
         if mask is not None and mask.numel() == len(x):
             keep = mask.flatten().bool().to(x.device)
-        there = (x, *given[1:]) if block.kind == "experts" else (x,)
-        found = functions[block.path](*(part.to(device_of(twin)) for part in there)).to(x.device)
         sums[block.path].add_rows(x[keep].float(), truth[keep].float(), found[keep].float(), even[keep])
 
     with torch.no_grad(), _watched(original, blocks, see):

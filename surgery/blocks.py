@@ -125,10 +125,10 @@ def survey(model: nn.Module) -> Survey:
     for path, module in model.named_modules():
         if path == "" or any(path.startswith(f"{claim}.") for claim in claimed):
             continue
-        if _stacked(module):
+        if experts.layout(module) is not None:
             block, reason = _experts(path, module)
         elif _mixture(module):
-            if any(_stacked(part) for part in module.modules()):
+            if any(experts.layout(part) is not None for part in module.modules()):
                 continue  # the router aside, what is inside is looked at by itself
             block, reason = None, "mixture of experts in a form that is not known"
             claimed.add(path)
@@ -153,12 +153,6 @@ def survey(model: nn.Module) -> Survey:
         unique.append(block)
     left.extend(_silent_layers(model, found, left))
     return Survey(tuple(unique), tuple(left))
-
-
-def _stacked(module: nn.Module) -> bool:
-    """Whether the module itself holds the weights of many experts."""
-    own = dict(module.named_parameters(recurse=False))
-    return "down_proj" in own and own["down_proj"].dim() == 3
 
 
 def _experts(path: str, module: nn.Module) -> tuple[Block | None, str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from surgery.activations import ACTIVATIONS, Activation
 from surgery.blocks import Block, activation_of, attribute, layer_of, norms_around
 from surgery.errors import CalibrationError, ModelError
-from surgery.experts import Routing, count, widths
+from surgery.experts import Routing, count, folded, passes, widths
 from surgery.features import Original
 from surgery.on_disk import in_memory
 
@@ -156,8 +156,8 @@ def _confirmed_experts(
 ) -> Block:
     if len(seen.get(block.path, [])) != 1:
         raise ModelError("the experts were not called once in one forward pass", where=block.path, fix=LEAVE_OUT)
-    x, output = seen[block.path][0]
     module = model.get_submodule(block.path)
+    x, output = (folded(module, value) for value in seen[block.path][0])
     with in_memory([module]):
         found = recomputed(module, x.flatten(0, -2), routed[block.path])
     if not _near(found, output):
@@ -177,6 +177,9 @@ def recomputed(module: nn.Module, x: Tensor, routing: Routing) -> Tensor:
         rows, weight = routing.of_expert(number)
         if len(rows):
             total.index_add_(0, rows, (Original.of_expert(module, number)(x[rows]) * weight[:, None]).to(total.dtype))
+    if passes(module):
+        rows, place = torch.where(routing.index >= count(module))
+        total.index_add_(0, rows, (x[rows] * routing.weight[rows, place, None]).to(total.dtype))
     return total
 
 

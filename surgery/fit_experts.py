@@ -38,6 +38,7 @@ class FittedExperts:
         experts: by number.
         tokens: how many calibration tokens each saw.
         starved: numbers of those that saw too few.
+        passes: see :func:`surgery.experts.passes`.
     """
 
     block: Block
@@ -45,6 +46,7 @@ class FittedExperts:
     experts: tuple[FittedBlock, ...]
     tokens: tuple[int, ...]
     starved: tuple[int, ...]
+    passes: bool = False
 
 
 def fit_experts(station: Station, settings: FitSettings) -> FittedExperts:
@@ -80,7 +82,7 @@ def fit_experts(station: Station, settings: FitSettings) -> FittedExperts:
         else:
             found = fit_block(mine, settings, original=original)
         fitted.append(_rounded(found, station.twin[0].x.dtype))
-    return FittedExperts(block, settings.degree, tuple(fitted), tuple(tokens), tuple(starved))
+    return FittedExperts(block, settings.degree, tuple(fitted), tuple(tokens), tuple(starved), experts.passes(module))
 
 
 def _rounded(fitted: FittedBlock, dtype: torch.dtype) -> FittedBlock:

@@ -96,11 +96,17 @@ class BilinearGLU(nn.Module):
 
 
 class PolynomialExperts(nn.Module):
-    """Experts, each with polynomials of its own: x_t ↦ Σ_j w_tj p_{e_tj}(x_t); `hidden` 0 makes them affine."""
+    """Experts, each with polynomials of its own: x_t ↦ Σ_j w_tj p_{e_tj}(x_t); `hidden` 0 makes them affine.
 
-    def __init__(self, experts: int, width: int, hidden: int, out: int, degree: int, gated: bool) -> None:
+    Numbers past the last expert's stand for none, or, where `passes`, for x_t itself. Without numbers, the inputs are
+    there once for each expert, zero where a token goes elsewhere.
+    """
+
+    def __init__(
+        self, experts: int, width: int, hidden: int, out: int, degree: int, gated: bool, passes: bool = False
+    ) -> None:
         super().__init__()
-        self.gated, self.degree = gated, degree
+        self.gated, self.degree, self.passes = gated, degree, passes
         names = {"down_weight": (out, hidden or width), "down_bias": (out,)}
         if hidden:
             names |= {"gate_weight": (hidden, width), "gate_bias": (hidden,), "coefficients": (degree + 1, hidden)}
@@ -121,7 +127,11 @@ class PolynomialExperts(nn.Module):
                 hidden = multiply_add(hidden, horner(self.cross_coefficients[number], u), v, into=hidden)
         return nn.functional.linear(hidden, self.down_weight[number], self.down_bias[number])
 
-    def forward(self, hidden_states, top_k_index, top_k_weights):
+    def forward(self, hidden_states, top_k_index=None, top_k_weights=None):
+        if top_k_index is None:
+            return self.each(hidden_states)
+        if top_k_index.dim() == 3:  # one-hot, with all zero for none
+            top_k_index = torch.where(top_k_index.any(-1), top_k_index.argmax(-1), self.number)
         shape = hidden_states.shape
         x = hidden_states.reshape(-1, shape[-1])
         total = x.new_zeros(len(x), self.down_bias.shape[-1])
@@ -130,7 +140,18 @@ class PolynomialExperts(nn.Module):
             if len(rows):
                 output = self.one(number, x[rows]) * top_k_weights[rows, place, None]
                 total.index_add_(0, rows, output.to(total.dtype))
+        if self.passes:
+            rows, place = torch.where(top_k_index >= self.number)
+            total.index_add_(0, rows, (x[rows] * top_k_weights[rows, place, None]).to(total.dtype))
         return total.view(*shape[:-1], -1)
+
+    def each(self, hidden_states):
+        x = hidden_states.view(self.number, -1, hidden_states.shape[-1])
+        total = x.new_zeros(*x.shape[:2], self.down_bias.shape[-1])
+        for number in range(self.number):
+            rows = x[number].any(-1)
+            total[number, rows] = self.one(number, x[number, rows]).to(total.dtype)
+        return total.view(-1, total.shape[-1])
 
 
 def build(block: dict) -> dict[str, nn.Module]:
@@ -149,8 +170,8 @@ def build(block: dict) -> dict[str, nn.Module]:
             block["last"]: nn.Linear(hidden, out),
         }
     if block["kind"] == "experts":
-        gated = block["gated"]
-        return {block["path"]: PolynomialExperts(block["experts"], width, hidden, out, block["degree"], gated)}
+        flags = block["gated"], block.get("passes", False)
+        return {block["path"]: PolynomialExperts(block["experts"], width, hidden, out, block["degree"], *flags)}
     if block["kind"] == "plain_affine":
         return {block["first"]: nn.Identity(), block["activation"]: nn.Identity(), block["last"]: nn.Linear(width, out)}
     raise ValueError(f"unknown kind of polynomial block {block['kind']!r} at {block['path']}: is this file too old?")
@@ -245,6 +266,8 @@ def model_class_for(config) -> type:
             for block in config.polynomial_blocks:
                 for path, module in build(block).items():
                     install(self, path, module)
+                    if isinstance(module, PolynomialExperts):  # some classes give experts their first values from above
+                        self.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True
 
         def save_pretrained(self, save_directory, *args, **kwargs):
             # Names as in memory: what the base type renames on loading (GPT-NeoX's head), our model type does not.

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from surgery import group
 from surgery.blocks import Block, attribute, layer_of, norms_around
 from surgery.errors import CalibrationError, ModelError
-from surgery.experts import Routing
+from surgery.experts import Routing, folded
 from surgery.modeling_polynomial import install
 from surgery.on_disk import in_file
 from surgery.sinks import MASSIVE
@@ -97,9 +97,11 @@ class _Fork(nn.Module):
             return self.current(x, *args, **kwargs)
         if self.entrance:
             assert me.parent is not None
+            arrived = x
             if self.routed:
                 me.routing = Routing.of(cast(nn.Module, self.original), (x, *args), kwargs)
-            me.parent.switch(x)
+                arrived = folded(self.original, x)
+            me.parent.switch(arrived)
             if me.answer is not None:
                 answer, me.answer = me.answer.view(*x.shape[:-1], -1), None
                 return answer

@@ -67,7 +67,7 @@ def describe(fitted: FittedBlock | FittedExperts, native: bool) -> dict[str, Any
         return {
             "path": block.path, "kind": "experts", "degree": fitted.degree, "experts": len(fitted.experts),
             "width": block.width, "hidden": max(_hidden(one) for one in fitted.experts), "out": block.out,
-            "gated": any(one.up is not None for one in fitted.experts),
+            "gated": any(one.up is not None for one in fitted.experts), "passes": fitted.passes,
         }  # fmt: skip
     hidden = _hidden(fitted)
     if block.kind == "plain":

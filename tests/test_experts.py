@@ -20,6 +20,13 @@ SHAPES = {
     "nemotron_h": T.NemotronHForCausalLM,  # no gate
     "deepseek_v3": T.DeepseekV3ForCausalLM,  # shared experts, routing weights that do not add up to one
     "deepseek_v4": T.DeepseekV4ForCausalLM,  # clamped gate
+    "dbrx": T.DbrxForCausalLM,  # all experts' rows in one matrix
+    "llama4": T.Llama4ForCausalLM,  # weighs the inputs and repeats them for each expert
+    "longcat_flash": T.LongcatFlashForCausalLM,  # some experts give back what they are given
+}
+LISTED = {
+    "switch_transformers": T.SwitchTransformersForConditionalGeneration,  # numbers are one-hot
+    "nllb-moe": T.NllbMoeForConditionalGeneration,  # biases, outputs scaled when it does not train
 }
 IDS = inputs(tiny(T.LlamaForCausalLM, "llama"), 64, 24)["input_ids"]
 
@@ -51,16 +58,49 @@ def test_a_wrong_layout_is_refused():
         confirm(model, the_experts(model), lambda: model(IDS[:2]))
 
 
-def test_what_is_quadratic_already_is_recovered_exactly():
-    model = model_of("mixtral")
-    for block in the_experts(model):
-        model.get_submodule(block.path).act_fn = torch.nn.Identity()  # gate ⊙ up: bilinear
+@pytest.mark.parametrize("name", ["mixtral", "dbrx", "llama4", "longcat_flash"])
+def test_what_is_quadratic_already_is_recovered_exactly(name):
+    model = model_of(name)
+    for block in survey(model).blocks:
+        module = model.get_submodule(block.path)
+        for part in (module, getattr(module, "mlp", module)):
+            for attribute in ("act_fn", "activation_fn"):
+                if hasattr(part, attribute):
+                    setattr(part, attribute, torch.nn.Identity())  # gate ⊙ up: bilinear
     with torch.no_grad():
         before = model(IDS[:4]).logits
     twin, report = surgery.convert(model, calibration=IDS, degree=2, length=24)
     with torch.no_grad():
         after = twin(IDS[:4]).logits
-    assert all(row["kind"] == "experts" and row["starved"] == [] for row in report.blocks)
+    assert all(row["starved"] == [] for row in report.blocks if row["kind"] == "experts")
+    assert len(the_experts(twin)) == 0 < sum(row["kind"] == "experts" for row in report.blocks)
+    assert (after - before).norm() < 1e-3 * before.norm()
+
+
+class Square(torch.nn.Module):
+    def forward(self, x):
+        return x * x
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_a_module_for_each_expert(name):
+    """Found, recomputed and, where their units are squares, recovered exactly."""
+    model = tiny(LISTED[name], name, causal=False)
+    blocks = survey(model).blocks
+    listed = the_experts(model)
+    assert [block.experts for block in listed] == [4, 4]
+    for block in blocks:
+        module = model.get_submodule(block.path)
+        for part in module.values() if block.kind == "experts" else [module]:
+            part.act = Square()
+    given = {"input_ids": IDS, "decoder_input_ids": IDS.roll(1, 1)}
+    with torch.no_grad():
+        before = model(**given).logits
+    twin, report = surgery.convert(model, calibration=given, degree=2, length=24)
+    with torch.no_grad():
+        after = twin(**given).logits
+    rows = [row for row in report.blocks if row["kind"] == "experts"]
+    assert len(rows) == 2
     assert (after - before).norm() < 1e-3 * before.norm()
 
 
@@ -179,6 +219,24 @@ def test_twins_of_experts_are_refined_end_to_end_only(saved, tmp_path):
     for more in ({"objective": "local"}, {"blend": 0.3}):
         with pytest.raises(RecipeError, match="experts cannot be refined block by block"):
             check(RefineSettings(**given, **more))
+
+
+def test_routing_by_one_hot_numbers_and_by_repeated_inputs():
+    module = model_of("mixtral").model.layers[0].mlp.experts
+    x, weight = torch.rand(3, 32), torch.rand(3, 1)
+    one_hot = torch.tensor([[[0, 1, 0, 0]], [[0, 0, 0, 0]], [[1, 0, 0, 0]]])
+    assert experts.Routing.of(module, (x, one_hot, weight), {}).index.tolist() == [[1], [4], [0]]
+    module = next(layer.feed_forward.experts for layer in model_of("llama4").model.layers if layer.is_moe_layer)
+    repeated = torch.zeros(4, 3, 32)
+    repeated[2, 0], repeated[0, 1] = x[0], x[1]
+    found = experts.Routing.of(module, (repeated.view(12, 32),), {})
+    assert found.index.tolist() == [[2], [0], [4]]
+    with torch.no_grad():
+        once = experts.folded(module, module(repeated.view(12, 32)))
+        assert torch.allclose(recomputed(module, x, found), once, atol=1e-6)
+    repeated[1, 0] = x[0]
+    with pytest.raises(ModelError, match="cannot be told apart"):
+        experts.Routing.of(module, (repeated.view(12, 32),), {})
 
 
 def test_routing_finds_its_arguments_in_either_order():
