@@ -92,6 +92,12 @@ def anonymous_mib(process: int) -> int:
     return max((int(line.split()[1]) // 1024 for line in lines if line.startswith("RssAnon")), default=0)
 
 
+def started(target: Any, *args: Any) -> Any:
+    process = multiprocessing.get_context("spawn").Process(target=target, args=args)
+    process.start()
+    return process
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("width", 1024), ("hidden", 2816), ("depth", 48), ("experts", 0), ("tokens", 1024)):
@@ -103,13 +109,14 @@ def main() -> None:
         source = folder / "model"
         if not (source / "config.json").is_file():
             source.mkdir(parents=True, exist_ok=True)
-            write_model(source, options.width, options.hidden, options.depth, options.experts)
+            shape = (options.width, options.hidden, options.depth, options.experts)
+            writer = started(write_model, source, *shape)  # in a process of its own: this one stays small
+            writer.join()
+            if writer.exitcode:
+                raise SystemExit(writer.exitcode)
         stored = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-        work = multiprocessing.get_context("spawn").Process(
-            target=convert, args=(str(source), str(folder / "twin"), options.tokens)
-        )
         begun, peak = time.monotonic(), 0
-        work.start()
+        work = started(convert, str(source), str(folder / "twin"), options.tokens)
         while work.is_alive():
             peak = max(peak, anonymous_mib(work.pid or 0))
             time.sleep(0.1)
