@@ -62,7 +62,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
 @click.option(
     "--short", type=float, help="Share of the tokens in short sequences.  [default: 0.5 of samples, 0.1 of texts]"
 )
-@click.option("--random-tokens", type=float, help="Share of the tokens replaced by random ones.  [default: 0.05]")
+@click.option("--random-tokens", type=float, help="Share of the tokens replaced by random ones.  [default: 0.02]")
 @click.option("--batch", type=int, help="Sequences a forward pass.  [default: 8]")
 @click.option("--measure", type=int, help="Unseen tokens to measure perplexity on; 0: none.  [default: 8192]")
 @click.option("--seed", type=int, help="Seed for the model's own samples.  [default: 0]")

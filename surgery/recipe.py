@@ -64,7 +64,7 @@ class Recipe(BaseModel):
         description="share of tokens in short sequences that begin as texts do (default: 0.5 of samples, else 0.1)",
     )
     random_tokens: float = Field(
-        0.05, ge=0, lt=1, description="share of the tokens replaced by random ones, so that rare tokens are met"
+        0.02, ge=0, lt=1, description="share of the tokens replaced by random ones, so that rare tokens are met"
     )
     batch: int = Field(8, ge=1, description="sequences a forward pass")
     measure: int = Field(8192, ge=0, description="further tokens to measure perplexity on, 0 for none")
