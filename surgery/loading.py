@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -128,7 +129,8 @@ def load(
         dtype: precision to compute in; `auto` is the stored one.
         base: the original of a delta, where it is not to be loaded from the Hub as recorded.
         merged: folder for weights that stay on disk but are not there as the model keeps them (experts are put
-            together on loading); removed with the model. Default: a temporary one.
+            together on loading); removed with the model, with the two it is in if they are empty then. Default: a
+            temporary one.
     Raises:
         ModelError: nothing there, not a transformer, or weights missing from the checkpoint.
     """
@@ -148,16 +150,17 @@ def load(
     options = dict(extra, revision=revision, dtype=getattr(torch, wanted))
     if device_map is not None:
         options["device_map"] = device_map
-    place = None
+    ours: list[Path] = []
     if isinstance(device_map, dict) and "disk" in device_map.values():
-        options["offload_folder"] = place = _fresh(merged)
+        options["offload_folder"] = _fresh(merged)
+        ours = [options["offload_folder"], *([] if merged is None else merged.parents[:2])]
         _give_memory_back()
     try:
         model, info = (cls or model_class(config)).from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:
-        _remove(place)
+        _remove(ours)
         raise _unreadable(name, error) from error
-    weakref.finalize(model, _remove, place)
+    weakref.finalize(model, _remove, ours)
     missing = sorted(info.get("missing_keys", ()))
     if missing or info.get("mismatched_keys"):
         raise ModelError(
@@ -282,12 +285,13 @@ def _fresh(folder: Path | None) -> Path:
     return folder
 
 
-def _remove(folder: Path | None) -> None:
-    """The folder, and the one it is in if nothing else is there."""
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):
-            folder.parent.rmdir()
+def _remove(folders: Sequence[Path]) -> None:
+    """The first folder, and those it is in that are empty then."""
+    if folders:
+        shutil.rmtree(folders[0], ignore_errors=True)
+    with suppress(OSError):
+        for empty in folders[1:]:
+            empty.rmdir()
 
 
 def _give_memory_back() -> None:

@@ -146,7 +146,7 @@ def test_what_was_put_together_is_removed_when_the_conversion_fails(tmp_path, mo
     with pytest.raises(ModelError):
         surgery.convert(tmp_path / "original", output=tmp_path / "twin", offload=True, calibration=IDS, length=24)
     gc.collect()
-    assert not list((tmp_path / "twin.partial").rglob("*.safetensors"))
+    assert not (tmp_path / "twin.partial").exists()
 
 
 def test_a_damaged_shard_is_noticed(folder, tmp_path, monkeypatch):
