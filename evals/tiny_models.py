@@ -98,7 +98,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
     "ministral": {"head_dim": 8},
     "mobilebert": {"hidden_size": 32, "embedding_size": 32, "true_hidden_size": 32, "intra_bottleneck_size": 32},
-    "mobilevitv2": {"image_size": 256},
+    "mobilevitv2": {"image_size": 64},
     "nemotron": {"head_dim": 8, **_HEADS},
     "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
     "neomme": {"head_dim": 16},

@@ -178,7 +178,7 @@ def _mixture(module: nn.Module) -> bool:
         return False  # one feed-forward block, however it is called
     if "sparsemoe" in name or name.endswith(("moe", "experts")):
         return True
-    stacked = [p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3 and p.shape[0] > 1]
+    stacked = [p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3 and min(p.shape) > 1]
     routed = any(key in children for key in ("router", "experts"))
     return routed or (len(stacked) >= 2 and len(set(stacked)) == 1)
 

@@ -86,6 +86,8 @@ class _Stacked:
     """Tensors whose first dimension is the expert, as transformers 5 keeps them; its flags say what is in them."""
 
     def why_not(self, module: Any) -> str | None:
+        if len(inspect.signature(module.forward).parameters) == 2:  # weights of all experts, and no numbers (Inkling)
+            return "mixture of experts in a form that is not known"
         if getattr(module, "has_post_expert_norm", False):
             return "mixture of experts with a norm behind each expert, which is not a polynomial"
         return None
