@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.errors import ModelError
+
 ON_DISK = {"": "disk"}
 
 
@@ -30,14 +32,33 @@ def device_of(model: Any) -> torch.device:
 
 @contextmanager
 def in_memory(modules: Iterable[Any]) -> Iterator[None]:
-    """Inside, the modules' weights are there."""
+    """Inside, the modules' weights are there, those of their parts too."""
     from accelerate.utils import align_module_device
 
     with ExitStack() as stack:
         for module in modules:
-            if isinstance(module, nn.Module) and any(p.is_meta for p in module.parameters()):
-                stack.enter_context(align_module_device(module, getattr(module._hf_hook, "execution_device", "cpu")))
+            for part in module.modules() if isinstance(module, nn.Module) else ():
+                if any(p.is_meta for p in part.parameters(recurse=False)):
+                    where = getattr(part._hf_hook, "execution_device", "cpu")
+                    stack.enter_context(align_module_device(part, where))
         yield
+
+
+@contextmanager
+def read_when_used(name: str) -> Iterator[None]:
+    """Inside, a forward pass that finds a weight still on disk is a ModelError: DBRX uses matrices of modules that it
+    does not call, so that nothing reads them."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error):
+            raise
+        raise ModelError(
+            "this architecture's weights cannot stay on disk",
+            where=name,
+            cause="it uses weights of a part that it does not call",
+            fix="convert it in memory, without --offload",
+        ) from error
 
 
 def in_file(tensor: Tensor, folder: Path) -> None:

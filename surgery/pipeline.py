@@ -75,10 +75,12 @@ def convert(
         checkpoint.check_target(target, overwrite)
         if restart and group.first():
             shutil.rmtree(partial(target), ignore_errors=True)
+        group.agreed(None)  # nobody puts anything there before
     torch.manual_seed(plan.seed)
     loaded = _loaded(plan, target) if isinstance(model, str | Path) else loading.in_memory(model, tokenizer)
     loaded_at = time.monotonic()
-    ready = _ready(loaded, plan, moments, calibration, quiet)
+    with on_disk.read_when_used(loaded.source.name):
+        ready = _ready(loaded, plan, moments, calibration, quiet)
     task, form = ready.task, ready.form
     network, data, plan = task.model, task.data, task.plan
     ready_at = time.monotonic()

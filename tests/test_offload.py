@@ -170,6 +170,18 @@ def test_what_cannot_stay_on_disk_is_said(folder, tmp_path):
         surgery.convert(tiny.make("llama"), output=tmp_path / "a", offload=True, calibration=torch.ones(8, 8).long())
 
 
+def test_weights_used_by_another_module_than_the_one_that_holds_them(tmp_path):
+    tiny_of(transformers.DbrxForCausalLM, "dbrx").save_pretrained(tmp_path / "original")
+    with pytest.raises(ModelError, match="without --offload"):
+        surgery.convert(tmp_path / "original", output=tmp_path / "twin", offload=True, calibration=IDS, length=24)
+
+
+def test_a_module_for_each_expert(tmp_path):
+    """Weights in parts of the module that is replaced."""
+    tiny_of(transformers.NllbMoeForConditionalGeneration, "nllb-moe", False).save_pretrained(tmp_path / "original")
+    assert same_both_ways(tmp_path, calibration={"input_ids": IDS, "decoder_input_ids": IDS.roll(1, 1)})
+
+
 def test_a_model_that_does_not_fit_into_memory_is_told_so(folder, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("unable to mmap 494962032 bytes from file <model.safetensors>: Cannot allocate memory (12)")
