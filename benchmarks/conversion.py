@@ -74,8 +74,9 @@ def plot(rows: list[dict], file: str) -> None:
         axes[1][column].plot(values, [row["peak_mib_above_forward"] for row in mine], "o-")
         axes[1][column].set_xlabel(name)
         for row in (0, 1):
-            axes[row][column].set_ylim(bottom=0)
             axes[row][column].spines[["top", "right"]].set_visible(False)
+    for row in (0, 1):
+        axes[row][0].set_ylim(bottom=0)  # at the end: it fixes the range of all that share the axis
     axes[0][0].set_ylabel("conversion ÷ forward pass")
     axes[1][0].set_ylabel("MiB above a forward pass")
     figure.savefig(file, dpi=130)

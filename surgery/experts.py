@@ -117,12 +117,12 @@ class _Stacked:
 
     def unit(self, module: Any) -> Activation:
         """σ(y), σ(y)·z, or the module's own function of y and z."""
-        own = getattr(module, "_apply_gate", None)
-        if own is None or own.__func__.__name__ == "_default_apply_gate" or not module.has_gate:
+        own, together = getattr(module, "_apply_gate", None), getattr(module, "is_concatenated", True)
+        if own is None or own.__func__.__name__ == "_default_apply_gate" or not getattr(module, "has_gate", True):
             return _elementwise(module.act_fn)
 
         def joint(y: Tensor, z: Tensor) -> Tensor:
-            both = torch.cat([y, z], dim=-1) if module.is_concatenated else torch.stack([y, z], dim=-1).flatten(-2)
+            both = torch.cat([y, z], dim=-1) if together else torch.stack([y, z], dim=-1).flatten(-2)
             result: Tensor = own(both)
             return result
 

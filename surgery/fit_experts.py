@@ -104,7 +104,8 @@ def _corrections(station: Station, module: Any) -> tuple[Tensor, ...]:
         assert arrival.routing is not None and other.routing is not None
         own = recomputed(module, arrival.x, arrival.routing)
         missing = recomputed(module, other.x, other.routing) - own + behind(arrival, other, slice(None))
-        total = arrival.routing.weight.sum(-1, keepdim=True).to(missing)
+        fitted = arrival.routing.index < experts.count(module)
+        total = (arrival.routing.weight * fitted).sum(-1, keepdim=True).to(missing)
         found.append(missing / total.clamp_min(1e-6))
     return tuple(found)
 

@@ -129,8 +129,8 @@ def load(
         dtype: precision to compute in; `auto` is the stored one.
         base: the original of a delta, where it is not to be loaded from the Hub as recorded.
         merged: folder for weights that stay on disk but are not there as the model keeps them (experts are put
-            together on loading); removed with the model, with the two it is in if they are empty then. Default: a
-            temporary one.
+            together on loading), in one of their own that is removed with the model; then this one and the one it is
+            in, if they are empty. Default: a temporary one.
     Raises:
         ModelError: nothing there, not a transformer, or weights missing from the checkpoint.
     """
@@ -153,12 +153,14 @@ def load(
     ours: list[Path] = []
     if isinstance(device_map, dict) and "disk" in device_map.values():
         options["offload_folder"] = _fresh(merged)
-        ours = [options["offload_folder"], *([] if merged is None else merged.parents[:2])]
+        ours = [options["offload_folder"], *([] if merged is None else [merged, merged.parent])]
         _give_memory_back()
     try:
         model, info = (cls or model_class(config)).from_pretrained(path, output_loading_info=True, **options)
-    except Exception as error:
+    except BaseException as error:
         _remove(ours)
+        if not isinstance(error, Exception):
+            raise
         raise _unreadable(name, error) from error
     weakref.finalize(model, _remove, ours)
     missing = sorted(info.get("missing_keys", ()))
@@ -278,11 +280,10 @@ def _forget_quantization(model: Any) -> None:
 
 
 def _fresh(folder: Path | None) -> Path:
-    if folder is None:
-        return Path(tempfile.mkdtemp())
-    shutil.rmtree(folder, ignore_errors=True)  # a killed run's
-    folder.mkdir(parents=True)
-    return folder
+    """A new folder in this one: a model that is gone, but not collected yet, removes its own only."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(dir=folder))
 
 
 def _remove(folders: Sequence[Path]) -> None:
@@ -309,6 +310,13 @@ def _unreadable(name: str, error: Exception) -> ModelError:
             where=name,
             cause="it needs more memory than there is",
             fix="convert it with --offload, which leaves the weights on disk",
+        )
+    if "No space left" in str(error):
+        return ModelError(
+            f"the model could not be loaded: {first[:300]}",
+            where=name,
+            cause="experts that stay on disk are put together beside the output, which takes as much room again",
+            fix="free some space, or choose an output (-o) on another disk",
         )
     return ModelError(
         f"the model could not be loaded: {first[:300]}",

@@ -24,7 +24,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 MODEL_TYPE = "polynomial_twin"
-FORMAT = 1
+FORMAT = 2  # 1, unless experts pass tokens on
 AUTO_CLASSES = (
     "AutoModel",
     "AutoModelForCausalLM",
@@ -266,7 +266,10 @@ def model_class_for(config) -> type:
             for block in config.polynomial_blocks:
                 for path, module in build(block).items():
                     install(self, path, module)
-                    if isinstance(module, PolynomialExperts):  # some classes give experts their first values from above
+                    if block["kind"] in (
+                        "experts",
+                        "plain_affine",
+                    ):  # some classes give these their first values from above
                         self.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True
 
         def save_pretrained(self, save_directory, *args, **kwargs):

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from surgery.errors import ModelError
 
@@ -46,19 +48,36 @@ def in_memory(modules: Iterable[Any]) -> Iterator[None]:
 
 @contextmanager
 def read_when_used(name: str) -> Iterator[None]:
-    """Inside, a forward pass that finds a weight still on disk is a ModelError: DBRX uses matrices of modules that it
-    does not call, so that nothing reads them."""
+    """Inside, a weight used while it is on disk is a ModelError: DBRX and LongCat use matrices of modules that they do
+    not call, so that nothing reads them. Some of PyTorch's functions raise then, others compute from whatever is there.
+    """
+    refused = ModelError(
+        "this architecture's weights cannot stay on disk",
+        where=name,
+        cause="it uses weights of a part that it does not call",
+        fix="convert it in memory, without --offload",
+    )
     try:
-        yield
-    except (NotImplementedError, RuntimeError) as error:
-        if "meta" not in str(error):
+        with _Unmixed(refused):
+            yield
+    except NotImplementedError as error:
+        if "meta tensor" not in str(error):
             raise
-        raise ModelError(
-            "this architecture's weights cannot stay on disk",
-            where=name,
-            cause="it uses weights of a part that it does not call",
-            fix="convert it in memory, without --offload",
-        ) from error
+        raise refused from error
+
+
+class _Unmixed(TorchDispatchMode):
+    """Inside, raises where a function is given tensors with values and tensors without."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.error = error
+
+    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [part for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor) and part.dim() > 0]
+        if len({part.is_meta for part in given}) > 1:
+            raise self.error
+        return func(*args, **(kwargs or {}))
 
 
 def in_file(tensor: Tensor, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -73,13 +74,13 @@ def convert(
     target = Path(plan.output) if plan.output else None
     if target is not None:
         checkpoint.check_target(target, overwrite)
-        if restart and group.first():
-            shutil.rmtree(partial(target), ignore_errors=True)
+        if group.first():
+            shutil.rmtree(partial(target) if restart else merged(target), ignore_errors=True)
         group.agreed(None)  # nobody puts anything there before
     torch.manual_seed(plan.seed)
     loaded = _loaded(plan, target) if isinstance(model, str | Path) else loading.in_memory(model, tokenizer)
     loaded_at = time.monotonic()
-    with on_disk.read_when_used(loaded.source.name):
+    with on_disk.read_when_used(loaded.source.name) if plan.offload else nullcontext():
         ready = _ready(loaded, plan, moments, calibration, quiet)
     task, form = ready.task, ready.form
     network, data, plan = task.model, task.data, task.plan

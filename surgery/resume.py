@@ -16,7 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from surgery import group
 from surgery import modeling_polynomial as modeling
 from surgery.blocks import Block
 from surgery.calibration import Calibration
@@ -34,8 +33,8 @@ def partial(target: Path) -> Path:
 
 
 def merged(target: Path) -> Path:
-    """Where a process keeps weights that were put together on loading and are to stay on disk."""
-    return partial(target) / MERGED / str(group.rank())
+    """Where weights are kept that were put together on loading and are to stay on disk."""
+    return partial(target) / MERGED
 
 
 def kept(

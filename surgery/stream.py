@@ -97,15 +97,30 @@ class _Fork(nn.Module):
             return self.current(x, *args, **kwargs)
         if self.entrance:
             assert me.parent is not None
-            arrived = x
             if self.routed:
-                me.routing = Routing.of(cast(nn.Module, self.original), (x, *args), kwargs)
-                arrived = folded(self.original, x)
-            me.parent.switch(arrived)
+                self._wait_routed(me, x, args, kwargs)
+            else:
+                me.parent.switch(x)
             if me.answer is not None:
                 answer, me.answer = me.answer.view(*x.shape[:-1], -1), None
                 return answer
         return (self.original if me.original else self.current)(x, *args, **kwargs)
+
+    def _wait_routed(self, me: _Pass, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        original = cast(nn.Module, self.original)
+        me.routing, arrived = Routing.of(original, (x, *args), kwargs), folded(original, x)
+        assert me.parent is not None
+        room = x.untyped_storage()
+        if arrived is x or room.nbytes() != x.nbytes or not x.is_contiguous():
+            me.parent.switch(arrived)
+            return
+        # Inputs repeated for every expert are zero where a token goes elsewhere: they need not wait in memory.
+        size, index = room.nbytes(), me.routing.index[:, 0]
+        room.resize_(0)
+        me.parent.switch(arrived)
+        room.resize_(size)
+        token = torch.where(index < len(x) // len(arrived))[0]
+        x.zero_().view(-1, *arrived.shape)[index[token], token] = arrived[token]
 
     def __getattr__(self, name: str) -> Any:  # models look at `wo.weight.dtype` and the like
         try:

@@ -67,7 +67,7 @@ def describe(fitted: FittedBlock | FittedExperts, native: bool) -> dict[str, Any
         return {
             "path": block.path, "kind": "experts", "degree": fitted.degree, "experts": len(fitted.experts),
             "width": block.width, "hidden": max(_hidden(one) for one in fitted.experts), "out": block.out,
-            "gated": any(one.up is not None for one in fitted.experts), "passes": fitted.passes,
+            "gated": any(one.up is not None for one in fitted.experts), **({"passes": True} if fitted.passes else {}),
         }  # fmt: skip
     hidden = _hidden(fitted)
     if block.kind == "plain":
@@ -189,7 +189,7 @@ def finish_custom(model: Any, entries: Sequence[Mapping[str, Any]]) -> None:
             "base_model_type": base_type,
             "base_architecture": architecture,
             "architectures": [f"Polynomial{architecture}"],
-            "polynomial_format": modeling.FORMAT,
+            "polynomial_format": modeling.FORMAT if any("passes" in entry for entry in described) else 1,
             "polynomial_blocks": described,
             "auto_map": modeling.auto_map(architecture),
         }

@@ -10,7 +10,7 @@ import surgery
 from evals.tiny_models import inputs, tiny
 from surgery import experts
 from surgery.blocks import survey
-from surgery.confirm import confirm, recomputed
+from surgery.confirm import confirm, confirmed, recomputed
 from surgery.errors import CalibrationError, ModelError, RecipeError
 from tests import tiny as tiny_models
 
@@ -75,6 +75,30 @@ def test_what_is_quadratic_already_is_recovered_exactly(name):
     assert all(row["starved"] == [] for row in report.blocks if row["kind"] == "experts")
     assert len(the_experts(twin)) == 0 < sum(row["kind"] == "experts" for row in report.blocks)
     assert (after - before).norm() < 1e-3 * before.norm()
+    assert twin.config.polynomial_format == (2 if name == "longcat_flash" else 1)  # older files would pass nothing on
+
+
+def test_repeated_inputs_do_not_wait_in_memory(monkeypatch):
+    from surgery import replacement, stream
+
+    waiting, kept = [], []
+    real, wait = replacement.fit_experts, stream._Fork._wait_routed
+
+    def looking(station, settings):
+        assert len(station.twin) == 8
+        assert all(arrival.x.shape == (192, 32) for arrival in station.twin)
+        waiting.append([value.untyped_storage().nbytes() for value in kept])
+        return real(station, settings)
+
+    def noting(self, me, x, *rest):
+        kept.append(x)
+        wait(self, me, x, *rest)
+        assert torch.count_nonzero(x.view(4, -1, 32).any(-1).sum(0) - 1) == 0  # back, each token at one expert
+
+    monkeypatch.setattr(stream._Fork, "_wait_routed", noting)
+    monkeypatch.setattr(replacement, "fit_experts", looking)
+    surgery.convert(model_of("llama4"), calibration=IDS, length=24, batch=8)
+    assert waiting and set(waiting[0]) == {0}
 
 
 class Square(torch.nn.Module):
@@ -219,6 +243,39 @@ def test_twins_of_experts_are_refined_end_to_end_only(saved, tmp_path):
     for more in ({"objective": "local"}, {"blend": 0.3}):
         with pytest.raises(RecipeError, match="experts cannot be refined block by block"):
             check(RefineSettings(**given, **more))
+
+
+def test_a_gate_of_its_own_without_flags():
+    """Step 3.7 clamps gate and up, and does not say how its weights are kept."""
+    from types import SimpleNamespace
+
+    from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
+
+    sizes = SimpleNamespace(num_local_experts=4, hidden_size=32, moe_intermediate_size=48, hidden_act="silu")
+    module = Step3p7Experts(sizes, swiglu_limit=0.5)
+    generator = torch.Generator().manual_seed(0)
+    x, index = torch.randn(20, 32, generator=generator), torch.randint(4, (20, 1), generator=generator)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0, 0.3, generator=generator)
+        assert experts.why_not(module) is None
+        found = recomputed(module, x, experts.Routing(index, torch.ones(20, 1)))
+        assert torch.allclose(found, module(x, index, torch.ones(20, 1)), atol=1e-5)
+
+
+def test_a_module_for_each_expert_in_half_precision():
+    model = tiny(LISTED["nllb-moe"], "nllb-moe", causal=False).bfloat16()
+    given = {"input_ids": IDS[:4], "decoder_input_ids": IDS[:4].roll(1, 1)}
+    with torch.no_grad():
+        good, bad = confirmed(model, the_experts(model), lambda: model(**given))
+    assert len(good) == 2 and not bad
+
+
+def test_affine_blocks_whose_first_values_are_given_from_above(tmp_path):
+    tiny(LISTED["switch_transformers"], "switch_transformers", causal=False).save_pretrained(tmp_path / "base")
+    given = {"input_ids": IDS, "decoder_input_ids": IDS.roll(1, 1)}
+    _, report = surgery.convert(tmp_path / "base", output=tmp_path / "twin", calibration=given, degree=1, length=24)
+    assert {row["kind"] for row in report.blocks} == {"plain", "experts"}
 
 
 def test_routing_by_one_hot_numbers_and_by_repeated_inputs():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import surgery
 from evals.tiny_models import tiny as tiny_of
-from surgery import checkpoint, loading, offload
+from surgery import checkpoint, loading, offload, on_disk
 from surgery.errors import ModelError, RecipeError
 from tests import tiny
 
@@ -139,7 +139,7 @@ def test_what_was_put_together_is_removed_when_the_conversion_fails(tmp_path, mo
     tiny_of(transformers.MixtralForCausalLM, "mixtral").save_pretrained(tmp_path / "original")
 
     def fails(*_, **__):
-        assert list((tmp_path / "twin.partial" / "merged" / "0").glob("*experts*"))
+        assert list((tmp_path / "twin.partial" / "merged").glob("*/*experts*"))
         raise ModelError("no")
 
     monkeypatch.setattr("surgery.pipeline._ready", fails)
@@ -147,6 +147,36 @@ def test_what_was_put_together_is_removed_when_the_conversion_fails(tmp_path, mo
         surgery.convert(tmp_path / "original", output=tmp_path / "twin", offload=True, calibration=IDS, length=24)
     gc.collect()
     assert not (tmp_path / "twin.partial").exists()
+
+
+def test_a_model_that_is_gone_removes_only_its_own(tmp_path):
+    tiny_of(transformers.MixtralForCausalLM, "mixtral").save_pretrained(tmp_path / "original")
+    merged = tmp_path / "twin.partial" / "merged"
+    given = {"name": str(tmp_path / "original"), "device_map": on_disk.ON_DISK, "merged": merged}
+    first, second = loading.load(**given).model, loading.load(**given).model
+    assert len(list(merged.iterdir())) == 2
+    del first
+    gc.collect()
+    with torch.no_grad():
+        assert torch.isfinite(second(IDS[:2]).logits).all()
+    del second
+    gc.collect()
+    assert not merged.parent.exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_what_was_being_put_together_is_removed(error, tmp_path, monkeypatch):
+    tiny_of(transformers.MixtralForCausalLM, "mixtral").save_pretrained(tmp_path / "original")
+
+    def breaks(*_, offload_folder, **__):
+        (offload_folder / "half.safetensors").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(transformers.MixtralForCausalLM, "from_pretrained", breaks)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ModelError) as caught:
+        surgery.convert(tmp_path / "original", output=tmp_path / "twin", offload=True, calibration=IDS, length=24)
+    assert not (tmp_path / "twin.partial").exists()
+    assert isinstance(error, KeyboardInterrupt) or "as much room again" in str(caught.value)
 
 
 def test_a_damaged_shard_is_noticed(folder, tmp_path, monkeypatch):
@@ -170,8 +200,10 @@ def test_what_cannot_stay_on_disk_is_said(folder, tmp_path):
         surgery.convert(tiny.make("llama"), output=tmp_path / "a", offload=True, calibration=torch.ones(8, 8).long())
 
 
-def test_weights_used_by_another_module_than_the_one_that_holds_them(tmp_path):
-    tiny_of(transformers.DbrxForCausalLM, "dbrx").save_pretrained(tmp_path / "original")
+@pytest.mark.parametrize(("name", "architecture"), [("dbrx", "Dbrx"), ("longcat_flash", "LongcatFlash")])
+def test_weights_used_by_another_module_than_the_one_that_holds_them(name, architecture, tmp_path):
+    """DBRX raises then; a matrix product of LongCat's router would be of whatever is in memory."""
+    tiny_of(getattr(transformers, f"{architecture}ForCausalLM"), name).save_pretrained(tmp_path / "original")
     with pytest.raises(ModelError, match="without --offload"):
         surgery.convert(tmp_path / "original", output=tmp_path / "twin", offload=True, calibration=IDS, length=24)
 
