@@ -76,7 +76,10 @@ def block_function(model: Any, block: Block) -> Callable[..., Tensor]:
     """x ↦ the block's output, whether it is one module or sits inline in its layer; experts need their routing too."""
     if block.kind != "plain":
         return attribute(model, block.path)  # type: ignore[no-any-return]
-    first, activation, last = (attribute(model, path) for path in (block.first[0], block.activation_path, block.last))
+    first, last = attribute(model, block.entry), attribute(model, block.last)
+    if block.half:
+        return lambda x: last(first(x))  # type: ignore[no-any-return]
+    activation = attribute(model, block.activation_path)
     return lambda x: last(activation(first(x)))  # type: ignore[no-any-return]
 
 

@@ -2,9 +2,9 @@
 
 A block is two or three linear maps and an activation, wherever they sit:
 
-    gated   gate: d → h, up: d → h, down: h → o      σ(gate x) ⊙ (up x)       Llama, Qwen, Gemma, T5 v1.1, …
+    gated   gate: d → h, up: d → h, down: h → o      σ(gate x) ⊙ (up x)       Llama, Qwen, Gemma, T5 v1.1, CPM-Ant, …
     fused   gate_up: d → 2h,        down: h → o      the same, in one matrix  Phi-3, GLM, …
-    plain   first: d → h,           last: h → o      σ(first x)               GPT-2, GPT-NeoX, OPT, Phi, BERT, ViT, T5
+    plain   first: d → h,           last: h → o      σ(first x)               GPT-2, OPT, Phi, BERT, ESM, ViT, T5, …
     experts any of these, many times over in one module, see :mod:`surgery.experts`       Mixtral, Qwen3-MoE, OLMoE, …
 
 Names are hints only (which of two equal maps is the gate). Whatever looks like a feed-forward block and does not fit
@@ -14,7 +14,7 @@ is listed with the reason and left alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from surgery.activations import ACTIVATIONS, Activation, recognise
 from surgery.errors import ModelError
 
 Kind = Literal["gated", "fused", "plain", "experts"]
+NO_ACTIVATION = "no activation between two linear maps was recognised"
 GATE_HINTS = ("gate", "w1", "wi_0", "fc1_g", "linear_1")
 
 
@@ -38,6 +39,8 @@ class Block:
         last: path of the map that writes its output; of experts, the module itself.
         activation_path: where the activation sits; empty where it is called as a function.
         activation: its name.
+        calls: how often it runs in one forward pass, seen in one; more than once where layers share their weights.
+        half: of a plain block whose activation is called as a function, the module that is σ(first x); else empty.
         width, hidden, out: d, h, o.
         parameters: number of weights and biases.
         experts: how many; 1 for an ordinary block.
@@ -56,16 +59,20 @@ class Block:
     parameters: int
     experts: int = 1
     additive: bool = False
+    calls: int = 1
+    half: str = ""
 
     @property
     def entry(self) -> str:
         """Path of the module that receives the block's input."""
-        return self.first[0] if self.kind == "plain" else self.path
+        return (self.half or self.first[0]) if self.kind == "plain" else self.path
 
     @property
     def replaced(self) -> tuple[str, ...]:
         """Paths at which conversion puts something new."""
-        return (*self.first, self.activation_path, self.last) if self.kind == "plain" else (self.path,)
+        if self.kind != "plain":
+            return (self.path,)
+        return (self.half, self.last) if self.half else (*self.first, self.activation_path, self.last)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -134,12 +141,12 @@ def survey(model: nn.Module) -> Survey:
             claimed.add(path)
         else:
             block, reason = _read(model, path, module)
-            if block is not None and _holds_a_block(model, path, module):
+            if block is not None and _holds_another(model, block, module):
                 # A gate on a layer's side input, say (Gemma 3n): the feed-forward block is the one inside.
                 block, reason = None, "two linear maps beside a feed-forward block"
         if block is not None:
             found.append(block)
-            claimed.add(block.path)
+            claimed |= _holders(block)
         elif reason:
             left.append((path, reason))
     seen: dict[int, str] = {}
@@ -151,8 +158,14 @@ def survey(model: nn.Module) -> Survey:
             continue
         seen[identity] = block.path
         unique.append(block)
+    # A wrapper around a block, or a list of them, that is called as blocks are is no block by itself.
+    left = [(path, why) for path, why in left if why != NO_ACTIVATION or not _contains(path, found)]
     left.extend(_silent_layers(model, found, left))
     return Survey(tuple(unique), tuple(left))
+
+
+def _contains(path: str, blocks: Iterable[Block]) -> bool:
+    return any(block.path.startswith(f"{path}.") for block in blocks)
 
 
 def _experts(path: str, module: nn.Module) -> tuple[Block | None, str]:
@@ -189,13 +202,16 @@ def _read(model: nn.Module, path: str, module: nn.Module) -> tuple[Block | None,
     split = _split_pair(children)
     if split is not None:
         return _plain(model, path, *split), ""
+    apart = _gate_apart(path, children)
+    if apart is not None:
+        return _block(model, path, "gated", *apart), ""
     linears = {name: child for name, child in children.items() if is_linear(child)}
     activation = _activation_name(module)
     functional = len(linears) == 3 and len(linears) == len(list(module.parameters()))  # F.silu in the forward (LFM2)
     if len(linears) < 2 or (activation is None and not functional):
         looks = path.rpartition(".")[2] in ("mlp", "feed_forward", "ffn") and bool(list(module.parameters()))
         inside = any(is_linear(m) for m in module.modules())
-        return None, "no activation between two linear maps was recognised" if looks and inside else ""
+        return None, NO_ACTIVATION if looks and inside else ""
     activation_path = "" if activation is None else f"{path}.{activation}"
     names = list(linears)
     shapes = {name: _shape(child) for name, child in linears.items()}
@@ -229,12 +245,19 @@ def _read(model: nn.Module, path: str, module: nn.Module) -> tuple[Block | None,
     return None, f"{len(names)} linear maps and an activation, but no pair or triple of matching widths"
 
 
-def _holds_a_block(model: nn.Module, path: str, module: nn.Module) -> bool:
-    if all(is_linear(child) or not any(map(is_linear, child.modules())) for child in module.children()):
+def _holders(block: Block) -> set[str]:
+    """Paths of the modules whose direct children the block's maps are."""
+    return {path.rpartition(".")[0] for path in (*block.first, block.last)} if block.first else {block.path}
+
+
+def _holds_another(model: nn.Module, block: Block, module: nn.Module) -> bool:
+    """Whether a block inside `module` makes two maps beside it none; of maps in parts of their own it does not."""
+    halves = _holders(block)
+    nested = any(not is_linear(child) and any(map(is_linear, child.modules())) for child in module.children())
+    if block.path not in halves or not nested:
         return False
-    split = _split_pair(dict(module.named_children())) is not None  # its two halves are no blocks of their own
-    inside = ((name, part) for name, part in module.named_modules() if name and not is_linear(part))
-    return not split and any(_read(model, f"{path}.{name}", part)[0] is not None for name, part in inside)
+    inside = ((f"{block.path}.{name}", part) for name, part in module.named_modules() if name and not is_linear(part))
+    return any(_read(model, path, part)[0] is not None for path, part in inside if path not in halves)
 
 
 def _gate_like(name: str) -> bool:
@@ -242,25 +265,54 @@ def _gate_like(name: str) -> bool:
 
 
 def _split_pair(children: dict[str, nn.Module]) -> tuple[str, str, str] | None:
-    """BERT's intermediate.dense + activation, output.dense, siblings in one layer."""
+    """BERT's intermediate.dense + activation, output.dense, siblings in one layer.
+
+    ESM calls its activation as a function: then intermediate holds one matrix and nothing else, and the last is empty.
+    """
     wide, narrow = children.get("intermediate"), children.get("output")
     if wide is None or narrow is None:
         return None
     activation = _activation_name(wide)
     first, last = getattr(wide, "dense", None), getattr(narrow, "dense", None)
-    if activation is None or first is None or last is None or not (is_linear(first) and is_linear(last)):
+    if first is None or last is None or not (is_linear(first) and is_linear(last)):
         return None
+    if activation is None:
+        bare = list(wide.children()) == [first] and _shape(first) == _shape(last)[::-1]
+        return ("intermediate.dense", "output.dense", "") if bare else None
     return "intermediate.dense", "output.dense", f"intermediate.{activation}"
 
 
+def _gate_apart(path: str, children: dict[str, nn.Module]) -> tuple[tuple[str, str], str, str] | None:
+    """(first maps, last, activation), where the last map stands beside a module with the others in it (CPM-Ant)."""
+    last = [name for name, child in children.items() if is_linear(child)]
+    inner = [name for name, child in children.items() if name not in last and not _small(child)]
+    if len(last) != 1 or len(inner) != 1 or isinstance(children[inner[0]], nn.ModuleList | nn.Sequential):
+        return None
+    first, activation = dict(children[inner[0]].named_children()), _activation_name(children[inner[0]])
+    names = [name for name, child in first.items() if is_linear(child)]
+    if activation is None or len(names) != 2 or _shape(first[names[0]]) != _shape(first[names[1]]):
+        return None
+    if _shape(first[names[0]]) != _shape(children[last[0]])[::-1]:
+        return None
+    whole = [f"{path}.{inner[0]}.{name}" for name in (*names, activation)]
+    return (whole[0], whole[1]), f"{path}.{last[0]}", whole[2]
+
+
 def _plain(model: nn.Module, path: str, first: str, last: str, activation: str) -> Block | None:
-    return _block(model, path, "plain", (f"{path}.{first}",), f"{path}.{last}", f"{path}.{activation}")
+    if activation:
+        return _block(model, path, "plain", (f"{path}.{first}",), f"{path}.{last}", f"{path}.{activation}")
+    found = _block(model, path, "plain", (f"{path}.{first}",), f"{path}.{last}", "")
+    return found and replace(found, half=f"{path}.{first.partition('.')[0]}")
 
 
 def _activation_name(module: nn.Module) -> str | None:
     """The attribute that holds the activation: a child with next to no parameters, or a plain function, named or
     classed like one."""
-    children = {name: child for name, child in module.named_children() if _small(child)}
+    children = {
+        name: child
+        for name, child in module.named_children()
+        if _small(child) and not isinstance(child, nn.Dropout | nn.Identity)
+    }
     functions = [name for name, value in vars(module).items() if callable(value) and not isinstance(value, type)]
     candidates = [name for name in (*children, *functions) if "act" in name.lower()]
     if not candidates:
@@ -269,11 +321,12 @@ def _activation_name(module: nn.Module) -> str | None:
 
 
 def _small(module: nn.Module) -> bool:
-    scalars = all(parameter.numel() == 1 for parameter in module.parameters())  # xIELU learns two
-    return scalars and not isinstance(module, nn.Dropout | nn.Identity)
+    return all(parameter.numel() == 1 for parameter in module.parameters())  # xIELU learns two
 
 
 def _classed_like_activation(module: nn.Module) -> bool:
+    if isinstance(module, nn.Softmax):
+        return False
     name = type(module).__name__.lower()
     return type(module).__module__.endswith("activation") or any(word in name for word in ("elu", "silu", "swish"))
 

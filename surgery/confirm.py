@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ def confirm(model: nn.Module, blocks: Iterable[Block], run: Callable[[], object]
     """:func:`confirmed`, where every block must be.
 
     Raises:
-        ModelError: a block was not called exactly once, or its recomputation differs.
+        ModelError: a block was not reached, or its recomputation differs.
     """
     good, bad = confirmed(model, blocks, run)
     if bad:
@@ -41,76 +43,106 @@ def confirmed(
     Raises:
         CalibrationError: a block computes NaN or infinite values.
     Returns:
-        the blocks in the order in which they run, with `additive` filled in, gate and up exchanged where the
-        recomputation says so, and activations found that no module holds; and by path what speaks against the others.
+        the blocks in the order in which they run, those last that run several times; with `additive` and `calls` filled
+        in, gate and up exchanged where the recomputation says so, and activations found that no module holds; and by
+        path what speaks against the others.
     """
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    activated: Counter[int] = Counter()
-    routed: dict[str, Routing] = {}
-    normed: list[tuple[Tensor, Tensor]] = []
-    layers: dict[str, Tensor] = {}
-    hooks = []
-
-    def record(path: str) -> None:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                seen.setdefault(path, []).append((args[0].detach(), output.detach()))
-
-        hooks.append(model.get_submodule(path).register_forward_hook(hook))
-
-    def record_routing(path: str) -> None:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            routed[path] = Routing.of(module, args, kwargs)
-
-        hooks.append(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
-
-    def record_norm(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if args and isinstance(output, Tensor):
-            normed.append((args[0], output))
-
-    def record_layer(path: str) -> None:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            if isinstance(first, Tensor):
-                layers[path] = first.detach()
-
-        hooks.append(model.get_submodule(path).register_forward_hook(hook))
-
     blocks = tuple(blocks)
-    for block in blocks:
-        for path in {block.entry, *block.first, block.last}:
-            record(path)
-        for norm in norms_around(model, block.path):
-            hooks.append(norm.register_forward_hook(record_norm))
-        record_layer(layer_of(block.path))
-        if block.kind == "experts":
-            record_routing(block.path)
-    holders = [attribute(model, block.activation_path) for block in blocks if block.kind == "plain"]
-    shared = Counter(id(holder) for holder in holders)
-    for holder in {id(holder): holder for holder in holders}.values():
-        if isinstance(holder, nn.Module):
-            hooks.append(holder.register_forward_hook(lambda module, _, __: activated.update([id(module)])))
-    try:
+    watch = _Watch()
+    with watch.over(model, blocks):
         run()
-    finally:
-        for handle in hooks:
-            handle.remove()
-    order = list(seen)  # the order of execution, which is the order of conversion
+    seen = watch.seen
+    for block in filter(_holds_activation, blocks):  # each block's own calls; what is left are others
+        watch.activated[id(attribute(model, block.activation_path))] -= len(seen.get(block.last, ()))
+    order = list(seen)  # of execution, which is the order of conversion
     good, bad = [], {}
     for block in sorted(blocks, key=lambda block: order.index(block.last) if block.last in order else len(order)):
         _check_finite(block, seen)
         try:
-            checked = (
-                _confirmed_experts(model, block, seen, routed)
-                if block.kind == "experts"
-                else _confirmed(model, block, seen)
-            )
-            if block.kind == "plain":
-                _only_here(attribute(model, block.activation_path), block, activated, shared)
-            good.append(replace(checked, additive=_additive(model, checked, seen, normed, layers)))
+            if block.kind == "experts":
+                checked = _confirmed_experts(model, block, seen, watch.routed)
+            else:
+                checked = _confirmed(model, block, seen)
+            if _holds_activation(block) and watch.activated[id(attribute(model, block.activation_path))] > 0:
+                raise ModelError(
+                    "its activation is applied elsewhere too",
+                    where=block.path,
+                    cause="another part of the layer uses the same function",
+                    fix=LEAVE_OUT,
+                )
+            additive = checked.calls == 1 and _additive(checked, watch)
+            good.append(replace(checked, additive=additive))
         except ModelError as error:
             bad[block.path] = error
-    return tuple(good), bad
+    return tuple(sorted(good, key=lambda block: block.calls > 1)), bad
+
+
+def _holds_activation(block: Block) -> bool:
+    """Whether conversion replaces the activation itself, by its path."""
+    return block.kind == "plain" and not block.half
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """What one run of the model shows.
+
+    Attributes:
+        seen: (input, output) of every call of a block's modules, by path.
+        activated: how often a module that is some block's activation was called, by id.
+        routed: where a mixture's tokens go, by path.
+        normed: (input, output) of every norm near a block.
+        layers: what the blocks' layers write, by path.
+    """
+
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    activated: Counter[int] = field(default_factory=Counter)
+    routed: dict[str, Routing] = field(default_factory=dict)
+    normed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    layers: dict[str, Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def over(self, model: nn.Module, blocks: Iterable[Block]) -> Iterator[None]:
+        """Inside, what the model does is noted."""
+        with ExitStack() as hooks:
+
+            def on(module: nn.Module, hook: Callable[..., None]) -> None:
+                hooks.callback(module.register_forward_hook(hook).remove)
+
+            holders = {}
+            for block in blocks:
+                for path in {block.entry, *block.first, block.last}:
+                    on(model.get_submodule(path), partial(self._call, path))
+                for norm in norms_around(model, block.path):
+                    on(norm, self._norm)
+                layer = layer_of(block.path)
+                on(model.get_submodule(layer), partial(self._layer, layer))
+                if block.kind == "experts":
+                    ahead = partial(self._routing, block.path)
+                    handle = model.get_submodule(block.path).register_forward_pre_hook(ahead, with_kwargs=True)
+                    hooks.callback(handle.remove)
+                if _holds_activation(block):
+                    holder = attribute(model, block.activation_path)
+                    holders[id(holder)] = holder
+            for holder in holders.values():
+                if isinstance(holder, nn.Module):
+                    on(holder, lambda module, _, __: self.activated.update([id(module)]))
+            yield
+
+    def _call(self, path: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            self.seen.setdefault(path, []).append((args[0].detach(), output.detach()))
+
+    def _norm(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if args and isinstance(output, Tensor):
+            self.normed.append((args[0], output))
+
+    def _layer(self, path: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, Tensor):
+            self.layers[path] = first.detach()
+
+    def _routing(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.routed[path] = Routing.of(module, args, kwargs)
 
 
 def _check_finite(block: Block, seen: Mapping[str, list[tuple[Tensor, Tensor]]]) -> None:
@@ -123,27 +155,21 @@ def _check_finite(block: Block, seen: Mapping[str, list[tuple[Tensor, Tensor]]])
         )
 
 
-def _only_here(holder: Any, block: Block, calls: Counter[int], blocks: Counter[int]) -> None:
-    """Raises ModelError if the activation, which is to be replaced, is applied to anything else."""
-    if calls[id(holder)] > blocks[id(holder)]:
-        raise ModelError(
-            "its activation is applied elsewhere too",
-            where=block.path,
-            cause="another part of the layer uses the same function",
-            fix=LEAVE_OUT,
-        )
+def _used_elsewhere(block: Block) -> ModelError:
+    """The activation, which is to be replaced, is applied to something else."""
+    return ModelError(
+        "its activation is applied elsewhere too",
+        where=block.path,
+        cause="another part of the layer uses the same function",
+        fix=LEAVE_OUT,
+    )
 
 
-def _additive(
-    model: nn.Module,
-    block: Block,
-    seen: dict[str, list[tuple[Tensor, Tensor]]],
-    normed: list[tuple[Tensor, Tensor]],
-    layers: dict[str, Tensor],
-) -> bool:
-    entered, written = seen[block.entry][0][0], seen[block.last][0][1]
-    total = layers.get(layer_of(block.path))
-    for before, after in normed:
+def _additive(block: Block, watch: _Watch) -> bool:
+    """Whether the block reads the residual stream, normalised, and the layer writes that stream plus its output."""
+    entered, written = watch.seen[block.entry][0][0], watch.seen[block.last][0][1]
+    total = watch.layers.get(layer_of(block.path))
+    for before, after in watch.normed:
         if total is None or not before.numel() == total.numel() == written.numel():
             continue
         if after.data_ptr() == entered.data_ptr():
@@ -192,18 +218,38 @@ def _confirmed(model: nn.Module, block: Block, seen: dict[str, list[tuple[Tensor
             cause="it belongs to another input, an image or audio tower say",
             fix="give inputs that do (a .safetensors file), or leave it out with --blocks",
         )
-    if set(calls.values()) != {1}:
+    count = calls[block.last]
+    shapes = {x.shape for x, _ in seen.get(block.entry, ())}
+    if set(calls.values()) != {count} or len(shapes) != 1:
         raise ModelError(
             f"its parts were called {' or '.join(map(str, sorted(set(calls.values()))))} times in one forward pass",
             where=block.path,
-            cause="the block is shared, routed or skipped",
+            cause="the block is routed or skipped",
             fix=LEAVE_OUT,
         )
-    hidden_in = seen[block.last][0][0]
-    parts = [seen[path][0][1] for path in block.first]
-    entry_in, entry_out = seen[block.entry][0]
-    same_input = all(torch.equal(seen[path][0][0].flatten(), entry_in.flatten()) for path in block.first)
-    same_output = block.kind == "plain" or _near(entry_out, seen[block.last][0][1])
+    readings = {
+        _reading(model, block, {path: seen[path][call] for path in calls}) for call in range(count)
+    }  # of every call, where layers share it
+    reading = readings.pop()
+    if reading is None or readings:
+        raise ModelError(
+            f"recomputing the {block.kind} block from the weights found does not give what the model computes",
+            where=block.path,
+            cause="something else happens inside it (clamping, a norm, another order of gate and up)",
+            fix=LEAVE_OUT,
+        )
+    return replace(block, first=reading[0], activation=reading[1], calls=count)
+
+
+def _reading(
+    model: nn.Module, block: Block, seen: Mapping[str, tuple[Tensor, Tensor]]
+) -> tuple[tuple[str, ...], str] | None:
+    """First map(s), gate before up, and the activation that make of one call's input what the last map reads."""
+    hidden_in = seen[block.last][0]
+    parts = [seen[path][1] for path in block.first]
+    entry_in, entry_out = seen[block.entry]
+    same_input = all(torch.equal(seen[path][0].flatten(), entry_in.flatten()) for path in block.first)
+    same_output = block.kind == "plain" or _near(entry_out, seen[block.last][1])
     for activation in _activations(model, block) if same_input and same_output else ():
         if block.kind == "plain":
             readings = {block.first: activation.function(parts[0])}
@@ -214,13 +260,8 @@ def _confirmed(model: nn.Module, block: Block, seen: dict[str, list[tuple[Tensor
                 readings[block.first[::-1]] = activation.function(up) * gate
         for first, hidden in readings.items():
             if _near(hidden, hidden_in):
-                return replace(block, first=first, activation=activation.name)
-    raise ModelError(
-        f"recomputing the {block.kind} block from the weights found does not give what the model computes",
-        where=block.path,
-        cause="something else happens inside it (clamping, a norm, another order of gate and up)",
-        fix=LEAVE_OUT,
-    )
+                return first, activation.name
+    return None
 
 
 def _activations(model: nn.Module, block: Block) -> list[Activation]:

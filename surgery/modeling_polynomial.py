@@ -24,7 +24,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 MODEL_TYPE = "polynomial_twin"
-FORMAT = 2  # 1, unless experts pass tokens on
+FORMAT = 3  # the highest read here; see format_of
 AUTO_CLASSES = (
     "AutoModel",
     "AutoModelForCausalLM",
@@ -63,6 +63,18 @@ class PolynomialActivation(nn.Module):
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
         return horner(self.coefficients, u)
+
+
+class PolynomialHalf(nn.Module):
+    """The first half of a plain block, where the original has it in one module: x ↦ p(dense(x))."""
+
+    def __init__(self, width: int, hidden: int, degree: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, hidden)
+        self.activation = PolynomialActivation(hidden, degree)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.dense(x))
 
 
 class PolynomialGLU(nn.Module):
@@ -154,6 +166,13 @@ class PolynomialExperts(nn.Module):
         return total.view(-1, total.shape[-1])
 
 
+def format_of(blocks: list) -> int:
+    """The lowest format in which these entries can be told: 3 for halves, 2 for experts that pass tokens on, else 1."""
+    if any("half" in block for block in blocks):
+        return 3
+    return 2 if any("passes" in block for block in blocks) else 1
+
+
 def build(block: dict) -> dict[str, nn.Module]:
     """The modules that one entry of `polynomial_blocks` stands for, by the path they go to."""
     width, hidden, out = block["width"], block["hidden"], block["out"]
@@ -163,6 +182,9 @@ def build(block: dict) -> dict[str, nn.Module]:
         return {block["path"]: BilinearGLU(width, hidden, out)}
     if block["kind"] == "affine":
         return {block["path"]: nn.Linear(width, out)}
+    if block["kind"] == "plain" and "half" in block:
+        half = PolynomialHalf(width, hidden, block["degree"])
+        return {block["half"]: half, block["last"]: nn.Linear(hidden, out)}
     if block["kind"] == "plain":
         return {
             block["first"]: nn.Linear(width, hidden),

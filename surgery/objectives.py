@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery.distill import kl
+from surgery.errors import ModelError
 from surgery.packing import Windows
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -152,6 +153,12 @@ class Local:
 
         with torch.no_grad(), self.autocast(), _hooked([at(paths) for paths in self.blocks]):
             self.twin.base_model(**given, use_cache=False)
+        if len(losses) != len(self.blocks):
+            raise ModelError(
+                "a block runs several times in one forward pass, so that it has no one output to be trained on",
+                cause="layers share its weights",
+                fix="use the default objective, kl",
+            )
         return torch.stack(losses).sum()
 
 

@@ -13,12 +13,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from surgery import checkpoint, group, loading, offload, on_disk, swap
+from surgery import checkpoint, group, loading, offload, on_disk, shared, swap
 from surgery.blocks import Block, Survey, survey
 from surgery.budget import draw, within
 from surgery.calibration import Calibration, prepare, start_tokens
 from surgery.confirm import confirmed
-from surgery.errors import RecipeError
+from surgery.errors import ModelError, RecipeError
 from surgery.fit import Gaussian
 from surgery.inspection import choose, form_of
 from surgery.recipe import Recipe
@@ -184,6 +184,7 @@ def _ready(
     data = group.agreed(_inputs(source, loaded, plan) if group.first() else cast(Calibration, None))
     probe = _probe(network, data)
     blocks, others = _seen_to_run(network, blocks, probe, plan)
+    _check_repeated(blocks, plan)
     form = form_of(plan, native and not others)
     first_is_sink = _is_causal(network) and first_token_is_sink(network, probe, blocks)
     task = Task(network, blocks, data, plan, given, first_is_sink, quiet)
@@ -226,6 +227,19 @@ def _seen_to_run(
     if bad and (not good or plan.blocks is not None):
         raise next(iter(bad.values()))
     return good, tuple((path, f"{error.what}: {error.cause}") for path, error in bad.items())
+
+
+def _check_repeated(blocks: Sequence[Block], plan: Recipe) -> None:
+    """Raises ModelError where the recipe asks of blocks that several layers share what they do not allow."""
+    _, repeated = shared.split(blocks)
+    if repeated and (plan.offload or plan.budget is not None):
+        raise ModelError(
+            "several layers share this block, so that it cannot "
+            + ("stay on disk" if plan.offload else "be weighed by itself"),
+            where=repeated[0].path,
+            cause=f"it runs {repeated[0].calls} times in one forward pass",
+            fix=f"leave --{'offload' if plan.offload else 'budget'} out, or this block with --blocks",
+        )
 
 
 def _public(plan: Recipe) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from surgery import group, on_disk, swap
+from surgery import group, on_disk, shared, swap
 from surgery.blocks import Block, attribute
 from surgery.calibration import Calibration
 from surgery.fit import FitSettings, FittedBlock, Gaussian, fit_block
@@ -92,19 +93,20 @@ def replace_blocks(
         probe: inputs whose outputs are wanted of the twin, where new modules are not to stay in memory.
     """
     model, blocks = task.model, task.blocks
+    once, repeated = shared.split(blocks)
     like = task.like()
     originals = task.originals()
     done = Replaced([], [])
-    follow = task.plan.refit and task.plan.target == "stream" and any(block.additive for block in blocks)
+    follow = task.plan.refit and task.plan.target == "stream" and any(block.additive for block in once)
     aside = None if probe is None else workshop.folder
     finished = group.agreed(workshop.finished(blocks))
     passed = [] if len(finished) == len(blocks) else task.batches()  # nothing is left to calibrate, so nothing runs
     try:
         with (
-            Stream(model, passed, blocks, follow, task.first_is_sink, probe, aside) as stream,
+            Stream(model, passed, once, follow, task.first_is_sink, probe, aside) as stream,
             Progress(len(blocks), task.quiet or not group.first()) as progress,
         ):
-            for station in stream:
+            for station in chain(stream, (shared.station(block, stream) for block in repeated)):
                 if station.block.path in finished:
                     entry, row, modules = workshop.load(station.block, like)
                     stream.replace(modules)
@@ -128,7 +130,7 @@ def _replace(
     fitted = fit(station, task.settings(degrees.get(block.path, task.plan.degree), native), task.given.get(block.path))
     modules = swap.modules_for(fitted, native, task.like())
     stream.replace(modules)
-    if isinstance(fitted, FittedBlock) and block.kind != "plain":  # there the passes wait inside
+    if isinstance(fitted, FittedBlock) and block.kind != "plain" and block.calls == 1:  # plain ones wait inside
         for number, output in enumerate(fitted.outputs):
             stream.answer(number, output)
         for number, output in enumerate(fitted.written):
@@ -144,7 +146,7 @@ def fit(station: Station, settings: FitSettings, given: Gaussian | None = None) 
     with on_disk.in_memory(station.modules.values()):
         if station.block.kind == "experts":
             return fit_experts(station, settings)
-        return fit_block(station, settings, given, CACHE_BYTES)
+        return fit_block(station, settings, given, CACHE_BYTES if station.block.calls == 1 else 0)
 
 
 def put_back(model: Any, originals: Mapping[str, Any]) -> None:

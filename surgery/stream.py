@@ -172,7 +172,7 @@ class Stream:
         self.model, self.blocks = model, blocks
         self.total = len(batches)
         self.number, self.batches = group.mine(batches)
-        self._fitted = fitted_sequences(batches)[self.number :]
+        self.fitted = fitted_sequences(batches)[self.number :]
         self.follow_original, self.first_is_sink = follow_original, first_is_sink
         self.probe, self.aside, self.outcome = probe, aside, None
         self._forks: dict[str, _Fork] = {}
@@ -217,7 +217,10 @@ class Stream:
     def replace(self, modules: Mapping[str, nn.Module]) -> None:
         """From now on the twin's passes find these modules at these paths."""
         for path, module in modules.items():
-            self._forks[path].current = module
+            if path in self._forks:
+                self._forks[path].current = module
+            else:
+                install(self.model, path, module)
 
     def answer(self, batch: int, output: Tensor, original: bool = False) -> None:
         """What the waiting block returns to this pass; only where the entrance is the whole block."""
@@ -296,8 +299,8 @@ class Stream:
         if size is None or len(size) != len(flat):
             size = flat.norm(dim=-1)
         rows = len(next(iter(batch.values())))
-        held = torch.arange(len(flat), device=flat.device) >= self._fitted[number] * max(1, len(flat) // rows)
-        keep = _mask(block, batch, flat)
+        held = torch.arange(len(flat), device=flat.device) >= self.fitted[number] * max(1, len(flat) // rows)
+        keep = kept_rows(block, batch, flat)
         known = torch.zeros_like(keep)
         if self.first_is_sink and len(flat) % rows == 0:
             order = keep.view(rows, -1).long().cumsum(-1)
@@ -327,7 +330,8 @@ def _note_norm(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         me.normed = (args[0], output)
 
 
-def _mask(block: Block, batch: Mapping[str, Tensor], flat: Tensor) -> Tensor:
+def kept_rows(block: Block, batch: Mapping[str, Tensor], flat: Tensor) -> Tensor:
+    """Which rows of a block's input are real tokens, bool. Raises CalibrationError where a mask does not say."""
     names = ["attention_mask", "decoder_attention_mask"]
     if "decoder" in block.path.split("."):
         names.reverse()

@@ -80,7 +80,16 @@ def describe(fitted: FittedBlock | FittedExperts, native: bool) -> dict[str, Any
     }  # fmt: skip
     if block.kind == "plain":
         entry |= {"first": block.first[0], "activation": block.activation_path, "last": block.last}
+        if block.half:
+            entry |= _in_half(block.half, affine=kind == "plain_affine")
     return entry
+
+
+def _in_half(half: str, affine: bool) -> dict[str, str]:
+    """Where the parts of a plain block are that takes the place of a module σ(first x)."""
+    if affine:
+        return {"first": half, "activation": half}
+    return {"half": half, "first": f"{half}.dense", "activation": f"{half}.activation"}
 
 
 def _hidden(fitted: FittedBlock) -> int:
@@ -105,8 +114,8 @@ def modules_for(fitted: FittedBlock | FittedExperts, native: bool, like: Tensor)
         return modules
     assert units is not None and gate is not None
     if entry["kind"] == "plain":
-        _fill(modules[entry["first"]], gate)
-        _set(modules[entry["activation"]].coefficients, units.a.T)
+        _fill(_inside(modules, entry["first"]), gate)
+        _set(_inside(modules, entry["activation"]).coefficients, units.a.T)
         _fill(modules[entry["last"]], fitted.readout)
         return modules
     module = modules[fitted.block.path]
@@ -122,6 +131,12 @@ def modules_for(fitted: FittedBlock | FittedExperts, native: bool, like: Tensor)
     for part, affine in (("gate_proj", gate), ("up_proj", up), ("down_proj", readout)):
         _fill(module.get_submodule(part), affine)
     return modules
+
+
+def _inside(modules: Mapping[str, nn.Module], path: str) -> Any:
+    """The module at a path that may lie within one of `modules`."""
+    root = next(root for root in modules if f"{path}.".startswith(f"{root}."))
+    return modules[root].get_submodule(path[len(root) + 1 :])
 
 
 def _set(parameter: Any, value: Tensor) -> None:
@@ -181,6 +196,7 @@ def finish_custom(model: Any, entries: Sequence[Mapping[str, Any]]) -> None:
     described = [dict(entry) for entry in entries]
     if isinstance(model, modeling.PolynomialModel):
         model.config.polynomial_blocks = [*model.config.polynomial_blocks, *described]
+        model.config.polynomial_format = modeling.format_of(model.config.polynomial_blocks)
     else:
         values = model.config.to_dict()
         architecture, base_type = type(model).__name__, model.config.model_type
@@ -189,7 +205,7 @@ def finish_custom(model: Any, entries: Sequence[Mapping[str, Any]]) -> None:
             "base_model_type": base_type,
             "base_architecture": architecture,
             "architectures": [f"Polynomial{architecture}"],
-            "polynomial_format": modeling.FORMAT if any("passes" in entry for entry in described) else 1,
+            "polynomial_format": modeling.format_of(described),
             "polynomial_blocks": described,
             "auto_map": modeling.auto_map(architecture),
         }

@@ -113,16 +113,6 @@ def test_a_gate_on_a_side_input_is_not_taken_for_the_layers_block():
     assert [block.path.rpartition(".")[2] for block in found.blocks] == ["mlp", "mlp"]
 
 
-def test_shared_blocks_are_named():
-    import transformers
-
-    config = transformers.AlbertConfig(**tiny.COMMON, embedding_size=16)
-    model = transformers.AlbertForMaskedLM(config).eval()
-    found = survey(model)
-    with torch.no_grad(), pytest.raises(ModelError, match="times in one forward pass"):
-        confirm(model, found.blocks, lambda: model(input_ids=torch.ones(1, 4, dtype=torch.long)))
-
-
 def test_a_model_without_blocks_has_none():
     found = survey(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
     assert found.blocks == ()

@@ -22,6 +22,10 @@ OPT = {
     "max_position_embeddings": 128, "word_embed_proj_dim": WIDTH, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2,
 }  # fmt: skip
+CPMANT = {
+    "vocab_size": 96, "hidden_size": WIDTH, "num_attention_heads": 4, "dim_head": 8, "dim_ff": HIDDEN,
+    "num_hidden_layers": LAYERS, "prompt_length": 2, "prompt_types": 4, "segment_types": 4,
+}  # fmt: skip
 VIT = {
     "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": HIDDEN,
     "image_size": 16, "patch_size": 4,
@@ -40,11 +44,13 @@ MAKERS = {
     "opt": lambda: T.OPTForCausalLM(T.OPTConfig(**OPT)),
     "phi": lambda: T.PhiForCausalLM(T.PhiConfig(**COMMON)),
     "bert": lambda: T.BertForMaskedLM(T.BertConfig(**COMMON)),
+    "esm": lambda: T.EsmForMaskedLM(T.EsmConfig(**COMMON, mask_token_id=3)),
+    "cpmant": lambda: T.CpmAntForCausalLM(T.CpmAntConfig(**CPMANT)),
     "vit": lambda: T.ViTForImageClassification(T.ViTConfig(**VIT)),
     "t5": lambda: T.T5ForConditionalGeneration(T.T5Config(**T5)),
     "t5_gated": lambda: T.T5ForConditionalGeneration(T.T5Config(**T5, feed_forward_proj="gated-gelu")),
 }
-GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "t5_gated")
+GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "t5_gated", "cpmant")
 KINDS = {"phi3": "fused"} | dict.fromkeys(GATED, "gated")
 BLOCKS = {"t5": 2 * LAYERS, "t5_gated": 2 * LAYERS}
 
