@@ -335,7 +335,7 @@ def unseen(twin: str, text: str) -> tuple[int, int | None]:
     if kept:
         return kept["begin"], kept["end"] - kept["begin"]
     used = made["calibration"]
-    return (int(used["tokens"]) if used["source"] == text else 0), None
+    return (int(used["tokens"]) if label(used["source"]) == label(text) else 0), None
 
 
 def default_original(twin: str) -> str:

@@ -99,7 +99,7 @@ def next_allowance(tried: Sequence[tuple[float, float]], budget: float) -> float
     Args:
         tried: (sum of costs, nats lost), at least one; what is not above zero counts as next to none.
     """
-    points = [(max(cost, 1e-6 * budget), max(lost, 1e-3 * budget)) for cost, lost in tried]
+    points = [(max(cost, 1e-6 * budget), min(max(lost, 1e-3 * budget), 1e6 * budget)) for cost, lost in tried]
     aim = AIM * budget
     points.sort(key=lambda point: abs(math.log(point[1] / aim)))
     (cost, lost), slope = points[0], 1.0
@@ -115,11 +115,12 @@ def next_allowance(tried: Sequence[tuple[float, float]], budget: float) -> float
 
 
 def within(
-    task: Task, native: bool, allowed: float, nats: Nats, divergence: Divergence, check: Batches
+    task: Task, native: bool, allowed: float, nats: Nats, divergence: Divergence, check: Batches, workshop: Workshop
 ) -> tuple[Replaced, Budget, bool]:
     """Converts within `allowed` nats.
 
     Args:
+        workshop: where costs and tries of an interrupted run are kept.
         native: whether a twin all of whose blocks are quadratic can be a stock checkpoint.
         nats: mean loss of a model on batches.
         divergence: see :data:`Divergence`.
@@ -130,17 +131,22 @@ def within(
         ModelError: not even one block fits into the budget.
     """
     tokens = _held_out(task)
-    costs = measured_costs(task, divergence, tokens)
+    costs = _known_costs(task, divergence, tokens, workshop)
     check = check or tokens
     before, originals = nats(task.model, check), task.originals()
     tried: list[tuple[int, int, float, float]] = []
     best: dict[str, int] = {}
-    now, lost, done = chosen(costs, allowed), float("inf"), Replaced([], [])
+    now, standing, done = chosen(costs, allowed), {}, Replaced([], [])
+    losses: list[float] = group.agreed(workshop.noted("losses")) or []  # of the tries of an interrupted run
     seen: list[dict[str, int]] = []
     while any(now.values()) and now not in seen and len(seen) < TRIES:
-        put_back(task.model, originals)
-        done = _converted(task, native, now)
-        lost = nats(task.model, check) - before
+        if len(seen) == len(losses):
+            put_back(task.model, originals)
+            done, standing = _converted(task, native, now), now
+            losses.append(nats(task.model, check) - before)
+            if group.first():
+                workshop.note("losses", losses)
+        lost = losses[len(seen)] if math.isfinite(losses[len(seen)]) else math.inf  # a twin that broke down
         seen.append(now)
         count = list(now.values())
         tried.append((count.count(2), count.count(3), _sum(costs, now), lost))
@@ -157,10 +163,10 @@ def within(
             cause=f"the cheapest single block is {cheapest:.4f} nats from the original",
             fix="give a larger --budget, or more calibration tokens",
         )
-    if seen[-1] != best:
+    if standing != best:
         put_back(task.model, originals)
         done = _converted(task, native, best)
-        lost = nats(task.model, check) - before
+    lost = losses[seen.index(best)]
     account = Budget(allowed, costs, best, _sum(costs, best), lost, tuple(tried), _count(tokens))
     return done, account, native and set(best.values()) == {2}
 
@@ -187,6 +193,17 @@ def measured_costs(task: Task, divergence: Divergence, tokens: Batches) -> tuple
             costs.append(BlockCost(block.path, found))
             progress.tell(f"{block.path} {found[2]:.4f} nats at degree 2, {found[3]:.4f} at 3")
     return tuple(costs)
+
+
+def _known_costs(task: Task, divergence: Divergence, tokens: Batches, workshop: Workshop) -> tuple[BlockCost, ...]:
+    """Those of an interrupted run, or measured and kept."""
+    known = group.agreed(workshop.noted("costs"))
+    if known is not None:
+        return tuple(BlockCost(path, {int(degree): cost for degree, cost in by.items()}) for path, by in known)
+    costs = measured_costs(task, divergence, tokens)
+    if group.first():
+        workshop.note("costs", [[cost.path, cost.divergence] for cost in costs])
+    return costs
 
 
 def _sum(costs: Sequence[BlockCost], degrees: Mapping[str, int]) -> float:

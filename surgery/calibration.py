@@ -26,7 +26,7 @@ from torch import Tensor
 
 from surgery.errors import CalibrationError
 from surgery.stream import fitted_sequences
-from surgery.texts import frame, tokens_of
+from surgery.texts import frame, label, tokens_of
 
 SHORT = 64  # tokens of a short window
 SAMPLED_TOGETHER = 64  # sequences
@@ -176,7 +176,7 @@ def prepare(
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limit = known if isinstance(known, int) and known > 0 else 1 << 30
     length = min(length, limit)
-    label = source if isinstance(source, str) else "given"
+    name = label(source) if isinstance(source, str) else "given"
     rest: Tensor | None = None
     if isinstance(source, str) and source.endswith(".safetensors"):
         inputs = _tensor_file(Path(source).expanduser())
@@ -194,11 +194,31 @@ def prepare(
         inputs = [_text_inputs(source if source.dim() == 2 else sequences(source.flatten(), length), model)]
     elif isinstance(source, Mapping):
         inputs = [dict(source)]
-    else:
+    elif all(isinstance(item, Mapping) for item in source):
         inputs = [dict(item) for item in source]
+    else:
+        raise CalibrationError(
+            f"a sequence of {type(source[0]).__name__} is no calibration input",
+            fix="give token ids as one tensor, or inputs by name: {'input_ids': …}, one such dict or several",
+        )
     batches = tuple(part for item in inputs for part in _split(item, max(1, batch * length // _length(item, length))))
+    _check_ids(batches, model)
     further = () if rest is None else tuple(_split(_text_inputs(rest, model), batch))
-    return replace(_described(batches, label, model), unseen=further)
+    return replace(_described(batches, name, model), unseen=further)
+
+
+def _check_ids(batches: Sequence[Mapping[str, Tensor]], model: Any) -> None:
+    """Raises CalibrationError for token ids that the model has no embeddings for."""
+    table = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    for name in ("input_ids", "decoder_input_ids"):
+        largest = max((int(batch[name].max()) for batch in batches if name in batch and batch[name].numel()), default=0)
+        if isinstance(table, int) and largest >= table:
+            raise CalibrationError(
+                f"token {largest} is not in the model's vocabulary of {table}",
+                where=name,
+                cause="the ids come from another model's tokenizer",
+                fix="tokenize with the model's own",
+            )
 
 
 def _length(inputs: Mapping[str, Tensor], otherwise: int) -> int:
@@ -207,7 +227,7 @@ def _length(inputs: Mapping[str, Tensor], otherwise: int) -> int:
 
 
 def sequences(
-    ids: Tensor, length: int, framed: tuple[list[int], list[int]] = ([], []), label: str = "given", least: int = 2
+    ids: Tensor, length: int, framed: tuple[list[int], list[int]] = ([], []), where: str = "given", least: int = 2
 ) -> Tensor:
     """Sequences of `length` tokens, frame included, from a stream of ids; (sequences, length). A rest is left out.
 
@@ -220,7 +240,7 @@ def sequences(
     if rows < least:
         raise CalibrationError(
             f"{len(ids)} tokens are fewer than {'one sequence' if least == 1 else 'two sequences'} of {length}",
-            where=label,
+            where=where,
             cause="the file is empty or too short",
             fix="give more text, or lower --length",
         )
@@ -279,7 +299,7 @@ def _split(inputs: dict[str, Tensor], batch: int) -> Iterator[dict[str, Tensor]]
         yield {name: value[start : start + batch] for name, value in inputs.items()}
 
 
-def _described(batches: tuple[dict[str, Tensor], ...], label: str, model: Any) -> Calibration:
+def _described(batches: tuple[dict[str, Tensor], ...], name: str, model: Any) -> Calibration:
     digest = hashlib.sha256()
     sequences = tokens = length = 0
     for item in batches:
@@ -291,13 +311,13 @@ def _described(batches: tuple[dict[str, Tensor], ...], label: str, model: Any) -
         )
         tokens += int(counted)
         length = max(length, ids.shape[1] if ids is not None else 0)
-        for name in sorted(item):
-            digest.update(name.encode())
-            digest.update(item[name].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        for key in sorted(item):
+            digest.update(key.encode())
+            digest.update(item[key].contiguous().cpu().view(torch.uint8).numpy().tobytes())
     if sequences < 2:
         raise CalibrationError(
             f"{sequences} sequences: one part fits, another is held out, so at least two are needed",
-            where=label,
+            where=name,
             fix="give more text, or lower --length",
         )
-    return Calibration(batches, label, tokens, length, digest.hexdigest())
+    return Calibration(batches, name, tokens, length, digest.hexdigest())

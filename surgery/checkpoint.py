@@ -29,14 +29,21 @@ SHARD = "500MB"  # of a checkpoint put together from files: what is in memory at
 PROBE_ROWS, PROBE_LENGTH = 2, 32
 
 
-def check_target(out: Path, overwrite: bool) -> None:
-    """Raises CheckpointError unless `out` may be written: absent, empty, or an earlier twin to be overwritten."""
+def check_target(out: Path, overwrite: bool) -> Path:
+    """`out` from the root. Raises CheckpointError unless it may be written: absent, empty, or an earlier twin to be
+    overwritten."""
+    out = Path(os.path.abspath(out))  # "." has no name to put others beside
+    blocking = next((parent for parent in out.parents if parent.exists() and not parent.is_dir()), None)
+    if blocking is not None:
+        raise CheckpointError(
+            "a file stands in the way of the output folder", where=str(blocking), fix="choose another -o"
+        )
     if not out.exists():
-        return
+        return out
     if not out.is_dir():
         raise CheckpointError("the output exists and is not a folder", where=str(out), fix="choose another -o")
     if not any(out.iterdir()):
-        return
+        return out
     if not (out / REPORT).is_file():
         raise CheckpointError(
             "the output folder exists and was not made by this tool",
@@ -48,6 +55,7 @@ def check_target(out: Path, overwrite: bool) -> None:
         raise CheckpointError(
             "the output folder already holds a twin", where=str(out), fix="choose another -o, or give --overwrite"
         )
+    return out
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -156,10 +164,12 @@ def sha256(file: Path) -> str:
 
 
 def probe_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A small piece of a calibration batch."""
-    text = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "token_type_ids"}
+    """A small piece of a calibration batch: few examples, and of texts their beginnings."""
+    ids = {name: batch[name].shape for name in ("input_ids", "decoder_input_ids") if name in batch}
     return {
-        name: value[:PROBE_ROWS, :PROBE_LENGTH].contiguous() if name in text else value[:PROBE_ROWS].contiguous()
+        name: value[:PROBE_ROWS, :PROBE_LENGTH].contiguous()
+        if value.shape[:2] in ids.values()
+        else value[:PROBE_ROWS].contiguous()
         for name, value in batch.items()
     }
 

@@ -74,7 +74,7 @@ def _twice(columns: Tensor) -> Tensor:
 def export_silu(folder: Path, out: Path, overwrite: bool = False) -> dict[str, Any]:
     """Saves the SiLU form of a twin, verified in a fresh process; what the verification saw."""
     report = read_twin(folder)
-    checkpoint.check_target(out, overwrite)
+    out = checkpoint.check_target(out, overwrite)
     loaded = loading.load(str(folder))
     model: Any = loaded.model
     wide = as_silu(model)
@@ -94,7 +94,7 @@ def export_delta(folder: Path, out: Path, base: str | None = None, overwrite: bo
         base: the original: Hub id, folder or .gguf; by default as the twin's report names it.
     """
     report = read_twin(folder)
-    checkpoint.check_target(out, overwrite)
+    out = checkpoint.check_target(out, overwrite)
     source = report["source"]
     if base is None and source["kind"] != "hub":
         raise ModelError(
@@ -132,7 +132,7 @@ def export_full(folder: Path, out: Path, base: str | None = None, overwrite: boo
     report = read_twin(folder)
     if report["form"] != "delta":
         raise ModelError("not a delta", where=str(folder), cause="it is a whole twin already")
-    checkpoint.check_target(out, overwrite)
+    out = checkpoint.check_target(out, overwrite)
     loaded = loading.load(str(folder), dtype="auto", base=base)
     probe = _probe(loaded.model)
     described = {key: value for key, value in report.items() if key != "exported_from"} | {"form": "custom"}

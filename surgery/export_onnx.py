@@ -49,7 +49,7 @@ def export_onnx(folder: Path, out: Path, base: str | None = None, overwrite: boo
     except ImportError as error:
         raise SurgeryError(f"{error.name} is not installed", fix="pip install 'polysurgery[onnx]'") from error
     report = read_twin(folder)
-    checkpoint.check_target(out, overwrite)
+    out = checkpoint.check_target(out, overwrite)
     loaded = loading.load(str(folder), base=base)
     model: Any = loaded.model
     if getattr(model.config, "is_encoder_decoder", False) or model.main_input_name != "input_ids":

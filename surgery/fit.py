@@ -33,6 +33,9 @@ class Gaussian:
     means: Tensor
     covariances: Tensor
 
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.weights, self.means, self.covariances
+
 
 @dataclass(frozen=True)
 class FitSettings:

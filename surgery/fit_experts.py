@@ -65,7 +65,7 @@ def fit_experts(station: Station, settings: FitSettings) -> FittedExperts:
         )
     corrections = _corrections(station, module)
     least = TOKENS_PER_UNKNOWN * (2 * settings.degree + 1)
-    kept = replace(settings, refit=False)
+    kept = settings if settings.units < 1 else replace(settings, refit=False)
     prior_rows = _layer_sample(station, max(settings.unit_tokens, 4 * block.width))
     fitted: list[FittedBlock] = []
     tokens: list[int] = []

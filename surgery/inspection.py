@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery import loading, swap
-from surgery.blocks import Block, Survey, survey
+from torch import nn
+
+from surgery import loading, shared, swap
+from surgery.blocks import Block, Survey, attribute, survey
 from surgery.errors import ModelError, RecipeError
 from surgery.recipe import Recipe, parse_blocks
 from surgery.reexpress import llama_config
@@ -87,3 +90,30 @@ def form_of(recipe: Recipe, native_possible: bool) -> str:
             fix="use form: auto or custom",
         )
     return "native" if native and recipe.form != "custom" else "custom"
+
+
+def check_hooks(model: Any, blocks: Sequence[Block]) -> None:
+    """Raises ModelError where a hook hangs on what is to be replaced: it may change the block, and would be lost."""
+    for block in blocks:
+        for path in {*block.replaced, *block.first, block.last}:
+            part = attribute(model, path)
+            if isinstance(part, nn.Module) and (part._forward_hooks or part._forward_pre_hooks):
+                raise ModelError(
+                    "a forward hook hangs on a part of a block that is to be replaced",
+                    where=path,
+                    cause="the hook may change what the block computes, and would be lost",
+                    fix="remove it, and put it on the twin",
+                )
+
+
+def check_repeated(blocks: Sequence[Block], recipe: Recipe) -> None:
+    """Raises ModelError where the recipe asks of blocks that several layers share what they do not allow."""
+    _, repeated = shared.split(blocks)
+    if repeated and (recipe.offload or recipe.budget is not None):
+        raise ModelError(
+            "several layers share this block, so that it cannot "
+            + ("stay on disk" if recipe.offload else "be weighed by itself"),
+            where=repeated[0].path,
+            cause=f"it runs {repeated[0].calls} times in one forward pass",
+            fix=f"leave --{'offload' if recipe.offload else 'budget'} out, or this block with --blocks",
+        )

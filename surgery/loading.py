@@ -251,7 +251,23 @@ def _load_delta(
 
 
 def in_memory(model: Any, tokenizer: Any | None) -> LoadedModel:
-    """Wraps a model the caller already holds. It is changed in place by conversion."""
+    """Wraps a model the caller already holds. It is changed in place by conversion.
+
+    Raises:
+        ModelError: its class is not one of transformers', which is what a twin is loaded as.
+    """
+    import transformers
+
+    from surgery import modeling_polynomial
+
+    known = getattr(transformers, type(model).__name__, None)
+    if known is not type(model) and getattr(model.config, "model_type", None) != modeling_polynomial.MODEL_TYPE:
+        raise ModelError(
+            "transformers has no such model class, so that no twin of it could be loaded",
+            where=f"{type(model).__module__}.{type(model).__name__}",
+            cause="a class of your own, or one that came with a checkpoint",
+            fix="convert a model of the transformers class that it extends, if it computes the same",
+        )
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     model.eval()

@@ -207,6 +207,8 @@ def install(model: nn.Module, path: str, module: nn.Module) -> None:
         raise ValueError(f"there is nothing at {path} to replace: the base architecture is not the expected one")
     if isinstance(parent, nn.ModuleList):
         parent[int(name)] = module
+    elif name in parent._modules and isinstance(module, nn.Module):
+        parent._modules[name] = module  # in its place: the order is what nn.Sequential computes in
     else:
         parent._modules.pop(name, None)  # a function cannot be assigned over a registered module
         setattr(parent, name, module)

@@ -22,6 +22,11 @@ from torch import Tensor
 from surgery.activations import Activation
 
 
+def single(x: Tensor) -> Tensor:
+    """In float32, if it was in less: a covariance rounded to bfloat16 is not positive, and powers overflow float16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @dataclass(frozen=True)
 class InputMoments:
     """Sums of x and x xᵀ over tokens, float64.
@@ -41,7 +46,7 @@ class InputMoments:
         """Sums over the rows of `x`, shape (tokens, d); a chunk at a time, so the copy stays small."""
         d = x.shape[-1]
         result = InputMoments(0.0, x.new_zeros(d, dtype=torch.float64), x.new_zeros(d, d, dtype=torch.float64))
-        for part in x.split(chunk):
+        for part in map(single, x.split(chunk)):
             result = result + InputMoments(float(len(part)), part.double().sum(0), (part.T @ part).double())
         return result
 
@@ -164,19 +169,19 @@ def from_data(
 ) -> UnitMoments:
     """Moments of the rows of `y` (and `z`), shape (tokens, h) each.
 
-    Products are formed in the inputs' precision, a chunk of tokens at a time; sums across chunks are float64.
+    Products are formed in the inputs' precision, float32 at least, a chunk of tokens at a time; sums across chunks are
+    float64.
     """
-    mean_y, inverse_y = at.y_mean.to(y), (1 / at.y_std).to(y)
     plan = _Powers(degree, gated=z is not None)
     result: UnitMoments | None = None
     for start in range(0, len(y), chunk):
-        y_part = y[start : start + chunk]
-        u = (y_part - mean_y) * inverse_y
+        y_part = single(y[start : start + chunk])
+        u = (y_part - at.y_mean.to(y_part)) * (1 / at.y_std).to(y_part)
         z_part, v = None, None
         if z is not None:
             assert at.z_mean is not None and at.z_std is not None
-            z_part = z[start : start + chunk]
-            v = (z_part - at.z_mean.to(z)) * (1 / at.z_std).to(z)
+            z_part = single(z[start : start + chunk])
+            v = (z_part - at.z_mean.to(z_part)) * (1 / at.z_std).to(z_part)
         part = plan.sums(at, u, v, activation.unit(y_part, z_part))
         result = part if result is None else result + part
     if result is None:

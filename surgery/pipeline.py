@@ -13,20 +13,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from surgery import checkpoint, group, loading, offload, on_disk, shared, swap
+from surgery import checkpoint, group, loading, offload, on_disk, swap
 from surgery.blocks import Block, Survey, survey
 from surgery.budget import draw, within
 from surgery.calibration import Calibration, prepare, start_tokens
 from surgery.confirm import confirmed
-from surgery.errors import ModelError, RecipeError
+from surgery.errors import RecipeError
 from surgery.fit import Gaussian
-from surgery.inspection import choose, form_of
+from surgery.inspection import check_hooks, check_repeated, choose, form_of
 from surgery.recipe import Recipe
 from surgery.reexpress import as_llama
-from surgery.replacement import Replaced, Task, replace_blocks
+from surgery.replacement import Replaced, Task, replace_blocks, unchanged_on_error
 from surgery.report import Report
-from surgery.resume import Workshop, kept, merged, partial
+from surgery.resume import Workshop, identity, kept, merged, partial
 from surgery.stream import first_token_is_sink
+from surgery.texts import label
 
 
 def convert(
@@ -45,7 +46,8 @@ def convert(
     """Replaces a transformer's feed-forward blocks by their least-squares optimal polynomials.
 
     Args:
-        model: Hub id, folder, .gguf file, or a transformers model in memory (changed in place; unchanged on error).
+        model: Hub id, folder, .gguf file, or a transformers model in memory, which is changed in place and put in
+            evaluation mode; on error it is as it was.
         tokenizer: for a model in memory, to calibrate on text and to be saved along.
         calibration: a source name (see `surgery.calibration`), token ids, or model inputs; default from the recipe.
         moments: distribution of each block's input by path, for `assume="gaussian"`; measured where absent.
@@ -73,7 +75,7 @@ def convert(
     started = time.monotonic()
     target = Path(plan.output) if plan.output else None
     if target is not None:
-        checkpoint.check_target(target, overwrite)
+        target = checkpoint.check_target(target, overwrite)
         if group.first():
             shutil.rmtree(partial(target) if restart else merged(target), ignore_errors=True)
         group.agreed(None)  # nobody puts anything there before
@@ -85,38 +87,41 @@ def convert(
     task, form = ready.task, ready.form
     network, data, plan = task.model, task.data, task.plan
     ready_at = time.monotonic()
-    workshop, account = Workshop(None), None
-    if plan.budget is None:
-        workshop = group.agreed(Workshop.open(target, plan, loaded.source, data) if group.first() else workshop)
-        done = replace_blocks(task, form == "native", workshop, probe=ready.probe if plan.offload else None)
-    else:
-        done, account, stock = within(task, form == "native", plan.budget, _nats, _divergence, data.unseen)
-        form = "native" if stock else "custom"
-    fitted_at = time.monotonic()
-    if form == "native":
-        swap.finish_native(network, task.blocks)
-    else:
-        swap.finish_custom(network, done.entries)
-    report = Report(
-        recipe=plan.resolved() | _public(plan),
-        source=loaded.source.as_dict(),
-        calibration=data.as_dict(),
-        form=form,
-        blocks=tuple(done.rows),
-        left_alone=ready.left_alone,
-        perplexity=_compared(ready.perplexity, _perplexity(network, data.unseen), plan),
-        budget=None if account is None else account.as_dict(),
-        seconds={
-            "load": round(loaded_at - started, 2),
-            "prepare": round(ready_at - loaded_at, 2),
-            "convert": round(fitted_at - ready_at, 2),
-        },
-    )
-    if target is not None and group.first():
-        _store(loaded, ready, done, target, workshop, report)
-        if account is not None:
-            draw(account, target / "budget.png")
-    group.agreed(None)  # nobody leaves before the twin stands
+    workshop = Workshop.open(target, plan, ready.identity, data) if group.first() else Workshop(None)
+    workshop, account = group.agreed(workshop), None
+    with unchanged_on_error(task) if loaded.source.kind == "memory" else nullcontext():
+        if plan.budget is None:
+            done = replace_blocks(task, form == "native", workshop, probe=ready.probe if plan.offload else None)
+        else:
+            done, account, stock = within(
+                task, form == "native", plan.budget, _nats, _divergence, data.unseen, workshop
+            )
+            form = "native" if stock else "custom"
+        fitted_at = time.monotonic()
+        if form == "native":
+            swap.finish_native(network, task.blocks)
+        else:
+            swap.finish_custom(network, done.entries)
+        report = Report(
+            recipe=plan.resolved() | _public(plan),
+            source=loaded.source.as_dict(),
+            calibration=data.as_dict(),
+            form=form,
+            blocks=tuple(done.rows),
+            left_alone=ready.left_alone,
+            perplexity=_compared(ready.perplexity, _perplexity(network, data.unseen), plan),
+            budget=None if account is None else account.as_dict(),
+            seconds={
+                "load": round(loaded_at - started, 2),
+                "prepare": round(ready_at - loaded_at, 2),
+                "convert": round(fitted_at - ready_at, 2),
+            },
+        )
+        if target is not None and group.first():
+            _store(loaded, ready, done, target, workshop, report)
+            if account is not None:
+                draw(account, target / "budget.png")
+        group.agreed(None)  # nobody leaves before the twin stands
     if plan.offload:
         network = loading.load(str(target), dtype=plan.dtype, device_map=on_disk.ON_DISK).model
     return network, report
@@ -156,6 +161,7 @@ class _Ready:
 
     Attributes:
         files: where the original's tensors are, for a model whose weights stay on disk.
+        identity: of the model, see :func:`surgery.resume.identity`.
     """
 
     task: Task
@@ -164,6 +170,7 @@ class _Ready:
     probe: dict[str, Tensor]
     perplexity: Any
     files: dict[str, offload.Place]
+    identity: str
 
 
 def _ready(
@@ -174,6 +181,7 @@ def _ready(
     quiet: bool,
 ) -> _Ready:
     network, found, blocks, native = _to_replace(loaded, plan)
+    check_hooks(network, blocks)
     files = offload.places(network, loaded.source) if plan.offload else {}
     given = dict(moments or {}) | _moments_file(plan, blocks)
     if plan.budget is not None and not _is_causal(network):
@@ -181,14 +189,15 @@ def _ready(
     form_of(plan, native)  # whatever can be wrong is said before samples are drawn
     plan = _chosen_source(plan, loaded)
     source = plan.calibration if calibration is None or isinstance(calibration, str) else calibration
-    data = group.agreed(_inputs(source, loaded, plan) if group.first() else cast(Calibration, None))
+    known = identity(loaded, plan.model, given)
+    data = group.agreed(_inputs(source, loaded, plan, known) if group.first() else cast(Calibration, None))
     probe = _probe(network, data)
     blocks, others = _seen_to_run(network, blocks, probe, plan)
-    _check_repeated(blocks, plan)
+    check_repeated(blocks, plan)
     form = form_of(plan, native and not others)
     first_is_sink = _is_causal(network) and first_token_is_sink(network, probe, blocks)
     task = Task(network, blocks, data, plan, given, first_is_sink, quiet)
-    return _Ready(task, form, (*found.left_alone, *others), probe, _perplexity(network, data.unseen), files)
+    return _Ready(task, form, (*found.left_alone, *others), probe, _perplexity(network, data.unseen), files, known)
 
 
 def _to_replace(loaded: loading.LoadedModel, plan: Recipe) -> tuple[Any, Survey, tuple[Block, ...], bool]:
@@ -229,26 +238,14 @@ def _seen_to_run(
     return good, tuple((path, f"{error.what}: {error.cause}") for path, error in bad.items())
 
 
-def _check_repeated(blocks: Sequence[Block], plan: Recipe) -> None:
-    """Raises ModelError where the recipe asks of blocks that several layers share what they do not allow."""
-    _, repeated = shared.split(blocks)
-    if repeated and (plan.offload or plan.budget is not None):
-        raise ModelError(
-            "several layers share this block, so that it cannot "
-            + ("stay on disk" if plan.offload else "be weighed by itself"),
-            where=repeated[0].path,
-            cause=f"it runs {repeated[0].calls} times in one forward pass",
-            fix=f"leave --{'offload' if plan.offload else 'budget'} out, or this block with --blocks",
-        )
-
-
 def _public(plan: Recipe) -> dict[str, Any]:
     """Local paths by their last part only: the report travels with the checkpoint."""
-    local = {"model": Path(plan.model).expanduser().exists(), "output": True}
-    return {key: Path(value).name for key, here in local.items() if here and (value := getattr(plan, key))}
+    local = {"model": Path(plan.model).expanduser().exists(), "output": True, "moments": True}
+    paths = {key: Path(value).name for key, here in local.items() if here and (value := getattr(plan, key))}
+    return paths | {"calibration": label(plan.calibration)}
 
 
-def _inputs(source: Any, loaded: loading.LoadedModel, plan: Recipe) -> Calibration:
+def _inputs(source: Any, loaded: loading.LoadedModel, plan: Recipe, known: str) -> Calibration:
     """Calibration batches, and further ones that no fit sees, to measure perplexity on."""
     measured = plan.measure if isinstance(source, str) and _is_causal(loaded.model) and not plan.offload else 0
     settings: dict[str, Any] = {
@@ -260,7 +257,7 @@ def _inputs(source: Any, loaded: loading.LoadedModel, plan: Recipe) -> Calibrati
         return prepare(source, loaded.model, loaded.tokenizer, **settings)
 
     target = Path(plan.output) if plan.output and source == "samples" else None
-    return kept(target, loaded.source, settings, draw)
+    return kept(target, known, settings, draw)
 
 
 def _chosen_source(plan: Recipe, loaded: loading.LoadedModel) -> Recipe:
@@ -323,7 +320,7 @@ def _compared(before: Any, after: Any, plan: Recipe) -> dict[str, Any] | None:
         "twin": after.perplexity,
         "nats": after.nats - before.nats,
         "tokens": before.tokens,
-        "text": f"{plan.calibration}, the {before.tokens} tokens after those used for calibration",
+        "text": f"{label(plan.calibration)}, the {before.tokens} tokens after those used for calibration",
         "window": plan.length,
     }
 

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from surgery.errors import RecipeError, did_you_mean
 
+MOST_BLOCKS = 1_000_000  # no model has more; a larger number is a slip of the hand
+
 
 class Recipe(BaseModel):
     """One conversion.
@@ -143,6 +145,8 @@ def parse_blocks(text: str) -> list[int]:
         if not match:
             raise ValueError(f"blocks: {part.strip()!r} is neither a number nor a range such as 0-5")
         low, high = int(match[1]), int(match[2] or match[1])
+        if high > MOST_BLOCKS:
+            raise ValueError(f"blocks: no model has as many as {high}")
         if high < low:
             raise ValueError(f"blocks: the range {part.strip()} runs backwards")
         chosen += range(low, high + 1)

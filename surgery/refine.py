@@ -49,7 +49,7 @@ def refine(
     """
     out = Path(settings.output)
     report = read_twin(Path(settings.twin))
-    checkpoint.check_target(out, overwrite)
+    out = checkpoint.check_target(out, overwrite)
     with _out_of_memory():
         return _refine(settings, out, report, restart, quiet)
 

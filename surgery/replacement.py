@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from surgery import group, on_disk, shared, swap
 from surgery.blocks import Block, attribute
 from surgery.calibration import Calibration
+from surgery.errors import CalibrationError
 from surgery.fit import FitSettings, FittedBlock, Gaussian, fit_block
 from surgery.fit_experts import FittedExperts, fit_experts
 from surgery.modeling_polynomial import install
@@ -86,7 +89,7 @@ def replace_blocks(
     degrees: Mapping[str, int] | None = None,
     probe: Mapping[str, Tensor] | None = None,
 ) -> Replaced:
-    """Fits and installs one block after another. On any error the model is put back as it was.
+    """Fits and installs one block after another; use it inside :func:`unchanged_on_error`.
 
     Args:
         degrees: by path, where they are not all the recipe's.
@@ -95,30 +98,25 @@ def replace_blocks(
     model, blocks = task.model, task.blocks
     once, repeated = shared.split(blocks)
     like = task.like()
-    originals = task.originals()
     done = Replaced([], [])
     follow = task.plan.refit and task.plan.target == "stream" and any(block.additive for block in once)
     aside = None if probe is None else workshop.folder
     finished = group.agreed(workshop.finished(blocks))
     passed = [] if len(finished) == len(blocks) else task.batches()  # nothing is left to calibrate, so nothing runs
-    try:
-        with (
-            Stream(model, passed, once, follow, task.first_is_sink, probe, aside) as stream,
-            Progress(len(blocks), task.quiet or not group.first()) as progress,
-        ):
-            for station in chain(stream, (shared.station(block, stream) for block in repeated)):
-                if station.block.path in finished:
-                    entry, row, modules = workshop.load(station.block, like)
-                    stream.replace(modules)
-                else:
-                    entry, row = _replace(stream, station, task, native, degrees or {}, workshop)
-                done.entries.append(entry)
-                done.rows.append(row)
-                progress.step(row)
-                del station  # what waits at this block, before the next ones' arrive
-    except BaseException:
-        put_back(model, originals)
-        raise
+    with (
+        Stream(model, passed, once, follow, task.first_is_sink, probe, aside) as stream,
+        Progress(len(blocks), task.quiet or not group.first()) as progress,
+    ):
+        for station in chain(stream, (shared.station(block, stream) for block in repeated)):
+            if station.block.path in finished:
+                entry, row, modules = workshop.load(station.block, like)
+                stream.replace(modules)
+            else:
+                entry, row = _replace(stream, station, task, native, degrees or {}, workshop)
+            done.entries.append(entry)
+            done.rows.append(row)
+            progress.step(row)
+            del station  # what waits at this block, before the next ones' arrive
     return replace(done, outcome=stream.outcome)
 
 
@@ -142,13 +140,41 @@ def _replace(
 
 
 def fit(station: Station, settings: FitSettings, given: Gaussian | None = None) -> FittedBlock | FittedExperts:
-    """One block's polynomial, or its experts'."""
+    """One block's polynomial, or its experts'. Raises CalibrationError where there is none."""
     with on_disk.in_memory(station.modules.values()):
-        if station.block.kind == "experts":
-            return fit_experts(station, settings)
-        return fit_block(station, settings, given, CACHE_BYTES if station.block.calls == 1 else 0)
+        try:
+            return _fit(station, settings, given)
+        except LinAlgError as error:
+            raise CalibrationError(
+                f"the normal equations have no solution ({error})",
+                where=station.block.path,
+                cause="values too large for the precision the model computes in, or tokens all alike",
+                fix="load it with --dtype float32, give other calibration text, or a lower degree",
+            ) from error
+
+
+def _fit(station: Station, settings: FitSettings, given: Gaussian | None) -> FittedBlock | FittedExperts:
+    if station.block.kind == "experts":
+        return fit_experts(station, settings)
+    return fit_block(station, settings, given, CACHE_BYTES if station.block.calls == 1 else 0)
 
 
 def put_back(model: Any, originals: Mapping[str, Any]) -> None:
     for path, module in originals.items():
         install(model, path, module)
+
+
+@contextmanager
+def unchanged_on_error(task: Task) -> Iterator[None]:
+    """On any error inside, the model is as it was before: its blocks, its configuration and its class."""
+    model = task.model
+    originals, kind, config, settings = task.originals(), type(model), model.config, dict(vars(model.config))
+    try:
+        yield
+    except BaseException:
+        put_back(model, originals)
+        model.__class__ = kind
+        swap.set_config(model, config)
+        vars(config).clear()
+        vars(config).update(settings)
+        raise

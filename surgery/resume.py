@@ -16,14 +16,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from surgery import __version__
 from surgery import modeling_polynomial as modeling
 from surgery.blocks import Block
 from surgery.calibration import Calibration
 from surgery.checkpoint import write_json
 from surgery.errors import CheckpointError
-from surgery.loading import Source
+from surgery.fit import Gaussian
+from surgery.loading import LoadedModel
 from surgery.recipe import Recipe
 
+SOME = 4096  # elements of a tensor that tell it from another
 SAMPLES, UNFINISHED, MERGED = "samples.safetensors", "samples.tmp", "merged"
 
 
@@ -37,13 +40,32 @@ def merged(target: Path) -> Path:
     return partial(target) / MERGED
 
 
-def kept(
-    target: Path | None, source: Source, settings: Mapping[str, Any], draw: Callable[[], Calibration]
-) -> Calibration:
+def identity(loaded: LoadedModel, name: str, given: Mapping[str, Gaussian]) -> str:
+    """What tells one model's results from another's of the same name; and from those for other `given` moments.
+
+    The Hub's revision, or sizes and times of a checkpoint's files, or, of a model in memory, some of every tensor.
+    """
+    digest = hashlib.sha256(f"{__version__} {loaded.source.as_dict()}".encode())
+    tensors = {f"{path} {n}": part for path, moments in given.items() for n, part in enumerate(moments.parts())}
+    if loaded.source.kind == "memory":
+        tensors |= loaded.model.state_dict()
+    elif loaded.source.kind != "hub":
+        place = Path(name).expanduser()
+        for file in sorted(place.iterdir() if place.is_dir() else [place]):
+            seen = file.stat()
+            digest.update(f"{file.name} {seen.st_size} {seen.st_mtime_ns}".encode())
+    for path, value in sorted((path, value) for path, value in tensors.items() if not value.is_meta):
+        some = value.detach().flatten()[:: max(1, value.numel() // SOME)].cpu().contiguous()
+        digest.update(f"{path} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def kept(target: Path | None, model: str, settings: Mapping[str, Any], draw: Callable[[], Calibration]) -> Calibration:
     """The model's own samples: those of an interrupted run with the same settings, else new ones, which are kept."""
     if target is None:
         return draw()
-    key = hashlib.sha256(json.dumps([source.as_dict(), dict(settings)], sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([model, dict(settings)], sort_keys=True).encode()).hexdigest()
     file, temporary = partial(target) / SAMPLES, partial(target) / UNFINISHED
     if file.is_file():
         with safe_open(file, framework="pt") as opened:
@@ -65,26 +87,26 @@ def kept(
 
 @dataclass(frozen=True)
 class Workshop:
-    """`OUT.partial/`: a file per finished block, valid for one recipe, source and calibration only."""
+    """`OUT.partial/`: a file per finished block, valid for one recipe, model and calibration only."""
 
     folder: Path | None
 
     @staticmethod
-    def open(target: Path | None, recipe: Recipe, source: Source, data: Calibration) -> Workshop:
-        """Raises CheckpointError if the folder belongs to another run."""
+    def open(target: Path | None, recipe: Recipe, model: str, data: Calibration) -> Workshop:
+        """Of the model with this :func:`identity`. Raises CheckpointError if the folder belongs to another run."""
         if target is None:
             return Workshop(None)
         folder = partial(target)
         elsewhere = ("output", "measure", "save_dtype", "device")  # change nothing in a block
         ours = {key: value for key, value in recipe.resolved().items() if key not in elsewhere}
-        text = json.dumps([ours, source.as_dict(), data.fingerprint], sort_keys=True)
+        text = json.dumps([ours, model, data.fingerprint], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()
         note = folder / "run.json"
         if folder.exists() and {file.name for file in folder.iterdir()} - {SAMPLES, UNFINISHED, MERGED}:
             known = json.loads(note.read_text())["key"] if note.is_file() else None
             if known != key:
                 raise CheckpointError(
-                    "an interrupted run with other settings left its finished blocks here",
+                    "an interrupted run of another model, or with other settings, left its finished blocks here",
                     where=str(folder),
                     fix="repeat the earlier command to finish it, or give --restart to discard them",
                 )
@@ -137,6 +159,16 @@ class Workshop:
             module.to_empty(device=like.device).to(like.dtype).load_state_dict(own)
             module.train(False)
         return entry, row, modules
+
+    def note(self, name: str, value: Any) -> None:
+        """Keeps a result that is no block, in JSON."""
+        if self.folder is not None:
+            write_json(self.folder / f"{name}.json", value)
+
+    def noted(self, name: str) -> Any:
+        """What an interrupted run kept under this name; None where nothing is."""
+        file = None if self.folder is None else self.folder / f"{name}.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else None
 
     def close(self) -> None:
         if self.folder is not None:

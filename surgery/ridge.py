@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from surgery.moments import single
+
 JITTER = 1e-13  # of the constant's own sum: keeps a Cholesky factor defined, changes no digit
 ROUNDS, ROUNDS_RIDGE = 8, 1e-2  # of leaving features out; what is lost there is counted next to unpulled
 USUAL_RIDGE = 0.3
@@ -54,8 +56,9 @@ class RidgeSums:
     def add_rows(self, features: Tensor, targets: Tensor) -> None:
         """Adds rows: features (rows, p), ending in the constant, and targets (rows, q).
 
-        Weighted rows come scaled by √w on both sides. Products are formed in the given precision.
+        Weighted rows come scaled by √w on both sides. Products are formed in the given precision, float32 at least.
         """
+        features, targets = single(features), single(targets)
         self.weight.add_(features[:, -1].double().square().sum())
         edges = [features.shape[1] * k // PARTS for k in range(PARTS + 1)]
         for k in range(PARTS):
@@ -119,8 +122,7 @@ class HeldRows:
 
     def error(self, solution: Tensor, sketch: Tensor) -> float:
         """Σ w ‖Sᵀt − Bᵀf‖², with B of shape (p, k) and S of shape (q, k)."""
-        precision = torch.promote_types(self.features.dtype, torch.float32)
-        features, targets = self.features.to(precision), self.targets.to(precision)
+        features, targets = single(self.features), single(self.targets)
         missing = features @ solution.to(features) - targets @ sketch.to(targets)
         return float(missing.double().square().sum())
 

@@ -14,6 +14,7 @@ Memory: the local variables of the suspended passes, about three hidden states p
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,15 +131,22 @@ class _Fork(nn.Module):
 
 
 def fitted_sequences(batches: Sequence[Mapping[str, Tensor]]) -> list[int]:
-    """How many sequences of each batch are fitted on. The others, the last eighth of all of one length (at least one),
-    choose the ridge: whole texts, so that the choice is honest."""
+    """How many sequences of each batch are fitted on. The others choose the ridge: whole texts, so that the choice is
+    honest. They are the last eighth of all of one length, at least one of two; and where there are many lengths, the
+    last ones of whatever length, so that they come to an eighth."""
     shapes = [next(iter(batch.values())).shape for batch in batches]
-    left = {shape[1:]: max(1, sum(s[0] for s in shapes if s[1:] == shape[1:]) // HELD_OUT_SHARE) for shape in shapes}
+    total: Counter[tuple[int, ...]] = Counter()
+    for shape in shapes:
+        total[shape[1:]] += shape[0]
+    left = {length: max(count // HELD_OUT_SHARE, min(1, count - 1)) for length, count in total.items()}
+    more = max(1, total.total() // HELD_OUT_SHARE) - sum(left.values())
     fitted = []
-    for shape in reversed(shapes):
-        held = min(shape[0], left[shape[1:]])
-        left[shape[1:]] -= held
-        fitted.append(shape[0] - held)
+    for rows, *length in reversed(shapes):
+        held = min(rows, left[tuple(length)])
+        left[tuple(length)] -= held
+        further = max(0, min(rows - held, more))
+        more -= further
+        fitted.append(rows - held - further)
     return fitted[::-1]
 
 
@@ -360,7 +368,13 @@ def first_token_is_sink(model: nn.Module, batch: Mapping[str, Tensor], blocks: S
         hidden = output[0] if isinstance(output, tuple) else output
         if isinstance(hidden, Tensor) and hidden.dim() == 3 and hidden.shape[1] > 1:
             norms = hidden.float().norm(dim=-1)
-            found.append(bool(norms[:, 0].median() > MASSIVE * norms[:, 1:].median()))
+            mask = batch.get("attention_mask")
+            real = torch.ones_like(norms, dtype=torch.bool)
+            if mask is not None and mask.shape == norms.shape:
+                real = mask.bool().to(norms.device)
+            first = real & (real.long().cumsum(-1) == 1)
+            if bool(first.any()) and bool((real & ~first).any()):
+                found.append(bool(norms[first].median() > MASSIVE * norms[real & ~first].median()))
 
     layers = {layer_of(block.path) for block in blocks}
     handles = [model.get_submodule(path).register_forward_hook(hook) for path in layers]

@@ -213,4 +213,12 @@ def finish_custom(model: Any, entries: Sequence[Mapping[str, Any]]) -> None:
         config = config.from_dict(values)
         config._attn_implementation = model.config._attn_implementation
         model.__class__ = modeling.model_class_for(config)
-        model.config = config
+        set_config(model, config)
+
+
+def set_config(model: Any, config: Any) -> None:
+    """Gives a model another configuration, and those of its parts that shared the old one."""
+    before = model.config
+    for part in model.modules():
+        if getattr(part, "config", None) is before:
+            part.config = config

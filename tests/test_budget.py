@@ -58,6 +58,7 @@ def test_what_the_whole_loses_beyond_the_sum_is_learnt(monkeypatch):
 
     from surgery import budget
     from surgery.replacement import Replaced
+    from surgery.resume import Workshop
 
     costs = tuple(BlockCost(str(index), {2: 0.001, 3: 0.0002}) for index in range(16))
     state = {}
@@ -71,7 +72,9 @@ def test_what_the_whole_loses_beyond_the_sum_is_learnt(monkeypatch):
     monkeypatch.setattr(budget, "_converted", converted)
     monkeypatch.setattr(budget, "put_back", lambda *_: state.update(lost=0.0))
     task = SimpleNamespace(model=None, originals=dict)
-    _, account, _ = budget.within(task, True, 0.05, lambda *_: state.get("lost", 0.0), lambda *_: None, [{}])
+    _, account, _ = budget.within(
+        task, True, 0.05, lambda *_: state.get("lost", 0.0), lambda *_: None, [{}], Workshop(None)
+    )
     assert 0.8 * 0.05 <= account.measured <= 0.05
     assert list(account.degrees.values()).count(2) >= 3
     assert account.tried[0][3] > 0.05
@@ -151,3 +154,33 @@ def test_a_budget_is_for_causal_models_and_chooses_degrees_itself(ids):
         surgery.convert(tiny.make("bert"), calibration=ids, length=32, budget=0.1)
     with pytest.raises(RecipeError, match="chooses degrees"):
         surgery.convert(tiny.make("llama"), calibration=ids, length=32, budget=0.1, degree=3)
+
+
+def test_a_killed_search_goes_on_from_its_costs_and_tries(knowing, tmp_path, monkeypatch):
+    from surgery import budget
+
+    converted, tries = budget._converted, []
+
+    def second_time_interrupted(*given):
+        tries.append(given[-1])
+        if len(tries) == 2:
+            raise KeyboardInterrupt
+        return converted(*given)
+
+    def no_costs(*_):
+        raise AssertionError("costs are measured again")
+
+    settings = {"budget": 0.02, "output": tmp_path / "twin"}
+    straight, report = convert(knowing, budget=0.02)
+    assert len(report.budget["tried"]) > 1, "or there is nothing to interrupt"
+    with monkeypatch.context() as patch:
+        patch.setattr(budget, "_converted", second_time_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert(knowing, **settings)
+        patch.setattr(budget, "measured_costs", no_costs)
+        twin, resumed = convert(knowing, **settings)
+    assert tries[2] == tries[1] != tries[0], "the first try is not made again"
+    assert resumed.budget == report.budget
+    assert not (tmp_path / "twin.partial").exists()
+    for name, value in straight.state_dict().items():
+        torch.testing.assert_close(twin.state_dict()[name], value)

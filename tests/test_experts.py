@@ -159,14 +159,19 @@ def test_each_expert_is_fitted_on_its_own_tokens():
     assert sum(expected) == 2 * IDS.numel()
 
 
-def test_an_expert_without_tokens_is_reported_and_gets_its_layers_polynomial():
-    model = model_of("mixtral")
-    block = the_experts(model)[0]
+def without_tokens(model, block):
+    """Takes every token from the block's last expert; the hook to remove afterwards."""
     gate = model.get_submodule(block.path.rpartition(".")[0]).gate
     with torch.no_grad():
         gate.weight.zero_()
         gate.weight[:3] = torch.randn(3, gate.weight.shape[1], generator=torch.Generator().manual_seed(3))
-    hook = gate.register_forward_hook(lambda _, __, out: (out[0], out[1], out[2].clamp(max=2)))
+    return gate.register_forward_hook(lambda _, __, out: (out[0], out[1], out[2].clamp(max=2)))
+
+
+def test_an_expert_without_tokens_is_reported_and_gets_its_layers_polynomial():
+    model = model_of("mixtral")
+    block = the_experts(model)[0]
+    hook = without_tokens(model, block)
     original = experts.weights(model.get_submodule(block.path), 3)[2][0].clone()
     twin, report = surgery.convert(model, calibration=IDS, length=24, readout="refit")
     hook.remove()
@@ -176,6 +181,16 @@ def test_an_expert_without_tokens_is_reported_and_gets_its_layers_polynomial():
     hidden = original.shape[1]
     assert torch.allclose(module.down_weight[3, :, :hidden], original)  # the readout is kept
     assert module.coefficients[3].abs().sum() > 0
+
+
+def test_an_expert_without_tokens_keeps_as_few_units_as_the_others():
+    model = model_of("mixtral")
+    block = the_experts(model)[0]
+    hook = without_tokens(model, block)
+    twin, report = surgery.convert(model, calibration=IDS, length=24, units=0.25)
+    hook.remove()
+    assert report.blocks[0]["starved"] == [3]
+    assert twin.get_submodule(block.path).gate_weight.shape[1] == round(0.25 * block.hidden)
 
 
 def test_errors_count_as_much_as_the_routing_does():
