@@ -147,7 +147,8 @@ def _reasons(left_alone: Sequence[tuple[str, str]]) -> str:
 
 
 def _greedy(model: Any, probe: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    if not model.can_generate() or "input_ids" not in probe:
+    sound = hasattr(model.config, "num_codebooks")  # several rows to a piece, which `generate` wants prepared
+    if not model.can_generate() or "input_ids" not in probe or sound:
         return {}
     prompt = probe["input_ids"][:1, :8].clone()
     text = model.generate(prompt, do_sample=False, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS)

@@ -64,6 +64,7 @@ _ZAMBA = {**_FOUR, "layers_block_type": ["linear_attention", "hybrid"] * 2, "att
 TYPES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_hidden_layers": 6},
     "bamba": {"mamba_n_heads": 4, "attn_layer_indices": [1]},
+    "blt": {"use_cache": False},  # transformers' cache asks its configuration for a number of layers that it has not
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {
@@ -99,6 +100,8 @@ TYPES: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 8},
     "mobilebert": {"hidden_size": 32, "embedding_size": 32, "true_hidden_size": 32, "intra_bottleneck_size": 32},
     "mobilevitv2": {"image_size": 64},
+    "musicgen": {"num_codebooks": 2},
+    "musicgen_melody": {"num_codebooks": 2},
     "nemotron": {"head_dim": 8, **_HEADS},
     "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
     "neomme": {"head_dim": 16},

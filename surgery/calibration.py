@@ -209,7 +209,10 @@ def prepare(
 
 def _check_ids(batches: Sequence[Mapping[str, Tensor]], model: Any) -> None:
     """Raises CalibrationError for token ids that the model has no embeddings for."""
-    table = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    try:
+        table = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        return
     for name in ("input_ids", "decoder_input_ids"):
         largest = max((int(batch[name].max()) for batch in batches if name in batch and batch[name].numel()), default=0)
         if isinstance(table, int) and largest >= table:
