@@ -178,7 +178,7 @@ def document(rows: Sequence[Row]) -> str:
     """The table, by family, with a count of each."""
     parts = [
         "# Architectures\n",
-        f"Every model type of transformers {transformers.__version__} in four families: a tiny random model is saved,",
+        f"Every model type of transformers {transformers.__version__} in five families: a tiny random model is saved,",
         "converted from disk at degree 2, saved, loaded in a fresh process without this package, and compared there by",
         "its outputs and, where it generates, by greedy text. Made by `python -m evals.architectures -o",
         "docs/architectures.md`. `native`: a stock checkpoint; `custom`: with its own modelling file.\n",

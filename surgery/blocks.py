@@ -146,7 +146,7 @@ def survey(model: nn.Module) -> Survey:
                 block, reason = None, "two linear maps beside a feed-forward block"
         if block is not None:
             found.append(block)
-            claimed |= _holders(block)
+            claimed |= _claim(block, module)
         elif reason:
             left.append((path, reason))
     seen: dict[int, str] = {}
@@ -243,6 +243,14 @@ def _read(model: nn.Module, path: str, module: nn.Module) -> tuple[Block | None,
     if len(pairs) == 1:
         return _block(model, path, "plain", (full[pairs[0][0]],), full[pairs[0][1]], activation_path), ""
     return None, f"{len(names)} linear maps and an activation, but no pair or triple of matching widths"
+
+
+def _claim(block: Block, module: nn.Module) -> set[str]:
+    """Where no further block is looked for: the block's module, or, of a layer with the maps in two of its parts, all
+    parts that are no list of further blocks (MobileBERT's)."""
+    if block.path in _holders(block):
+        return {block.path}
+    return {f"{block.path}.{name}" for name, part in module.named_children() if not isinstance(part, nn.ModuleList)}
 
 
 def _holders(block: Block) -> set[str]:
