@@ -1,6 +1,7 @@
 """Where a twin's loss sits: by position in the window, and by how often calibration saw the token.
 
-Usage: python recipes/where.py TWIN MODEL. Measured on the text that `surgery convert` held back for perplexity.
+Usage: python recipes/where.py TWIN MODEL [TEXT]. Measured on the text that `surgery convert` held back for perplexity;
+TEXT is the file where that was not a built-in source.
 """
 
 import os
@@ -22,11 +23,11 @@ POSITIONS = (1, 8, 32, 128, 512)
 COUNTS = (0, 1, 10, 100, 10**9)
 
 
-def main(twin: str, model: str) -> None:
+def main(twin: str, model: str, text: str | None = None) -> None:
     report = read_report(twin)
     recipe, used = report["recipe"], report["calibration"]["tokens"]
     loaded = load(model)
-    ids = tokens_of(recipe["calibration"], loaded.tokenizer, used + recipe["measure"])
+    ids = tokens_of(text or recipe["calibration"], loaded.tokenizer, used + recipe["measure"])
     length = recipe["length"]
     unseen = ids[used:][: (len(ids) - used) // length * length].view(-1, length)
     batches = [{"input_ids": part} for part in unseen.split(4)]
@@ -52,4 +53,4 @@ def main(twin: str, model: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(*sys.argv[1:])

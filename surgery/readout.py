@@ -78,6 +78,55 @@ class _Sums:
         return self.fit, HeldRows(held[0], held[1]), (sinks[0], sinks[1])
 
 
+@dataclass(frozen=True)
+class _Aim:
+    """What the block should write, and which tokens count how much for it.
+
+    The target is the original block's output on the twin's stream, or, with the original stream at hand, what
+    brings the twin's residual stream back to the original's: f(x₀) + r₀ − r (at sinks only in a block that writes
+    them: elsewhere a small relative difference would be huge). Tokens are weighted by 1/‖r‖², since whatever reads the
+    residual stream normalises it first; the sinks together weigh as much as all other tokens do. A sink is what is one
+    in the original.
+
+    Attributes:
+        typical: median norm of the residual stream.
+        sink_limit: norm from which on a token is a sink.
+        sink_boost: number of ordinary tokens per sink token.
+        writer: whether the block writes what makes its sinks massive.
+    """
+
+    original: Original
+    additive: bool
+    typical: Tensor
+    sink_limit: float
+    sink_boost: float
+    writer: bool
+
+    def of(self, arrival: Arrival, other: Arrival, rows: slice, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Target (n, out), weight (n,) and which rows are sinks (n,).
+
+        Args:
+            other: the same rows in the original stream, `arrival` itself where it does not run.
+            output: what the original block writes there.
+        """
+        size = torch.maximum(arrival.size[rows], other.size[rows])
+        total = (other.size[rows].square() + output.float().norm(dim=-1).square()).sqrt()
+        massive = total > self.sink_limit
+        sink = massive | arrival.known_sink[rows]
+        target, weight = output, torch.ones_like(size)
+        if self.additive:
+            if other is not arrival:
+                target = output + behind(arrival, other, rows)
+                if not self.writer:
+                    target[sink] = self.original(arrival.x[rows][sink])
+            weight = (self.typical / size.clamp_min(1e-6 * self.typical)).square().clamp_max(WEIGHT_LIMIT)
+        share = torch.where(massive, self.sink_boost, YOUNG_SINKS * self.sink_boost)
+        weight = torch.where(sink, share * (self.typical / total).square(), weight)
+        if arrival.weight is not None:
+            weight = weight * arrival.weight[rows].square()
+        return target, weight, sink
+
+
 def refit(
     station: Station,
     original: Original,
@@ -90,19 +139,14 @@ def refit(
     cache_bytes: int,
     units: int | None = None,
 ) -> Refit:
-    """Ridge regression of what the block should write on the polynomial's hidden vector.
+    """Ridge regression of what the block should write (:class:`_Aim`) on the polynomial's hidden vector.
 
-    The target is the original block's output on the twin's stream, or, with the original stream at hand, what
-    brings the twin's residual stream back to the original's: f(x₀) + r₀ − r (at sinks only in a block that writes
-    them: elsewhere a small relative difference would be huge). The held-out sequences are fitted in no block: r₀ − r is
-    smaller where the earlier blocks were fitted, which no ridge chosen there would know. Tokens are weighted by
-    1/‖r‖², since whatever reads the residual stream normalises it first; the sinks together weigh as much as all other
-    tokens do. A sink is what is one in the original; a token that only the twin makes one gets next to no weight.
+    The held-out sequences are fitted in no block: r₀ − r is smaller where the earlier blocks were fitted, which no
+    ridge chosen there would know. A token that only the twin makes a sink does not count.
 
     Args:
         prior: readout that the ridge pulls towards, (p, out).
-        sink_limit: norm from which on a token is a sink.
-        sink_boost: number of ordinary tokens per sink token.
+        sink_limit, sink_boost: see :class:`_Aim`.
         sink_units: how many features before the constant belong to sinks.
         cache_bytes: memory that may be spent on keeping hidden vectors until the answer is known.
         units: how many units to keep beside the sink units, the most useful ones; all where None.
@@ -112,33 +156,19 @@ def refit(
     whole = block.kind != "plain"  # else the passes wait inside the block and finish it themselves
     hold = whole and tokens * prior.shape[0] * station.twin[0].x.element_size() <= cache_bytes
     typical = group.together(torch.cat([arrival.size[arrival.keep] for arrival in station.twin])).median()
+    aim = _Aim(original, block.additive, typical, sink_limit, sink_boost, writer=sink_units > 0)
     sums = _Sums.zeros(prior, station)
     hidden: list[list[Tensor]] = [[] for _ in station.twin]
     written: list[list[Tensor]] = [[] for _ in station.twin]
     for number, arrival in enumerate(station.twin):
         other = station.original[number] if station.original else arrival
         for rows, held in _pieces(arrival):
-            features = twin(arrival.x[rows])
-            output = original(other.x[rows])
+            features, output = twin(arrival.x[rows]), original(other.x[rows])
             if hold:
                 hidden[number].append(features)
             if whole and other is not arrival:
                 written[number].append(output)
-            size = torch.maximum(arrival.size[rows], other.size[rows])
-            total = (other.size[rows].square() + output.float().norm(dim=-1).square()).sqrt()
-            sink = (total > sink_limit) | arrival.known_sink[rows]
-            target = output
-            weight = torch.ones_like(size)
-            if block.additive:
-                if other is not arrival:
-                    target = output + behind(arrival, other, rows)
-                    if not sink_units:
-                        target[sink] = original(arrival.x[rows][sink])
-                weight = (typical / size.clamp_min(1e-6 * typical)).square().clamp_max(WEIGHT_LIMIT)
-            share = torch.where(total > sink_limit, sink_boost, YOUNG_SINKS * sink_boost)
-            weight = torch.where(sink, share * (typical / total).square(), weight)
-            if arrival.weight is not None:
-                weight = weight * arrival.weight[rows].square()
+            target, weight, sink = aim.of(arrival, other, rows, output)
             root = weight.sqrt().to(features)[:, None]
             real = arrival.keep[rows] & ~(mistaken(features[:, -1 - sink_units : -1]) & ~sink)
             sums.add(features * root, target * root, real, sink, held)
