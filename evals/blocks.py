@@ -23,6 +23,7 @@ from torch import Tensor
 from surgery.blocks import Block, attribute
 from surgery.experts import folded
 from surgery.moments import InputMoments
+from surgery.on_disk import device_of
 from surgery.ridge import RidgeSums, ridge_path
 
 GAUSSIAN_TOKENS = 4096
@@ -131,14 +132,9 @@ def block_sums(
 
     with torch.no_grad(), _watched(original, blocks, see):
         for batch in batches:
-            original(**{name: value.to(original.device) for name, value in batch.items()})
+            original(**{name: value.to(device_of(original)) for name, value in batch.items()})
             begin += len(next(iter(batch.values())))
     return sums
-
-
-def device_of(model: Any) -> torch.device:
-    device: torch.device = next(model.parameters()).device
-    return device
 
 
 def block_rows(
@@ -172,6 +168,6 @@ def _gaussian_fvu(original: Any, twin: Any, block: Block, sums: RidgeSums, seed:
     x = InputMoments(float(sums.weight), gram[-1, :-1], gram[:-1, :-1]).draw(GAUSSIAN_TOKENS, seed)
     with torch.no_grad():
         truth, found = (
-            block_function(model, block)(x.to(next(model.parameters()))).double().cpu() for model in (original, twin)
+            block_function(model, block)(x.to(device_of(model), model.dtype)).double().cpu() for model in (original, twin)
         )
     return float((truth - found).square().sum() / (truth - truth.mean(0)).square().sum().clamp_min(1e-300))

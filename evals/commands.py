@@ -76,6 +76,12 @@ def check(settings: EvalSettings, output: str | None) -> None:
     check_source(settings.text)
     for name, revision in ((settings.twin, settings.revision), (settings.original, settings.original_revision)):
         load_config(name, revision)
+    if settings.tasks and settings.device_map == "disk":
+        raise EvaluationError(
+            "lm-eval tasks need the models in memory",
+            where="--device-map disk",
+            fix="leave --tasks or --device-map out",
+        )
     if settings.tasks:
         harness.resolve_tasks(harness.task_manager(settings.task_settings.include_path), settings.tasks)
     if output and Path(output).is_file():

@@ -22,7 +22,7 @@ from evals.fidelity import TokenFidelity, compare_outputs, compare_tokens, outpu
 from evals.memo import Memo, fingerprint
 from evals.processes import Processes
 from evals.text import EvaluationError, Text, batches, read
-from surgery import loading
+from surgery import loading, on_disk
 from surgery.blocks import survey
 from surgery.report import read_report
 from surgery.texts import label
@@ -39,8 +39,10 @@ class EvalSettings:
         twin, original: Hub ids, folders or .gguf files.
         text: a text source (see :mod:`surgery.calibration`); model inputs (.safetensors) for models without tokens.
         tokens, window, stride, batch: how much of it, in windows of how many tokens, and windows a forward pass.
-        block_tokens: tokens for the R² of the blocks.
+        block_tokens: tokens for the R² of the blocks, whose sums take 4 · width² numbers a block; 0 to leave it out.
         tasks: lm-eval tasks by name.
+        device_map: `auto` spreads a model over several devices; `disk` leaves the weights of both on disk, each read
+            when it is used, for models larger than memory.
     """
 
     twin: str
@@ -81,7 +83,7 @@ def evaluate(settings: EvalSettings, memo: Memo, processes: Processes, quiet: bo
     started = time.monotonic()
     manager = harness.task_manager(settings.task_settings.include_path) if settings.tasks else None
     tasks = harness.resolve_tasks(manager, settings.tasks) if manager else []
-    pair = _guarded(lambda: _load(settings), "--dtype bfloat16, or --device-map auto")
+    pair = _guarded(lambda: _load(settings), "--dtype bfloat16, or --device-map auto or disk")
     if tasks and not pair.causal:
         raise EvaluationError(
             "lm-eval tasks need a causal language model", where=settings.twin, fix="leave --tasks out"
@@ -99,10 +101,11 @@ def evaluate(settings: EvalSettings, memo: Memo, processes: Processes, quiet: bo
         stage("text", lambda: _text(settings, pair, text, memo, processes, quiet))
     else:
         stage("outputs", lambda: _outputs(settings, pair, processes))
-    stage("blocks", lambda: _blocks(settings, pair, text, memo, processes))
+    if settings.block_tokens:
+        stage("blocks", lambda: _blocks(settings, pair, text, memo, processes))
     if tasks:
         stage("tasks", lambda: _tasks(settings, pair, tasks, manager, memo, processes, quiet))
-    if settings.speed and pair.causal:
+    if settings.speed and pair.causal and settings.device_map != "disk":
         stage("speed", lambda: _speed(settings, pair, processes))
     if not processes.first:
         return None
@@ -116,7 +119,8 @@ def evaluate(settings: EvalSettings, memo: Memo, processes: Processes, quiet: bo
 
 
 def _load(settings: EvalSettings) -> _Pair:
-    options: dict[str, Any] = {"dtype": settings.dtype, "device_map": settings.device_map}
+    place: Any = on_disk.ON_DISK if settings.device_map == "disk" else settings.device_map
+    options: dict[str, Any] = {"dtype": settings.dtype, "device_map": place}
     original = loading.load(settings.original, settings.original_revision, **options)
     twin = loading.load(settings.twin, settings.revision, **options)
     models: list[Any] = [original.model, twin.model]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evals.compare import bootstrap_ratio
 from evals.text import EvaluationError, Text
+from surgery.on_disk import device_of
 
 POSITIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 WORST_TOKENS = 20
@@ -41,9 +42,9 @@ def compare_tokens(original: Any, twin: Any, windows: Tensor) -> TokenFidelity:
     """Runs both models over `windows`, (rows, length)."""
     rows: dict[str, list[Tensor]] = {"original": [], "twin": [], "divergence": [], "agree": []}
     with torch.no_grad():
-        ids = windows.to(original.device)
+        ids = windows.to(device_of(original))
         first = original(input_ids=ids, use_cache=False).logits
-        second = twin(input_ids=windows.to(twin.device), use_cache=False).logits.to(first.device)
+        second = twin(input_ids=windows.to(device_of(twin)), use_cache=False).logits.to(first.device)
         # A row at a time, since logits are the largest tensors here.
         for one, two, target in zip(first[:, :-1], second[:, :-1], ids[:, 1:], strict=True):
             p, q = one.float().log_softmax(-1), two.float().log_softmax(-1)
@@ -74,7 +75,7 @@ class Predictions:
     @staticmethod
     def _logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad():
-            given = {name: value.to(model.device) for name, value in batch.items()}
+            given = {name: value.to(device_of(model)) for name, value in batch.items()}
             logits: Tensor = model(**given, use_cache=False).logits[:, :-1]
         return logits
 
@@ -167,7 +168,7 @@ def compare_outputs(original: Any, twin: Any, inputs: Mapping[str, Tensor]) -> d
 
 
 def _first(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    output: Tensor = model(**{name: value.to(model.device) for name, value in inputs.items()})[0]
+    output: Tensor = model(**{name: value.to(device_of(model)) for name, value in inputs.items()})[0]
     return output
 
 

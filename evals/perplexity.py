@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from surgery.on_disk import device_of
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -36,8 +38,8 @@ def token_nats(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
     found: list[Tensor] = []
     with torch.no_grad():
         for batch in batches:
-            ids = batch["input_ids"].to(model.device)
-            mask = batch.get("attention_mask", torch.ones_like(ids)).to(model.device)
+            ids = batch["input_ids"].to(device_of(model))
+            mask = batch.get("attention_mask", torch.ones_like(ids)).to(ids.device)
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
             # A row at a time, since logits are the largest tensor here.
             for row, target, kept in zip(logits, ids[:, 1:], mask[:, 1:], strict=True):

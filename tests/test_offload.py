@@ -221,3 +221,35 @@ def test_a_model_that_does_not_fit_into_memory_is_told_so(folder, monkeypatch):
     monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", fails)
     with pytest.raises(ModelError, match=r"more memory than there is\s.*\s.*--offload"):
         loading.load(str(folder / "llama"))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_it_cost_is_measured_with_both_models_on_disk(folder, name, tmp_path):
+    """The same numbers as in memory; no speed, which would be the disk's."""
+    from evals.evaluate import EvalSettings, evaluate
+    from evals.memo import Memo
+    from evals.processes import Processes
+
+    surgery.convert(folder / name, output=tmp_path / "twin", offload=True, **SETTINGS)
+
+    def measured(device_map):
+        settings = EvalSettings(
+            str(tmp_path / "twin"), str(folder / name), tokens=256, window=32, block_tokens=256, device_map=device_map
+        )
+        return evaluate(settings, Memo(None), Processes.join())
+
+    memory, disk = measured(None), measured("disk")
+    assert "speed" in memory and "speed" not in disk
+    for key in ("nats_lost", "divergence"):
+        assert disk["text"][key]["value"] == pytest.approx(memory["text"][key]["value"], abs=1e-5)
+    for one, two in zip(memory["blocks"], disk["blocks"], strict=True):
+        assert two["r2"] == pytest.approx(one["r2"], abs=1e-5)
+
+
+def test_tasks_are_refused_with_weights_on_disk(folder):
+    from evals.commands import check
+    from evals.evaluate import EvalSettings
+    from evals.text import EvaluationError
+
+    with pytest.raises(EvaluationError, match="need the models in memory"):
+        check(EvalSettings(str(folder / "llama"), str(folder / "llama"), tasks=("any",), device_map="disk"), None)
