@@ -166,8 +166,10 @@ def block_rows(
 def _gaussian_fvu(original: Any, twin: Any, block: Block, sums: RidgeSums, seed: int) -> float:
     gram = sums.full_gram()
     x = InputMoments(float(sums.weight), gram[-1, :-1], gram[:-1, :-1]).draw(GAUSSIAN_TOKENS, seed)
+
+    def answer(model: Any) -> Tensor:
+        return block_function(model, block)(x.to(device_of(model), model.dtype)).double().cpu()
+
     with torch.no_grad():
-        truth, found = (
-            block_function(model, block)(x.to(device_of(model), model.dtype)).double().cpu() for model in (original, twin)
-        )
+        truth, found = answer(original), answer(twin)
     return float((truth - found).square().sum() / (truth - truth.mean(0)).square().sum().clamp_min(1e-300))
