@@ -132,19 +132,19 @@ class _Fork(nn.Module):
 
 def fitted_sequences(batches: Sequence[Mapping[str, Tensor]]) -> list[int]:
     """How many sequences of each batch are fitted on. The others choose the ridge: whole texts, so that the choice is
-    honest. They are the last eighth of all of one length, at least one of two; and where there are many lengths, the
-    last ones of whatever length, so that they come to an eighth."""
+    honest. They are the last eighth of all of one length, at least one of two; where no two are of one length, the last
+    eighth of all."""
     shapes = [next(iter(batch.values())).shape for batch in batches]
     total: Counter[tuple[int, ...]] = Counter()
     for shape in shapes:
         total[shape[1:]] += shape[0]
     left = {length: max(count // HELD_OUT_SHARE, min(1, count - 1)) for length, count in total.items()}
-    more = max(1, total.total() // HELD_OUT_SHARE) - sum(left.values())
+    more = 0 if any(left.values()) else max(1, total.total() // HELD_OUT_SHARE)
     fitted = []
     for rows, *length in reversed(shapes):
         held = min(rows, left[tuple(length)])
         left[tuple(length)] -= held
-        further = max(0, min(rows - held, more))
+        further = min(rows, more)
         more -= further
         fitted.append(rows - held - further)
     return fitted[::-1]
