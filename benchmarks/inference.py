@@ -26,11 +26,16 @@ FORMS = (
 )
 
 
-def twin_of(name: str, dtype: str, settings: dict):
-    model = load(name, dtype=dtype).model
+def pairs(name: str, dtype: str):
+    """(form, original, twin, paths of the blocks) of every form that the architecture has."""
     ids = torch.randint(100, 1000, (4, 128), generator=torch.Generator().manual_seed(0))
-    twin, report = surgery.convert(model, calibration=ids, assume="standard", length=128, **settings)
-    return twin.eval(), [row["path"] for row in report.blocks]
+    for form, settings in FORMS:
+        original, model = (load(name, dtype=dtype).model for _ in range(2))
+        try:
+            twin, report = surgery.convert(model, calibration=ids, assume="standard", length=128, **settings)
+        except RecipeError:
+            continue  # no native form
+        yield form, original, twin, [row["path"] for row in report.blocks]
 
 
 def block_alone(original, twin, path: str, tokens: int, rounds: int) -> tuple[float, float, float]:
@@ -58,24 +63,14 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     print(f"{'one block':28}{'512 tokens, twin ÷ original':>34}{'1 token, twin ÷ original':>34}")
-    for name, settings in FORMS:
-        original = load(options.model, dtype=options.dtype).model
-        try:
-            twin, paths = twin_of(options.model, options.dtype, settings)
-        except RecipeError:
-            continue  # an architecture without a native form
+    for name, original, twin, paths in pairs(options.model, options.dtype):
         found = {tokens: block_alone(original, twin, paths[0], tokens, options.block_rounds) for tokens in (512, 1)}
         rows.append({"form": name, "block": found})
         text = "".join(f"{middle:>14.3f} ({low:.3f} to {high:.3f})" for low, middle, high in found.values())
         print(f"{name:28}{text}")
     print(f"{'whole model':28}{'prefill, twin ÷ original':>34}{'decode, twin ÷ original':>34}")
     for compiled in (False,) if options.no_compile else (False, True):
-        for name, settings in FORMS:
-            original = load(options.model, dtype=options.dtype).model
-            try:
-                twin, paths = twin_of(options.model, options.dtype, settings)
-            except RecipeError:
-                continue  # an architecture without a native form
+        for name, original, twin, paths in pairs(options.model, options.dtype):
             if compiled:
                 for model in (original, twin):
                     for path in paths:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from surgery import checkpoint, group, loading, offload, on_disk, swap
 from surgery.blocks import Block, Survey, survey
-from surgery.budget import draw, within
+from surgery.budget import Budget, draw, within
 from surgery.calibration import Calibration, prepare, start_tokens
 from surgery.confirm import confirmed
 from surgery.errors import RecipeError
@@ -84,47 +84,34 @@ def convert(
     loaded_at = time.monotonic()
     with on_disk.read_when_used(loaded.source.name) if plan.offload else nullcontext():
         ready = _ready(loaded, plan, moments, calibration, quiet)
-    task, form = ready.task, ready.form
-    network, data, plan = task.model, task.data, task.plan
+    task, plan, data = ready.task, ready.task.plan, ready.task.data
     ready_at = time.monotonic()
     workshop = Workshop.open(target, plan, ready.identity, data) if group.first() else Workshop(None)
-    workshop, account = group.agreed(workshop), None
+    workshop = group.agreed(workshop)
     with unchanged_on_error(task) if loaded.source.kind == "memory" else nullcontext():
-        if plan.budget is None:
-            done = replace_blocks(task, form == "native", workshop, probe=ready.probe if plan.offload else None)
-        else:
-            done, account, stock = within(
-                task, form == "native", plan.budget, _nats, _divergence, data.unseen, workshop
-            )
-            form = "native" if stock else "custom"
-        fitted_at = time.monotonic()
-        if form == "native":
-            swap.finish_native(network, task.blocks)
-        else:
-            swap.finish_custom(network, done.entries)
+        made = _make(ready, workshop)
+        made_at = time.monotonic()
         report = Report(
             recipe=plan.resolved() | _public(plan),
             source=loaded.source.as_dict(),
             calibration=data.as_dict(),
-            form=form,
-            blocks=tuple(done.rows),
+            form=made.form,
+            blocks=tuple(made.replaced.rows),
             left_alone=ready.left_alone,
-            perplexity=_compared(ready.perplexity, _perplexity(network, data.unseen), plan),
-            budget=None if account is None else account.as_dict(),
+            perplexity=_compared(ready.perplexity, _perplexity(task.model, data.unseen), plan),
+            budget=None if made.account is None else made.account.as_dict(),
             seconds={
                 "load": round(loaded_at - started, 2),
                 "prepare": round(ready_at - loaded_at, 2),
-                "convert": round(fitted_at - ready_at, 2),
+                "convert": round(made_at - ready_at, 2),
             },
         )
         if target is not None and group.first():
-            _store(loaded, ready, done, target, workshop, report)
-            if account is not None:
-                draw(account, target / "budget.png")
+            _store(loaded, ready, made, target, workshop, report)
         group.agreed(None)  # nobody leaves before the twin stands
     if plan.offload:
-        network = loading.load(str(target), dtype=plan.dtype, device_map=on_disk.ON_DISK).model
-    return network, report
+        return loading.load(str(target), dtype=plan.dtype, device_map=on_disk.ON_DISK).model, report
+    return task.model, report
 
 
 def _loaded(plan: Recipe, target: Path | None) -> loading.LoadedModel:
@@ -137,22 +124,49 @@ def _loaded(plan: Recipe, target: Path | None) -> loading.LoadedModel:
     return loaded
 
 
+@dataclass(frozen=True)
+class _Made:
+    """The blocks replaced, the form of the twin that `_Ready.task.model` now is, and the account of a budget."""
+
+    replaced: Replaced
+    form: str
+    account: Budget | None
+
+
+def _make(ready: _Ready, workshop: Workshop) -> _Made:
+    """Fits the blocks one after another, puts them in, and makes of the network what its form asks for."""
+    task, native, account = ready.task, ready.form == "native", None
+    if task.plan.budget is None:
+        done = replace_blocks(task, native, workshop, probe=ready.probe if task.plan.offload else None)
+    else:
+        done, account, native = within(
+            task, native, task.plan.budget, _nats, _divergence, task.data.unseen, workshop
+        )  # fmt: skip
+    if native:
+        swap.finish_native(task.model, task.blocks)
+    else:
+        swap.finish_custom(task.model, done.entries)
+    return _Made(done, "native" if native else "custom", account)
+
+
 def _store(
-    loaded: loading.LoadedModel, ready: _Ready, done: Replaced, target: Path, workshop: Workshop, report: Report
+    loaded: loading.LoadedModel, ready: _Ready, made: _Made, target: Path, workshop: Workshop, report: Report
 ) -> None:
     """Writes the twin and has it read by a fresh process."""
-    network, plan, native = ready.task.model, ready.task.plan, report.form == "native"
+    network, plan, native = ready.task.model, ready.task.plan, made.form == "native"
     dtype = loaded.source.dtype if plan.save_dtype == "auto" else plan.save_dtype
     if plan.offload:
         assert workshop.folder is not None
         with checkpoint.whole_folder(target) as place:
             offload.write(network, workshop.folder, ready.files, loaded.tokenizer, place, dtype)
-            answer = checkpoint.main_output(done.outcome)
+            answer = checkpoint.main_output(made.replaced.outcome)
             seen = checkpoint.verified(place, ready.probe, answer, dtype, native, on_disk=True)
             checkpoint.write_report(place, report.as_dict(), seen)
     else:
         checkpoint.save(network, loaded.tokenizer, target, report.as_dict(), ready.probe, dtype=dtype, native=native)
     workshop.close()
+    if made.account is not None:
+        draw(made.account, target / "budget.png")
 
 
 @dataclass(frozen=True)
