@@ -13,6 +13,7 @@ from evals.evaluate import evaluate as measure
 from evals.memo import Memo, default_folder
 from evals.processes import Processes, relaunch, started
 from evals.text import EvaluationError
+from surgery.texts import check_source
 
 
 def evaluate(
@@ -39,6 +40,7 @@ def evaluate(
     Raises:
         SurgeryError: a mistake that can be mended.
     """
+    check_source(rest["text"])
     if rest["skip"] is None:
         rest["skip"], most = unseen(twin, rest["text"])
         rest["tokens"] = min(rest["tokens"], most or rest["tokens"])
@@ -71,9 +73,7 @@ def evaluate(
 def check(settings: EvalSettings, output: str | None) -> None:
     """Everything that can be wrong before a model is loaded."""
     from surgery.loading import load_config
-    from surgery.texts import check_source
 
-    check_source(settings.text)
     for name, revision in ((settings.twin, settings.revision), (settings.original, settings.original_revision)):
         load_config(name, revision)
     if settings.tasks and settings.device_map == "disk":

@@ -351,7 +351,10 @@ def default_original(twin: str) -> str:
     if source and source["kind"] == "hub":
         return str(source["name"])
     raise EvaluationError(
-        "the original is not named" + (f"; the twin was made from {source['name']!r}" if source else ""),
+        "the original is not named",
         where=twin,
-        fix="give --against MODEL",
+        cause=f"the twin was made from {source['name']!r}, which is not on the Hub"
+        if source
+        else "not a twin's folder",
+        fix=f"give --against {'PATH_OF/' + source['name'] if source else 'MODEL'}",
     )

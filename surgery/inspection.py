@@ -77,7 +77,11 @@ def choose(found: Survey, recipe: Recipe) -> tuple[Block, ...]:
         return found.blocks
     wanted = parse_blocks(recipe.blocks)
     if wanted[-1] >= len(found.blocks):
-        raise RecipeError(f"block {wanted[-1]} was asked for, but the model has blocks 0 to {len(found.blocks) - 1}")
+        raise RecipeError(
+            f"block {wanted[-1]} was asked for, but the model has blocks 0 to {len(found.blocks) - 1}",
+            where="--blocks",
+            fix="`surgery inspect` lists them",
+        )
     return tuple(found.blocks[index] for index in wanted)
 
 

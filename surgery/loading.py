@@ -334,9 +334,10 @@ def _unreadable(name: str, error: Exception) -> ModelError:
             cause="experts that stay on disk are put together beside the output, which takes as much room again",
             fix="free some space, or choose an output (-o) on another disk",
         )
+    here = "" if Path(name).expanduser().exists() else "there is no such file or folder here; on the Hub it is "
     return ModelError(
         f"the model could not be loaded: {first[:300]}",
         where=name,
-        cause="a name that does not exist, a private model, no network, or a file that is not a transformers model",
+        cause=f"{here}a name that does not exist, a private model, no network, or not a transformers model",
         fix="check the name; for a private model run `hf auth login`; a local folder needs config.json and weights",
     )

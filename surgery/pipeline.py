@@ -117,6 +117,8 @@ def convert(
 def _loaded(plan: Recipe, target: Path | None) -> loading.LoadedModel:
     """The recipe's model, where it is to compute."""
     where = loading.placed(plan.device)
+    if plan.blocks is not None:  # a wrong number is said before the weights are read
+        choose(survey(loading.load_meta(plan.model, plan.revision)[0]), plan)
     if target is not None and plan.offload:
         return loading.load(plan.model, plan.revision, plan.dtype, on_disk.ON_DISK, merged=merged(target))
     loaded = loading.load(plan.model, plan.revision, plan.dtype)

@@ -105,7 +105,10 @@ class Recipe(BaseModel):
             problems.append("tail_weight needs assume: data")
         least = math.ceil(2 * self.length / (1 - self.short_share))
         if self.tokens < least and self.calibration in ("auto", "python", "samples"):
-            problems.append(f"tokens ({self.tokens}) must be at least {least}: two sequences of length ({self.length})")
+            problems.append(
+                f"tokens ({self.tokens}) must be at least {least}, so that two sequences of length ({self.length}) are "
+                f"left beside the short ones (short: {self.short_share:g})"
+            )
         if self.blocks is not None:
             try:
                 parse_blocks(self.blocks)
@@ -170,9 +173,16 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
             text = item["msg"].removeprefix("Value error, ")
             if item["type"] == "extra_forbidden":
                 text = f"unknown key{did_you_mean(key, Recipe.model_fields)}"
+            elif key:
+                known = re.findall(r"'(\w+)'", text) if item["type"] == "literal_error" else ()
+                near = did_you_mean(str(item["input"]), known)
+                text = f"{item['input']!r} will not do{near}: {text[:1].lower() + text[1:]}"
             messages.append(f"{place}{key + ': ' if key else ''}{text}")
         count = f"{len(messages)} problems" if len(messages) > 1 else "a problem"
-        raise RecipeError(f"{count} in the recipe\n  " + "\n  ".join(messages)) from error
+        raise RecipeError(
+            f"{count} in the {'settings' if path is None else 'recipe'}\n  " + "\n  ".join(messages),
+            fix="`surgery convert --help` says what each option takes",
+        ) from error
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -181,7 +191,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
     except OSError as error:
-        raise RecipeError("the recipe cannot be read", where=str(path), cause=str(error.strerror)) from error
+        raise RecipeError(
+            "the recipe cannot be read",
+            where=str(path),
+            cause=str(error.strerror),
+            fix="check the path given to --recipe",
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"not valid YAML: {error}", where=str(path)) from error
     if values is None:

@@ -75,7 +75,7 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if column == "block" or index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
@@ -84,18 +84,22 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def print_blocks(seen: Inspection) -> None:
     rows = [
         [
-            block.path, block.kind, block.activation, f"{block.width} → {block.hidden} → {block.out}",
+            str(number), block.path, block.kind, block.activation, f"{block.width} → {block.hidden} → {block.out}",
             f"{block.parameters:,}", ", ".join(seen.forms(block)),
         ]
-        for block in seen.survey.blocks
+        for number, block in enumerate(seen.survey.blocks)
     ]  # fmt: skip
     _table(
         f"{seen.name}: {seen.architecture}, {len(rows)} feed-forward blocks",
-        ["block", "kind", "activation", "widths", "parameters", "forms at degree 2"],
+        ["", "block", "kind", "activation", "widths", "parameters", "forms at degree 2"],
         rows,
     )
     for path, reason in seen.survey.left_alone:
         click.echo(f"left alone: {path}: {reason}")
+
+
+def _source(name: str) -> str:
+    return "the model's own samples, or Python's English where it cannot generate" if name == "auto" else name
 
 
 def plan_text(planned: dict[str, Any]) -> str:
@@ -107,7 +111,8 @@ def plan_text(planned: dict[str, Any]) -> str:
         if recipe["budget"] is None
         else f"degree        2, 3 or the original, within {recipe['budget']} nats",
         f"optimum for   {recipe['assume']}, readout {recipe['readout']}, target {recipe['target']}",
-        f"calibration   {recipe['calibration']}: {recipe['tokens']} tokens in sequences of {recipe['length']}, "
+        f"calibration   {_source(recipe['calibration'])}: "
+        f"{recipe['tokens']} tokens in sequences of {recipe['length']}, "
         f"{recipe['short']:.0%} of them in short ones, {recipe['random_tokens']:.0%} replaced by random ones",
         f"form          {planned['form']}",
         f"output        {recipe['output'] or '(none)'}",

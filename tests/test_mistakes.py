@@ -10,7 +10,7 @@ from torch import nn
 
 import surgery
 from surgery import replacement
-from surgery.errors import CalibrationError, CheckpointError, ModelError, RecipeError
+from surgery.errors import CalibrationError, CheckpointError, ModelError, RecipeError, SurgeryError
 from surgery.fit import Gaussian
 from surgery.modeling_polynomial import install
 from surgery.moments import InputMoments, Preactivations, from_data
@@ -232,3 +232,31 @@ def test_the_first_token_is_the_first_that_is_real(ids):
     assert first_token_is_sink(model, {"input_ids": ids}, blocks)
     assert first_token_is_sink(model, {"input_ids": padded, "attention_mask": mask}, blocks)
     assert not first_token_is_sink(model, {"input_ids": ids[:, 1:]}, blocks)
+
+
+def test_a_wrong_block_number_is_told_before_any_weight_is_read(tmp_path):
+    tiny.make("llama").save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    with pytest.raises(RecipeError, match=r"blocks 0 to 1(.|\n)*surgery inspect"):
+        surgery.convert(tmp_path / "base", calibration="python", blocks="5")
+
+
+def test_what_is_neither_here_nor_on_the_hub_is_told_so():
+    with pytest.raises(ModelError, match="no such file or folder here"):
+        surgery.convert("nosuchfolder", calibration="python")
+
+
+def test_a_wrong_text_is_told_before_the_missing_original(ids, tmp_path):
+    from evals.commands import evaluate
+
+    surgery.convert(tiny.make("llama"), calibration=ids, output=tmp_path / "twin")
+    given = {
+        "against": None, "output": None, "tasks": "", "include_path": (), "fewshot": None, "limit": None,
+        "task_batch": 1, "max_length": 64, "cache": None, "no_cache": True, "dry_run": True, "as_json": True,
+        "skip": None, "seed": 0, "tokens": 64, "window": 32, "stride": None, "batch": 2, "block_tokens": 64,
+        "speed": False, "dtype": "float32", "device_map": None, "revision": None, "original_revision": None,
+    }  # fmt: skip
+    with pytest.raises(RecipeError, match=r"nosuch\.txt"):
+        evaluate(str(tmp_path / "twin"), 1, (), text="nosuch.txt", **given)
+    with pytest.raises(SurgeryError, match="not on the Hub"):
+        evaluate(str(tmp_path / "twin"), 1, (), text="python", **given)

@@ -34,7 +34,7 @@ def test_every_problem_is_reported_at_once_with_its_line(tmp_path):
     with pytest.raises(RecipeError) as caught:
         load_recipe(str(file), {})
     text = str(caught.value)
-    assert "4 problems" in text
+    assert "4 problems in the recipe" in text
     assert f"{file}:3: degre: unknown key (did you mean 'degree'?)" in text
     for line, key in ((4, "assume"), (5, "tokens"), (6, "length")):
         assert f"{file}:{line}: {key}: " in text
@@ -86,3 +86,13 @@ def test_defaults_that_depend_on_other_settings_are_spelled_out():
     assert resolved()["short"] == 0.5
     assert resolved(calibration="python")["short"] == 0.1
     assert resolved(calibration="python", short=0.0)["short"] == 0
+
+
+def test_a_wrong_option_is_told_with_its_value_the_nearest_known_one_and_the_next_step():
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(None, {"assume": "gausian", "degree": 12})
+    text = str(caught.value)
+    assert "2 problems in the settings" in text
+    assert "assume: 'gausian' will not do (did you mean 'gaussian'?)" in text
+    assert "degree: 12 will not do" in text
+    assert "next step" in text

@@ -61,7 +61,11 @@ def find(model: Any, index: int) -> Place:
     others = {block.path for block in survey(model).blocks} - set(entries)
     paths = [path for path, _ in model.named_modules() if path in entries or path in others]
     if index >= len(paths):
-        raise RecipeError(f"block {index} was asked for, but the model has blocks 0 to {len(paths) - 1}")
+        raise RecipeError(
+            f"block {index} was asked for, but the model has blocks 0 to {len(paths) - 1}",
+            where="--block",
+            fix="`surgery inspect` lists them",
+        )
     path = paths[index]
     if path not in entries:
         converted = ", ".join(str(number) for number, other in enumerate(paths) if other in entries)
