@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh machine:
 #   make demo   sets up, fetches a real model, converts it at degree 2 and 3, prints what it cost
 #   make test   sets up and passes the tests
-# make bench measures speed and memory (about half an hour on two cores).
+# make bench measures speed, memory and what more tokens or fewer units do (about an hour on two cores).
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -39,6 +39,7 @@ bench: setup $(MODEL)
 	$(BIN)/python benchmarks/inference.py $(MODEL)
 	$(BIN)/python benchmarks/offload.py
 	$(BIN)/python benchmarks/units.py $(MODEL) --text python
+	$(BIN)/python benchmarks/tokens.py $(MODEL) --plot docs/tokens.png
 
 lint: setup
 	$(BIN)/ruff check .
