@@ -184,3 +184,11 @@ def test_a_killed_search_goes_on_from_its_costs_and_tries(knowing, tmp_path, mon
     assert not (tmp_path / "twin.partial").exists()
     for name, value in straight.state_dict().items():
         torch.testing.assert_close(twin.state_dict()[name], value)
+
+
+def test_a_twin_that_broke_down_is_followed_by_a_smaller_choice():
+    from surgery.budget import next_allowance
+
+    allowance = next_allowance([(0.1, float("inf"))], 0.05)
+    assert 0 < allowance < 0.05
+    assert 0 < next_allowance([(0.1, float("inf")), (0.01, 0.004)], 0.05) < 0.1
