@@ -356,5 +356,5 @@ def default_original(twin: str) -> str:
         cause=f"the twin was made from {source['name']!r}, which is not on the Hub"
         if source
         else "not a twin's folder",
-        fix=f"give --against {'PATH_OF/' + source['name'] if source else 'MODEL'}",
+        fix="give --against MODEL",
     )

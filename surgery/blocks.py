@@ -39,12 +39,12 @@ class Block:
         last: path of the map that writes its output; of experts, the module itself.
         activation_path: where the activation sits; empty where it is called as a function.
         activation: its name.
-        calls: how often it runs in one forward pass, seen in one; more than once where layers share their weights.
-        half: of a plain block whose activation is called as a function, the module that is σ(first x); else empty.
         width, hidden, out: d, h, o.
         parameters: number of weights and biases.
         experts: how many; 1 for an ordinary block.
         additive: the layer's output is its residual stream plus the block's output, seen in a forward pass.
+        calls: how often it runs in one forward pass, seen in one; more than once where layers share their weights.
+        half: of a plain block whose activation is called as a function, the module that is σ(first x); else empty.
     """
 
     path: str

@@ -120,11 +120,11 @@ def within(
     """Converts within `allowed` nats.
 
     Args:
-        workshop: where costs and tries of an interrupted run are kept.
         native: whether a twin all of whose blocks are quadratic can be a stock checkpoint.
         nats: mean loss of a model on batches.
         divergence: see :data:`Divergence`.
         check: batches that the whole is measured on; the tokens that costs are measured on where empty.
+        workshop: where costs and tries of an interrupted run are kept.
     Returns:
         what was replaced, the account, and whether the twin is native.
     Raises:

@@ -136,9 +136,7 @@ def convert(
 @click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
 @click.option("--stride", type=click.IntRange(1), help="Tokens between two windows.  [default: the window]")
 @click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Windows a forward pass.")
-@click.option(
-    "--block-tokens", type=click.IntRange(0), default=4096, show_default=True, help="For blocks' R²; 0: none."
-)
+@click.option("--block-tokens", type=click.IntRange(0), default=4096, show_default=True, help="For R² of blocks.")
 @click.option("--tasks", default="", help="lm-eval tasks, separated by commas; wildcards work.")
 @click.option("--include-path", multiple=True, help="Folder with task files of your own; repeatable.")
 @click.option("--fewshot", type=click.IntRange(0), help="Examples before each question.  [default: the task's own]")

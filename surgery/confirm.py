@@ -155,16 +155,6 @@ def _check_finite(block: Block, seen: Mapping[str, list[tuple[Tensor, Tensor]]])
         )
 
 
-def _used_elsewhere(block: Block) -> ModelError:
-    """The activation, which is to be replaced, is applied to something else."""
-    return ModelError(
-        "its activation is applied elsewhere too",
-        where=block.path,
-        cause="another part of the layer uses the same function",
-        fix=LEAVE_OUT,
-    )
-
-
 def _additive(block: Block, watch: _Watch) -> bool:
     """Whether the block reads the residual stream, normalised, and the layer writes that stream plus its output."""
     entered, written = watch.seen[block.entry][0][0], watch.seen[block.last][0][1]

@@ -76,6 +76,7 @@ def convert(
     target = Path(plan.output) if plan.output else None
     if target is not None:
         target = checkpoint.check_target(target, overwrite)
+        plan = plan.model_copy(update={"output": str(target)})
         if group.first():
             shutil.rmtree(partial(target) if restart else merged(target), ignore_errors=True)
         group.agreed(None)  # nobody puts anything there before
@@ -141,9 +142,8 @@ def _make(ready: _Ready, workshop: Workshop) -> _Made:
     if task.plan.budget is None:
         done = replace_blocks(task, native, workshop, probe=ready.probe if task.plan.offload else None)
     else:
-        done, account, native = within(
-            task, native, task.plan.budget, _nats, _divergence, task.data.unseen, workshop
-        )  # fmt: skip
+        check = task.data.unseen
+        done, account, native = within(task, native, task.plan.budget, _nats, _divergence, check, workshop)
     if native:
         swap.finish_native(task.model, task.blocks)
     else:

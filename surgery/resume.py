@@ -51,7 +51,8 @@ def identity(loaded: LoadedModel, name: str, given: Mapping[str, Gaussian]) -> s
         tensors |= loaded.model.state_dict()
     elif loaded.source.kind != "hub":
         place = Path(name).expanduser()
-        for file in sorted(place.iterdir() if place.is_dir() else [place]):
+        inside = place.iterdir() if place.is_dir() else [place]
+        for file in sorted(file for file in inside if file.is_file()):  # the output's folder may be in there too
             seen = file.stat()
             digest.update(f"{file.name} {seen.st_size} {seen.st_mtime_ns}".encode())
     for path, value in sorted((path, value) for path, value in tensors.items() if not value.is_meta):

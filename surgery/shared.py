@@ -30,7 +30,7 @@ def station(block: Block, stream: Stream) -> Station:
     modules = {path: attribute(stream.model, path) for path in paths if path}
     arrivals = [
         _arrival(block, x, batch, fitted)
-        for batch, fitted in zip(stream.batches, stream.fitted, strict=False)
+        for batch, fitted in zip(stream.batches, stream.fitted, strict=False)  # of all batches, from this process's on
         for x in _received(stream.model, block, batch)
     ]
     return Station(block, modules, tuple(arrivals), (), stream.number * block.calls)

@@ -190,6 +190,22 @@ def test_reports_hold_no_local_paths(tmp_path, ids):
     assert json.loads(text)["calibration"]["source"] == "own.txt"
 
 
+def test_an_output_inside_the_models_folder_does_not_make_it_another_model(ids, tmp_path, monkeypatch):
+    tiny.make("llama").save_pretrained(tmp_path / "base")
+    settings = {"calibration": ids, "output": tmp_path / "base" / "twin"}
+    stopped_after_one_block(tmp_path / "base", monkeypatch, **settings)
+    surgery.convert(tmp_path / "base", **settings)
+
+
+def test_samples_are_kept_beside_the_folder_one_is_in(tmp_path, monkeypatch):
+    tiny.save_with_tokenizer("llama", tmp_path / "base")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    surgery.convert(tmp_path / "base", output=".", calibration="samples", tokens=2048, length=32, measure=64)
+    report = json.loads((tmp_path / "here" / "surgery.json").read_text())
+    assert report["recipe"]["output"] == "here"
+
+
 def test_the_folder_one_is_in_can_be_the_output(ids, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
