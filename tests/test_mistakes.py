@@ -14,6 +14,7 @@ from surgery.errors import CalibrationError, CheckpointError, ModelError, Recipe
 from surgery.fit import Gaussian
 from surgery.modeling_polynomial import install
 from surgery.moments import InputMoments, Preactivations, from_data
+from surgery.sinks import directions
 from surgery.stream import first_token_is_sink, fitted_sequences
 from tests import tiny
 
@@ -140,8 +141,17 @@ def test_moments_of_half_precision_are_those_of_the_same_numbers_in_single():
         assert torch.isfinite(sums.u).all()
 
 
-def test_bfloat16_models_are_converted_with_their_sinks(ids):
-    """A sink's direction needs a covariance that is positive: sums of bfloat16 products are not."""
+def test_the_direction_of_a_sink_is_found_in_bfloat16():
+    """It needs a covariance that is positive: sums of bfloat16 products are not, and have no Cholesky factor."""
+    generator = torch.Generator().manual_seed(0)
+    x = (3 + 0.2 * torch.randn(4096, 16, generator=generator)).bfloat16()
+    sink = 50 * torch.ones(1, 16).bfloat16()
+    found = directions(InputMoments.of(x), sink)
+    answer = nn.functional.linear(sink.double(), found.weight, found.bias)
+    torch.testing.assert_close(answer, torch.ones_like(answer), rtol=1e-6, atol=1e-6)
+
+
+def test_a_bfloat16_model_with_sinks_is_converted_to_finite_weights(ids):
     model = tiny.make("llama")
     with torch.no_grad():
         model.model.embed_tokens.weight += 2.0
