@@ -47,7 +47,7 @@ def convert(
 
     Args:
         model: Hub id, folder, .gguf file, or a transformers model in memory, which is changed in place and put in
-            evaluation mode; on error it is as it was.
+            evaluation mode; on error it is as it was, but for that mode.
         tokenizer: for a model in memory, to calibrate on text and to be saved along.
         calibration: a source name (see `surgery.calibration`), token ids, or model inputs; default from the recipe.
         moments: distribution of each block's input by path, for `assume="gaussian"`; measured where absent.
