@@ -16,10 +16,10 @@ import time
 
 import torch
 
-from surgery.activations import ACTIVATIONS
-from surgery.lstsq import solve_units
-from surgery.moments import InputMoments, Preactivations, from_gaussian
-from surgery.polynomial import standardised
+from surgery.closed_form.activations import ACTIVATIONS
+from surgery.closed_form.forms import standardised
+from surgery.closed_form.least_squares import solve_units
+from surgery.closed_form.moments import InputMoments, Preactivations, from_gaussian
 
 SAMPLES_PER_FEATURE, FRESH = 8, 4096
 PEAK = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss in GiB

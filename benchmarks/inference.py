@@ -17,7 +17,7 @@ from torch.utils.benchmark import Timer
 import surgery
 from evals.speed import compare_speed
 from surgery.errors import RecipeError
-from surgery.loading import load
+from surgery.models.loading import load
 
 FORMS = (
     ("native, degree 2", {"degree": 2, "form": "native"}),

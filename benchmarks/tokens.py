@@ -12,9 +12,9 @@ import time
 import torch
 
 import surgery
-from evals.perplexity import perplexity
-from surgery.loading import load
-from surgery.texts import tokens_of
+from surgery.calibration.texts import tokens_of
+from surgery.losses import perplexity
+from surgery.models.loading import load
 
 WINDOW = 512
 

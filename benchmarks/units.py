@@ -12,12 +12,12 @@ import json
 import torch
 
 import surgery
-from evals.perplexity import perplexity
 from evals.speed import compare_speed
-from surgery.blocks import survey
-from surgery.calibration import sequences
-from surgery.loading import load
-from surgery.texts import tokens_of
+from surgery.blocks.find import survey
+from surgery.calibration.texts import tokens_of
+from surgery.calibration.windows import sequences
+from surgery.losses import perplexity
+from surgery.models.loading import load
 
 MEASURED, LENGTH = 4096, 512
 

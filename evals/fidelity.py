@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evals.compare import bootstrap_ratio
-from evals.text import EvaluationError, Text
-from surgery.on_disk import device_of
+from evals.text import MeasuredText
+from evals.uncertainty import bootstrap_ratio
+from surgery.errors import EvaluationError
+from surgery.runtime.weights_on_disk import device_of
 
 POSITIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 WORST_TOKENS = 20
@@ -62,37 +63,7 @@ def compare_tokens(original: Any, twin: Any, windows: Tensor) -> TokenFidelity:
     return result
 
 
-class Predictions:
-    """What a model predicts for some batches, kept to measure how far it goes from them when it is changed.
-
-    Kept as float16 logits: rounding them by 2⁻¹¹ of their size moves a divergence by some 10⁻⁵ nats.
-    """
-
-    def __init__(self, model: Any, batches: Sequence[Mapping[str, Tensor]]) -> None:
-        self.batches = batches
-        self.logits = [self._logits(model, batch).half() for batch in batches]
-
-    @staticmethod
-    def _logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        with torch.no_grad():
-            given = {name: value.to(device_of(model)) for name, value in batch.items()}
-            logits: Tensor = model(**given, use_cache=False).logits[:, :-1]
-        return logits
-
-    def divergence(self, model: Any) -> tuple[float, int]:
-        """Σ KL(then ‖ now) over tokens, nats, and their number; padded ones count for nothing."""
-        total, count = 0.0, 0
-        for batch, before in zip(self.batches, self.logits, strict=True):
-            real = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[:, 1:]
-            for then, now, kept in zip(before, self._logits(model, batch), real, strict=True):
-                p, q = then.float().log_softmax(-1), now.float().log_softmax(-1)
-                apart = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
-                total += float(apart.double()[kept.to(apart.device) != 0].sum())
-                count += int(kept.count_nonzero())
-        return total, count
-
-
-def summary(found: TokenFidelity, text: Text, tokenizer: Any | None = None, seed: int = 0) -> dict[str, Any]:
+def summary(found: TokenFidelity, text: MeasuredText, tokenizer: Any | None = None, seed: int = 0) -> dict[str, Any]:
     """The `text` part of a report: perplexities, nats lost with its interval, divergence, where the loss sits."""
     fresh = text.fresh
     counts = fresh.sum(1)
@@ -135,7 +106,7 @@ def _by_position(lost: Tensor, divergence: Tensor, fresh: Tensor) -> list[dict[s
     return rows
 
 
-def _worst_tokens(lost: Tensor, text: Text, tokenizer: Any) -> list[dict[str, Any]]:
+def _worst_tokens(lost: Tensor, text: MeasuredText, tokenizer: Any) -> list[dict[str, Any]]:
     """Which tokens carry the loss: those with the largest share of the summed nats lost."""
     ids, values = text.windows[:, 1:][text.fresh], lost[text.fresh]
     size = int(ids.max()) + 1

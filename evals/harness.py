@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evals.compare import paired_difference
-from evals.text import EvaluationError
-from surgery.errors import did_you_mean
+from evals.uncertainty import paired_difference
+from surgery.errors import EvaluationError, did_you_mean
+from surgery.runtime import processes
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 
@@ -85,8 +85,8 @@ def resolve_tasks(manager: Any, names: Sequence[str]) -> list[str]:
     return found
 
 
-def language_model(model: Any, tokenizer: Any, settings: TaskSettings, accelerator: Any | None = None) -> Any:
-    """lm-eval's wrapper around a model in memory, sharded over the accelerator's processes, on any device.
+def language_model(model: Any, tokenizer: Any, settings: TaskSettings) -> Any:
+    """lm-eval's wrapper around a model in memory, shared out over all processes, on any device.
 
     lm-eval takes a model in memory for the only process; here the wrapper is told rank and world size, so that the
     documents are shared out over all nodes, also on CPU. It counts the documents it was given.
@@ -113,9 +113,9 @@ def language_model(model: Any, tokenizer: Any, settings: TaskSettings, accelerat
         pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, max_length=settings.max_length
     )
     wrapped.seen = set()
-    if accelerator is not None and accelerator.num_processes > 1:
-        wrapped.accelerator = accelerator
-        wrapped._rank, wrapped._world_size = accelerator.process_index, accelerator.num_processes
+    if processes.count() > 1:
+        wrapped.accelerator = processes.accelerator()
+        wrapped._rank, wrapped._world_size = processes.rank(), processes.count()
     return wrapped
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from surgery.runtime.files import write_text
+
 
 def default_folder() -> Path:
     """Where measurements are kept, after the XDG convention."""
@@ -47,11 +49,7 @@ class Memo:
     def keep(self, name: str, key: Any, value: Any) -> None:
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self._file([name, key])
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(value, default=str), encoding="utf-8")
-        os.replace(temporary, file)
+        write_text(self._file([name, key]), json.dumps(value, default=str))
 
     def get(self, name: str, key: Any, measure: Callable[[], Any]) -> Any:
         found = self.find(name, key)
@@ -61,7 +59,7 @@ class Memo:
         return found
 
 
-def fingerprint(name: str, revision: str | None) -> str:
+def model_fingerprint(name: str, revision: str | None) -> str:
     """SHA-256 of a local model's configuration and weight files; the commit of one on the Hub."""
     path = Path(name).expanduser()
     if not path.exists():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.on_disk import device_of
+from surgery.runtime.weights_on_disk import device_of
 
 PREFILL_TOKENS, DECODE_TOKENS, ROUNDS = 256, 16, 5
 WEIGHT_FILES = (".safetensors", ".bin", ".gguf")

@@ -16,16 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.errors import SurgeryError
-from surgery.texts import frame, tokens_of
-
-
-class EvaluationError(SurgeryError):
-    """Something that cannot be measured."""
+from surgery.calibration.texts import frame, tokens_of
+from surgery.errors import EvaluationError
 
 
 @dataclass(frozen=True)
-class Text:
+class MeasuredText:
     """Windows of one text.
 
     Attributes:
@@ -65,8 +61,10 @@ class Text:
         }
 
 
-def read(source: str, tokenizer: Any, *, tokens: int, length: int, stride: int | None = None, skip: int = 0) -> Text:
-    """Windows over tokens skip … skip + tokens of a text source (see :mod:`surgery.calibration`).
+def read(
+    source: str, tokenizer: Any, *, tokens: int, length: int, stride: int | None = None, skip: int = 0
+) -> MeasuredText:
+    """Windows over tokens skip … skip + tokens of a text source (see :mod:`surgery.calibration.inputs`).
 
     Raises:
         EvaluationError: less text than one window, or a stride that leaves gaps.
@@ -96,7 +94,7 @@ def cut(
     stride: int,
     tokenizer: Any | None = None,
     framed: tuple[list[int], list[int]] = ([], []),
-) -> Text:
+) -> MeasuredText:
     """Windows over token ids, shape (tokens,); a rest too short for a whole stride is left out.
 
     Args:
@@ -113,7 +111,7 @@ def cut(
     scored = windows[:, 1:][fresh]
     size = 0 if tokenizer is None else len(tokenizer.decode(scored, skip_special_tokens=True).encode())
     digest = hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest()
-    return Text(source, windows, fresh, stride, size, digest)
+    return MeasuredText(source, windows, fresh, stride, size, digest)
 
 
 def batches(windows: Tensor, size: int) -> Iterator[dict[str, Tensor]]:

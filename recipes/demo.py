@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import surgery
-from surgery.report import read_report
+from surgery.saving.report import read_report
 
 PLACES = {2: "build/quadratic", 3: "build/cubic"}
 

@@ -15,11 +15,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from surgery.activations import ACTIVATIONS
-from surgery.explain.approximation import r_squared, under_data, under_gaussian, under_mixture
-from surgery.explain.attack import linear_directions, project_out, quadratic_directions
-from surgery.features import Original
-from surgery.moments import InputMoments
+from surgery.blocks.weights import BlockWeights
+from surgery.closed_form.activations import ACTIVATIONS
+from surgery.closed_form.moments import InputMoments
+from surgery.reading.ablation import linear_directions, project_out, quadratic_directions
+from surgery.reading.approximation import r_squared, under_data, under_gaussian, under_mixture
 
 CLASSES, HIDDEN, SAMPLES, MOST = 10, 256, 4096, 10
 NAMES = {1: "linear", 2: "quadratic"}
@@ -49,7 +49,7 @@ def original(network):
     """The trained network as a feed-forward block."""
     (one, _, two) = (layer for layer in network)
     tensors = [value.detach().double() for value in (one.weight, one.bias, two.weight, two.bias)]
-    return Original(ACTIVATIONS["relu"], (tensors[0], tensors[1]), None, (tensors[2], tensors[3]))
+    return BlockWeights(ACTIVATIONS["relu"], (tensors[0], tensors[1]), None, (tensors[2], tensors[3]))
 
 
 def distributions(x, y):

@@ -14,8 +14,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 
 import surgery
-from surgery.calibration import prepare
-from surgery.loading import load
+from surgery.calibration.inputs import calibration_inputs
+from surgery.models.loading import load
 
 GIB = 2**20 if sys.platform != "darwin" else 2**30  # ru_maxrss counts kilobytes on Linux
 
@@ -30,7 +30,7 @@ def forward_seconds(model, batches) -> float:
 
 def main(name: str, tokens: int = 32768, degree: int = 2) -> None:
     loaded = load(name)
-    data = prepare("python", loaded.model, loaded.tokenizer, tokens=tokens, length=512, batch=8)
+    data = calibration_inputs("python", loaded.model, loaded.tokenizer, tokens=tokens, length=512, batch=8)
     first = forward_seconds(loaded.model, data.batches)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ids = torch.cat([batch["input_ids"] for batch in data.batches])

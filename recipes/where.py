@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from evals.perplexity import token_nats
-from surgery.loading import load
-from surgery.report import read_report
-from surgery.texts import tokens_of
+from surgery.calibration.texts import tokens_of
+from surgery.losses import token_nats
+from surgery.models.loading import load
+from surgery.saving.report import read_report
 
 POSITIONS = (1, 8, 32, 128, 512)
 COUNTS = (0, 1, 10, 100, 10**9)

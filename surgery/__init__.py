@@ -4,48 +4,61 @@
     >>> twin, report = surgery.convert("HuggingFaceTB/SmolLM2-135M", degree=2, output="twin")
     >>> model = surgery.load("twin")
 
-The verbs are imported on first use, so that `import surgery` is quick. Importing this package also lets transformers'
-Auto classes load custom-code twins with no trust flag.
+A function for every command, imported on first use, so that `import surgery` is quick. Importing this package also lets
+transformers' Auto classes load custom-code twins with no trust flag. What a twin costs is measured by `evals.evaluate`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from surgery.registration import register, register_when_possible
-
-__version__ = "0.1.0"
-__all__ = ["Recipe", "Report", "SurgeryError", "convert", "inspect", "load", "register"]
+from surgery.models.registration import register, register_when_possible
+from surgery.version import __version__
 
 if TYPE_CHECKING:
+    from surgery.closed_form.moments import GaussianMixture
+    from surgery.conversion.inspection import inspect
+    from surgery.conversion.pipeline import convert
+    from surgery.conversion.recipe import Recipe
     from surgery.errors import SurgeryError
-    from surgery.inspection import inspect
-    from surgery.pipeline import convert
-    from surgery.recipe import Recipe
-    from surgery.report import Report
+    from surgery.models.loading import load_model as load
+    from surgery.publishing.card import card
+    from surgery.publishing.export import export
+    from surgery.publishing.hub import push
+    from surgery.reading.explanation import explain
+    from surgery.reading.trace import trace
+    from surgery.refining.run import refine
+    from surgery.saving.report import Report
+
+__all__ = [
+    "GaussianMixture", "Recipe", "Report", "SurgeryError", "__version__", "card", "convert", "explain", "export",
+    "inspect", "load", "push", "refine", "register", "trace",
+]  # fmt: skip
 
 _PLACES = {
-    "convert": "surgery.pipeline",
-    "inspect": "surgery.inspection",
-    "Report": "surgery.report",
-    "Recipe": "surgery.recipe",
-    "SurgeryError": "surgery.errors",
+    "GaussianMixture": "surgery.closed_form.moments:GaussianMixture",
+    "Recipe": "surgery.conversion.recipe:Recipe",
+    "Report": "surgery.saving.report:Report",
+    "SurgeryError": "surgery.errors:SurgeryError",
+    "card": "surgery.publishing.card:card",
+    "convert": "surgery.conversion.pipeline:convert",
+    "explain": "surgery.reading.explanation:explain",
+    "export": "surgery.publishing.export:export",
+    "inspect": "surgery.conversion.inspection:inspect",
+    "load": "surgery.models.loading:load_model",
+    "push": "surgery.publishing.hub:push",
+    "refine": "surgery.refining.run:refine",
+    "trace": "surgery.reading.trace:trace",
 }
 
 
-def load(name: str, **options: Any) -> Any:
-    """A model (original or twin) ready to use. Options as in :func:`surgery.loading.load`."""
-    from surgery import loading
-
-    return loading.load(name, **options).model
-
-
 def __getattr__(name: str) -> Any:
-    if name in _PLACES:
-        import importlib
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
 
-        return getattr(importlib.import_module(_PLACES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _PLACES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 register_when_possible()

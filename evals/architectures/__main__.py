@@ -1,0 +1,3 @@
+from evals.architectures.sweep import main
+
+main()

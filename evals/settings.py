@@ -1,0 +1,143 @@
+"""What `surgery eval` can be told, and what of it can be wrong before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from evals import harness
+from surgery.calibration.texts import check_source, label
+from surgery.errors import EvaluationError, checked_settings
+from surgery.models.loading import load_config
+from surgery.saving.report import read_report
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What `surgery eval` measures; the options of the same names.
+
+    Attributes:
+        twin, original: Hub ids, folders or .gguf files.
+        text: a text source, or model inputs (.safetensors) for models without tokens.
+        tokens, window, stride, batch: how much of it, in windows of how many tokens, and windows a forward pass.
+        block_tokens: tokens for the R² of the blocks, whose sums take 4 · width² numbers a block; 0 to leave it out.
+        tasks: lm-eval tasks by name.
+        device_map: `auto` spreads a model over several devices; `disk` leaves the weights of both on disk, each read
+            when it is used, for models larger than memory.
+    """
+
+    twin: str
+    original: str
+    text: str = "python"
+    tokens: int = 16384
+    window: int = 512
+    stride: int | None = None
+    skip: int = 0
+    batch: int = 4
+    block_tokens: int = 4096
+    tasks: tuple[str, ...] = ()
+    task_settings: harness.TaskSettings = field(default_factory=harness.TaskSettings)
+    speed: bool = True
+    dtype: str = "float32"
+    device_map: str | None = None
+    revision: str | None = None
+    original_revision: str | None = None
+    seed: int = 0
+
+
+def plan_evaluation(
+    twin: str | Path,
+    *,
+    against: str | Path | None = None,
+    output: str | Path | None = None,
+    skip: int | None = None,
+    tasks: str | Sequence[str] = (),
+    include_path: Sequence[str] = (),
+    fewshot: int | None = None,
+    limit: float | None = None,
+    task_batch: int = 8,
+    max_length: int = 2048,
+    **settings: Any,
+) -> EvalSettings:
+    """What an evaluation would do; everything that can be wrong without running a model is said: `--dry-run`.
+
+    Args:
+        skip: tokens of the text to pass over; by default those that the fit or a refinement saw.
+        tasks: lm-eval tasks; in one string, separated by commas.
+        include_path, fewshot, limit, task_batch, max_length: lm-eval's, see :class:`evals.harness.TaskSettings`.
+        settings: the other fields of :class:`EvalSettings`.
+    Raises:
+        SurgeryError: an unknown setting, text or task, a model that is not there, an output that cannot be written.
+    """
+    check_source(settings.get("text", EvalSettings.text))
+    twin, original = str(twin), str(against) if against is not None else default_original(str(twin))
+    names = tasks.split(",") if isinstance(tasks, str) else tasks
+    run = harness.TaskSettings(fewshot, limit, task_batch, max_length, settings.get("seed", 0), tuple(include_path))
+    planned = checked_settings(
+        EvalSettings,
+        {
+            **settings,
+            "twin": twin,
+            "original": original,
+            "tasks": tuple(name.strip() for name in names if name.strip()),
+            "task_settings": run,
+        },
+    )
+    if skip is None:
+        skip, most = unseen(twin, planned.text)
+        planned = replace(planned, tokens=min(planned.tokens, most or planned.tokens))
+    planned = replace(planned, skip=skip)
+    check_evaluation(planned, output)
+    return planned
+
+
+def check_evaluation(settings: EvalSettings, output: str | Path | None) -> None:
+    """Raises SurgeryError for what can be wrong before a model is loaded."""
+    for name, revision in ((settings.twin, settings.revision), (settings.original, settings.original_revision)):
+        load_config(name, revision)
+    if settings.tasks and settings.device_map == "disk":
+        raise EvaluationError(
+            "lm-eval tasks need the models in memory",
+            where="--device-map disk",
+            fix="leave --tasks or --device-map out",
+        )
+    if settings.tasks:
+        harness.resolve_tasks(harness.task_manager(settings.task_settings.include_path), settings.tasks)
+    if output is not None and Path(output).is_file():
+        raise EvaluationError("there is a file of this name", where=str(output), fix="name a folder")
+    if output is not None and (Path(output) / "config.json").exists():
+        raise EvaluationError("the folder holds a model", where=str(output), fix="name another folder for the report")
+
+
+def unseen(twin: str, text: str) -> tuple[int, int | None]:
+    """(first token of this text that neither fit nor refinement saw, how many there are; None: all that follow)."""
+    try:
+        made = read_report(twin)
+    except (OSError, KeyError, ValueError):
+        return 0, None
+    refined = (made.get("refinement") or {}).get("held_out", {})
+    kept = refined.get(label(text))
+    if kept:
+        return kept["begin"], kept["end"] - kept["begin"]
+    used = made["calibration"]
+    return (int(used["tokens"]) if label(used["source"]) == label(text) else 0), None
+
+
+def default_original(twin: str) -> str:
+    """What the twin says it was converted from. Raises EvaluationError where that cannot be loaded from here."""
+    try:
+        source = read_report(twin)["source"]
+    except (OSError, KeyError, ValueError):
+        source = None
+    if source and source["kind"] == "hub":
+        return str(source["name"])
+    raise EvaluationError(
+        "the original is not named",
+        where=twin,
+        cause=f"the twin was made from {source['name']!r}, which is not on the Hub"
+        if source
+        else "not a twin's folder",
+        fix="give --against MODEL",
+    )

@@ -1,0 +1,205 @@
+"""Calibration inputs: a text source, the model's own samples or tensors → batches of model inputs.
+
+Sources (never a silent fallback: what was used is returned, printed and recorded):
+
+    samples             the model's own samples, drawn at temperature 1 (data-free)
+    python, FILE.txt, FILE.jsonl, hub:NAME      texts, see :mod:`surgery.calibration.texts`
+    FILE.safetensors    model inputs by name (pixel_values, input_ids, attention_mask, …), first dimension examples
+
+Windows of text are long or short: part of the tokens comes in short windows that begin as a text begins, and half of
+the long ones do too, unless the tokenizer gives every text a start token anyway. A model is used on short texts as well
+as in the midst of long ones; calibrated on long windows alone, its twin is lost in the first tokens (docs/log.md).
+
+Some tokens are replaced by random ones of the vocabulary: most of it is rare, and what a twin never met costs it most.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.calibration.texts import label
+from surgery.calibration.windows import TextPieces, sequences, vocabulary, with_random_tokens
+from surgery.errors import CalibrationError
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches for the model's forward, and what they are.
+
+    Attributes:
+        batches: keyword arguments of `model(**batch)`, tensors with the same first dimension.
+        source, tokens, length: what was used, tokens in all (padding excluded), sequence length.
+        fingerprint: SHA-256 of the tensors.
+        unseen: further batches that no fit may see, to measure on.
+    """
+
+    batches: tuple[dict[str, Tensor], ...]
+    source: str
+    tokens: int
+    length: int
+    fingerprint: str
+    unseen: tuple[dict[str, Tensor], ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        described = asdict(self)
+        del described["batches"], described["unseen"]
+        return described
+
+    def as_tensors(self) -> dict[str, Tensor]:
+        """All batches by name, to be stored; see :meth:`of_tensors`."""
+        return {
+            f"{part}/{number}/{name}": value.contiguous()
+            for part in ("batches", "unseen")
+            for number, batch in enumerate(getattr(self, part))
+            for name, value in batch.items()
+        }
+
+    @staticmethod
+    def of_tensors(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> Calibration:
+        """What :meth:`as_tensors` and :meth:`as_dict` were made from."""
+        parts: dict[str, dict[int, dict[str, Tensor]]] = {"batches": {}, "unseen": {}}
+        for key, value in tensors.items():
+            part, number, name = key.split("/")
+            parts[part].setdefault(int(number), {})[name] = value
+        batches, unseen = (tuple(batch for _, batch in sorted(parts[part].items())) for part in ("batches", "unseen"))
+        return Calibration(batches, unseen=unseen, **described)
+
+
+def calibration_inputs(
+    source: str | Tensor | Sequence[Mapping[str, Tensor]] | Mapping[str, Tensor],
+    model: Any,
+    tokenizer: Any,
+    *,
+    tokens: int,
+    length: int,
+    batch: int,
+    seed: int = 0,
+    short: float = 0.0,
+    random_tokens: float = 0.0,
+    unseen: int = 0,
+) -> Calibration:
+    """Batches from any source.
+
+    Args:
+        source: a source name (see the module), token ids of shape (tokens,) or (sequences, length), or model inputs.
+        tokens: how many to use at most.
+        length: tokens a sequence; lowered to the model's own limit.
+        batch: sequences a forward pass; of short ones as many as have the same number of tokens.
+        short: share of the tokens in short windows; 0 where `length` is short itself.
+        random_tokens: share of the tokens of text or samples replaced; see :func:`with_random_tokens`.
+        unseen: further tokens to measure on, from sources that have any.
+    Raises:
+        CalibrationError: nothing to read, or less than two sequences.
+    """
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = known if isinstance(known, int) and known > 0 else 1 << 30
+    length = min(length, limit)
+    name = label(source) if isinstance(source, str) else "given"
+    rest: Tensor | None = None
+    if isinstance(source, str) and source.endswith(".safetensors"):
+        inputs = _tensor_file(Path(source).expanduser())
+    elif isinstance(source, str):
+        plan = TextPieces(tokens, length, short, unseen)
+        if source == "samples":
+            sets, rest = plan.of_samples(model, tokenizer, seed, limit)
+        else:
+            sets, rest = plan.of_text(source, tokenizer)
+        if random_tokens > 0:
+            words = vocabulary(tokenizer, model)
+            sets = [with_random_tokens(ids, random_tokens, *words, seed) for ids in sets]
+        inputs = [_text_inputs(ids, model) for ids in sets]
+    elif isinstance(source, Tensor):
+        inputs = [_text_inputs(source if source.dim() == 2 else sequences(source.flatten(), length), model)]
+    elif isinstance(source, Mapping):
+        inputs = [dict(source)]
+    elif all(isinstance(item, Mapping) for item in source):
+        inputs = [dict(item) for item in source]
+    else:
+        raise CalibrationError(
+            f"a sequence of {type(source[0]).__name__} is no calibration input",
+            fix="give token ids as one tensor, or inputs by name: {'input_ids': …}, one such dict or several",
+        )
+    batches = tuple(part for item in inputs for part in _split(item, max(1, batch * length // _length(item, length))))
+    _check_ids(batches, model)
+    further = () if rest is None else tuple(_split(_text_inputs(rest, model), batch))
+    return replace(_described(batches, name, model), unseen=further)
+
+
+def _check_ids(batches: Sequence[Mapping[str, Tensor]], model: Any) -> None:
+    """Raises CalibrationError for token ids that the model has no embeddings for."""
+    try:
+        table = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        return
+    for name in ("input_ids", "decoder_input_ids"):
+        largest = max((int(batch[name].max()) for batch in batches if name in batch and batch[name].numel()), default=0)
+        if isinstance(table, int) and largest >= table:
+            raise CalibrationError(
+                f"token {largest} is not in the model's vocabulary of {table}",
+                where=name,
+                cause="the ids come from another model's tokenizer",
+                fix="tokenize with the model's own",
+            )
+
+
+def _length(inputs: Mapping[str, Tensor], otherwise: int) -> int:
+    ids = inputs.get("input_ids")
+    return otherwise if ids is None else ids.shape[1]
+
+
+def _text_inputs(ids: Tensor, model: Any) -> dict[str, Tensor]:
+    inputs = {"input_ids": ids.long()}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids.long()
+    return inputs
+
+
+def _tensor_file(path: Path) -> list[dict[str, Tensor]]:
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise CalibrationError("there is no such calibration file", where=str(path))
+    try:
+        return [load_file(path)]
+    except Exception as error:
+        raise CalibrationError(f"not a readable safetensors file: {error}", where=str(path)) from error
+
+
+def _split(inputs: dict[str, Tensor], batch: int) -> Iterator[dict[str, Tensor]]:
+    sizes = {name: len(value) for name, value in inputs.items()}
+    if not sizes or len(set(sizes.values())) != 1:
+        raise CalibrationError(f"inputs disagree about the number of examples: {sizes}")
+    total = next(iter(sizes.values()))
+    for start in range(0, total, batch):
+        yield {name: value[start : start + batch] for name, value in inputs.items()}
+
+
+def _described(batches: tuple[dict[str, Tensor], ...], name: str, model: Any) -> Calibration:
+    digest = hashlib.sha256()
+    sequences = tokens = length = 0
+    for item in batches:
+        first = next(iter(item.values()))
+        sequences += len(first)
+        mask, ids = item.get("attention_mask"), item.get("input_ids")
+        counted = (
+            mask.sum() if mask is not None else (ids if ids is not None else first[:, :1].flatten(1)[:, :1]).numel()
+        )
+        tokens += int(counted)
+        length = max(length, ids.shape[1] if ids is not None else 0)
+        for key in sorted(item):
+            digest.update(key.encode())
+            digest.update(item[key].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    if sequences < 2:
+        raise CalibrationError(
+            f"{sequences} sequences: one part fits, another is held out, so at least two are needed",
+            where=name,
+            fix="give more text, or lower --length",
+        )
+    return Calibration(batches, name, tokens, length, digest.hexdigest())

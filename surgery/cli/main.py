@@ -1,0 +1,66 @@
+"""The group of all commands, and what each kind of error ends with."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+
+import click
+
+from surgery.cli import conversion, evaluation, publishing, reading, refining
+from surgery.errors import SurgeryError
+from surgery.version import __version__
+
+EXIT_USER, EXIT_INTERNAL, EXIT_INTERRUPTED = 2, 1, 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="surgery")
+def cli() -> None:
+    """Turn a pretrained transformer into its polynomial twin."""
+
+
+for command in (
+    conversion.inspect,
+    conversion.convert,
+    evaluation.evaluate,
+    refining.refine,
+    reading.explain,
+    reading.trace,
+    publishing.card,
+    publishing.export,
+    publishing.push,
+):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Entry point: errors a user can mend exit with 2 and no traceback; defects exit with 1."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_MININTERVAL", "0.5")
+    try:
+        cli.main(standalone_mode=False)
+    except SurgeryError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_USER)
+    except click.exceptions.Abort:
+        click.echo("interrupted; finished blocks are kept, run the same command to go on", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_USER)
+    except MemoryError:
+        click.echo("error: out of memory\n  next step: lower --tokens or --batch", err=True)
+        sys.exit(EXIT_USER)
+    except Exception:
+        with tempfile.NamedTemporaryFile("w", prefix="surgery-", suffix=".log", delete=False) as log:
+            traceback.print_exc(file=log)
+        kind = sys.exc_info()[0]
+        click.echo(
+            f"internal error: {kind.__name__ if kind else ''}: {sys.exc_info()[1]}\n"
+            f"  next step: report it, with {log.name}",
+            err=True,
+        )
+        sys.exit(EXIT_INTERNAL)

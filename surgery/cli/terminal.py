@@ -1,0 +1,195 @@
+"""What a person at the terminal reads: tables and lines. Scripts use `--json`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from evals.settings import EvalSettings
+    from surgery.conversion.inspection import Inspection
+    from surgery.saving.report import Report
+
+
+class _Count(click.ParamType):  # type: ignore[type-arg]
+    """A number of tokens, as 51200, 200k or 4M."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        if isinstance(value, int):
+            return value
+        unit = {"k": 1_000, "m": 1_000_000, "b": 1_000_000_000}.get(value[-1:].lower(), 1)
+        try:
+            return round(float(value if unit == 1 else value[:-1]) * unit)
+        except (ValueError, OverflowError):
+            self.fail(f"{value!r} is no number of tokens: write 51200, 200k or 4M", param, ctx)
+
+
+COUNT = _Count()
+
+
+def refinement_plan(planned: dict[str, Any]) -> str:
+    """`surgery refine --dry-run`."""
+    settings = planned["settings"]
+    return "\n".join(
+        (
+            f"{settings['twin']} → {settings['output']}, from {settings['teacher']}",
+            f"{planned['steps']:,} steps of {planned['tokens_a_step']:,} tokens of {', '.join(settings['text'])}",
+            f"trained: {settings['train']}, {planned['trained_parameters']:,} of {planned['parameters']:,} parameters",
+            f"memory: {planned['bytes_at_least'] / 2**30:.2f} GiB and the activations",
+        )
+    )
+
+
+def refinement_lines(record: dict[str, Any]) -> list[str]:
+    """What a refinement did."""
+    lines = [
+        f"nats lost on {record['held_out_tokens']:,} held-out tokens: {record['lost_before']:+.4f} before, "
+        f"{record['lost_after']:+.4f} after {record['tokens_seen']:,} tokens in {record['seconds']:.0f} s",
+        f"KL to the original: {record['divergence_before']:.4f} before, {record['divergence_after']:.4f} after",
+        f"memory saved by sharing tensors with the teacher: {record['shared_bytes'] / 2**20:,.0f} MiB",
+    ]
+    if record["control"]:
+        change = record["control"]["nats_after"] - record["control"]["nats_before"]
+        lines.append(f"the original, trained alike on the text itself: {change:+.4f} nats on the same tokens")
+    return lines
+
+
+def refinement_warnings(record: dict[str, Any]) -> list[str]:
+    """What must not be overlooked."""
+    lines = []
+    if record["best_step"] == 0:
+        lines.append("WARNING: nothing was gained; the twin saved is the one this run started from")
+    elif record["lost_after"] > record["lost_before"]:
+        lines.append("WARNING: nearer to the original's predictions, but WORSE on held-out text than before")
+    if record["skipped_steps"]:
+        lines.append(f"WARNING: {record['skipped_steps']} steps were not finite and were skipped")
+    return lines
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if column == "block" or index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def print_blocks(seen: Inspection) -> None:
+    rows = [
+        [
+            str(number), block.path, block.kind, block.activation, f"{block.width} → {block.hidden} → {block.out}",
+            f"{block.parameters:,}", ", ".join(seen.forms(block)),
+        ]
+        for number, block in enumerate(seen.survey.blocks)
+    ]  # fmt: skip
+    _table(
+        f"{seen.name}: {seen.architecture}, {len(rows)} feed-forward blocks",
+        ["", "block", "kind", "activation", "widths", "parameters", "forms at degree 2"],
+        rows,
+    )
+    for path, reason in seen.survey.left_alone:
+        click.echo(f"left alone: {path}: {reason}")
+
+
+def export_line(seen: dict[str, Any]) -> str:
+    """What an export came to."""
+    if seen["form"] == "delta":
+        share = seen["bytes"] / seen["twin_bytes"]
+        return f"{seen['bytes']:,} bytes, {share:.2%} of the twin; applied to the original it gives every bit of it"
+    if seen["form"] == "onnx":
+        operators = ", ".join(seen["operators"])
+        return f"ONNX graph, differs by {seen['difference']:.1e} in onnxruntime; operators {operators}"
+    return f"{seen['form']} form, reloaded in a fresh process, difference {seen['difference']:.1e}"
+
+
+def evaluation_plan(planned: EvalSettings, processes: int) -> str:
+    """`surgery eval --dry-run`."""
+    rows = {
+        "twin": planned.twin,
+        "original": planned.original,
+        "text": f"{planned.text}: {planned.tokens} tokens after {planned.skip}, windows of {planned.window}, "
+        f"stride {planned.stride or planned.window}",
+        "blocks": f"on {planned.block_tokens} tokens",
+        "tasks": ", ".join(planned.tasks) or "(none)",
+        "speed": "yes" if planned.speed else "no",
+        "processes": processes,
+    }
+    return "\n".join(f"{name:10} {value}" for name, value in rows.items())
+
+
+def source_name(name: str) -> str:
+    """A calibration source, for a person."""
+    return "the model's own samples, or Python's English where it cannot generate" if name == "auto" else name
+
+
+def plan_text(planned: dict[str, Any]) -> str:
+    recipe = planned["recipe"]
+    lines = [
+        f"model         {planned['model']} ({planned['architecture']})",
+        f"blocks        {len(planned['convert'])} of {len(planned['blocks'])}",
+        f"degree        {recipe['degree']} ({planned['coefficients_per_unit']} coefficients a unit)"
+        if recipe["budget"] is None
+        else f"degree        2, 3 or the original, within {recipe['budget']} nats",
+        f"optimum for   {recipe['assume']}, readout {recipe['readout']}, target {recipe['target']}",
+        f"calibration   {source_name(recipe['calibration'])}: "
+        f"{recipe['tokens']} tokens in sequences of {recipe['length']}, "
+        f"{recipe['short']:.0%} of them in short ones, {recipe['random_tokens']:.0%} replaced by random ones",
+        f"form          {planned['form']}",
+        f"output        {recipe['output'] or '(none)'}",
+    ]
+    if recipe["units"] < 1:
+        lines.insert(3, f"units         {recipe['units']:.0%} of each block's, the most useful ones")
+    lines += [f"left alone    {item['path']}: {item['reason']}" for item in planned["left_alone"]]
+    return "\n".join(lines)
+
+
+def budget_lines(budget: dict[str, Any]) -> list[str]:
+    """What each block costs alone, and what was chosen."""
+    names = {2: "degree 2", 3: "degree 3", 0: "original"}
+    width = max(len(cost["path"]) for cost in budget["costs"])
+    lines = [f"{'KL, block alone':{width}}  degree 2  degree 3  chosen"]
+    for cost in budget["costs"]:
+        two, three = cost["divergence"][2], cost["divergence"][3]
+        lines.append(f"{cost['path']:{width}}  {two:8.4f}  {three:8.4f}  {names[budget['degrees'][cost['path']]]}")
+    counts = list(budget["degrees"].values())
+    return [
+        *lines,
+        f"{counts.count(2)} quadratic, {counts.count(3)} cubic, {counts.count(0)} original: {budget['measured']:+.4f} "
+        f"of {budget['nats']} nats (the divergences add up to {budget['predicted']:.4f})",
+    ]
+
+
+def print_report(report: Report, output: str) -> None:
+    rows = [
+        [
+            row["path"], str(row["degree"]),
+            f"{row['r2_held']:.4f}", f"{row['r2_fit']:.4f}", f"{row['r2_units_median']:.4f}",
+            "-" if row["ridge"] is None else f"{row['ridge']:g}", f"{row['condition']:.1e}",
+            f"{row['sink_tokens']}" + (f" ({row['sink_error']:.1%})" if row["sink_tokens"] else ""),
+            f"{row['seconds']:.1f}",
+        ]
+        for row in report.blocks
+    ]  # fmt: skip
+    _table(
+        f"{len(rows)} blocks, {report.calibration['tokens']:,} tokens of {report.calibration['source']}",
+        ["block", "degree", "R² held out", "R² fitted", "R² unit", "ridge", "condition", "sinks (error)", "s"],
+        rows,
+    )
+    if report.budget:
+        click.echo("\n".join(budget_lines(report.budget)))
+    if report.perplexity:
+        seen = report.perplexity
+        click.echo(
+            f"perplexity {seen['original']:.2f} → {seen['twin']:.2f} ({seen['nats']:+.4f} nats) on {seen['text']}"
+        )
+    for path, reason in report.left_alone:
+        click.echo(f"left alone: {path}: {reason}")
+    click.echo(f"{output}: {report.form} form, reloaded in a fresh process and compared")

@@ -1,0 +1,1 @@
+"""An original in, a twin and its report out: `surgery inspect` and `surgery convert`."""

@@ -1,0 +1,182 @@
+"""All that stands before the first fit: what to replace, on which inputs, and what is checked on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from surgery.blocks.block import Block
+from surgery.blocks.find import Survey, survey
+from surgery.blocks.verify import verify_each
+from surgery.calibration.arrivals import first_token_is_sink
+from surgery.calibration.inputs import Calibration, calibration_inputs
+from surgery.calibration.samples import start_tokens
+from surgery.closed_form.moments import GaussianMixture
+from surgery.conversion.measures import shared_perplexity
+from surgery.conversion.partial_run import kept_samples, model_identity
+from surgery.conversion.recipe import Recipe
+from surgery.conversion.selection import check_hooks, check_repeated, chosen_blocks, form_of
+from surgery.conversion.task import ConversionTask
+from surgery.errors import RecipeError
+from surgery.losses import Perplexity
+from surgery.models import loading
+from surgery.models.as_llama import as_llama
+from surgery.models.loading import is_causal
+from surgery.runtime import processes, weights_on_disk
+from surgery.saving.forms import native_config
+from surgery.saving.reload import probe_inputs
+from surgery.saving.shards import StoredTensor, stored_tensors
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """All that stands before the first fit: what to replace, the form it takes, and the original's perplexity.
+
+    Attributes:
+        files: where the original's tensors are, for a model whose weights stay on disk.
+        identity: of the model, see :func:`surgery.conversion.partial_run.model_identity`.
+    """
+
+    task: ConversionTask
+    form: str
+    left_alone: tuple[tuple[str, str], ...]
+    probe: dict[str, Tensor]
+    perplexity: Perplexity | None
+    files: dict[str, StoredTensor]
+    identity: str
+
+
+def prepared(
+    loaded: loading.LoadedModel,
+    plan: Recipe,
+    moments: Mapping[str, GaussianMixture] | None,
+    calibration: Any,
+    quiet: bool,
+) -> Preparation:
+    network, found, blocks, native = _to_replace(loaded, plan)
+    check_hooks(network, blocks)
+    files = stored_tensors(network, loaded.source) if plan.offload else {}
+    given = dict(moments or {}) | _moments_file(plan, blocks)
+    if plan.budget is not None and not is_causal(network):
+        raise RecipeError("a budget is in nats, which only a causal language model has", fix="leave --budget out")
+    form_of(plan, native)  # whatever can be wrong is said before samples are drawn
+    plan = _chosen_source(plan, loaded)
+    source = plan.calibration if calibration is None or isinstance(calibration, str) else calibration
+    known = model_identity(loaded, plan.model, given)
+    data = processes.from_first(_inputs(source, loaded, plan, known) if processes.first() else cast(Calibration, None))
+    probe = _probe(network, data)
+    blocks, others = _seen_to_run(network, blocks, probe, plan)
+    check_repeated(blocks, plan)
+    form = form_of(plan, native and not others)
+    first_is_sink = is_causal(network) and first_token_is_sink(network, probe, blocks)
+    task = ConversionTask(network, blocks, data, plan, given, first_is_sink, quiet)
+    return Preparation(
+        task, form, (*found.left_alone, *others), probe, shared_perplexity(network, data.unseen), files, known
+    )
+
+
+def _to_replace(loaded: loading.LoadedModel, plan: Recipe) -> tuple[Any, Survey, tuple[Block, ...], bool]:
+    """The network, what it contains, the blocks chosen, and whether their twin can be native.
+
+    A model from disk that is a Llama under another name is written as one where that makes the twin native.
+    """
+    network: Any = loaded.model
+    found = survey(network)
+    blocks = chosen_blocks(found, plan)
+    whole = not found.left_alone and len(blocks) == len(found.blocks)
+    native = whole and native_config(network, blocks, blocks[0].hidden + 1) is not None
+    if (
+        whole
+        and not native
+        and plan.degree == 2
+        and plan.form != "custom"
+        and not (loaded.source.kind == "memory" or plan.offload)
+    ):
+        stored = loaded.source.dtype if plan.save_dtype == "auto" else plan.save_dtype
+        llama = as_llama(network, stored)
+        if llama is not None:
+            found = survey(llama)
+            return llama, found, found.blocks, True
+    return network, found, blocks, native
+
+
+def _seen_to_run(
+    model: Any, blocks: Sequence[Block], probe: Mapping[str, Tensor], plan: Recipe
+) -> tuple[tuple[Block, ...], tuple[tuple[str, str], ...]]:
+    """The blocks that compute what their weights say, and (path, reason) of the others.
+
+    Raises ModelError if there are none, or if blocks were asked for by number and one is not what it seems.
+    """
+    good, bad = verify_each(model, blocks, lambda: _once(model, probe))
+    if bad and (not good or plan.blocks is not None):
+        raise next(iter(bad.values()))
+    return good, tuple((path, f"{error.what}: {error.cause}") for path, error in bad.items())
+
+
+def _inputs(source: Any, loaded: loading.LoadedModel, plan: Recipe, known: str) -> Calibration:
+    """Calibration batches, and further ones that no fit sees, to measure perplexity on."""
+    measured = plan.measure if isinstance(source, str) and is_causal(loaded.model) and not plan.offload else 0
+    settings: dict[str, Any] = {
+        "tokens": plan.tokens, "length": plan.length, "batch": plan.batch, "seed": plan.seed, "short": plan.short_share,
+        "random_tokens": plan.random_tokens, "unseen": measured,
+    }  # fmt: skip
+
+    def draw() -> Calibration:
+        return calibration_inputs(source, loaded.model, loaded.tokenizer, **settings)
+
+    target = Path(plan.output) if plan.output and source == "samples" else None
+    return kept_samples(target, known, settings, draw)
+
+
+def _chosen_source(plan: Recipe, loaded: loading.LoadedModel) -> Recipe:
+    """`auto` spelled out: the model's own samples, unless it cannot generate or has no tokenizer to begin with."""
+    if plan.calibration != "auto":
+        return plan
+    generates = is_causal(loaded.model) and loaded.tokenizer is not None and start_tokens(loaded.tokenizer)
+    return plan.model_copy(update={"calibration": "samples" if generates else "python"})
+
+
+def _probe(model: Any, data: Calibration) -> dict[str, Tensor]:
+    device = weights_on_disk.device_of(model)
+    return {name: value.to(device) for name, value in probe_inputs(data.batches[0]).items()}
+
+
+def _once(model: Any, probe: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        model(**probe)
+
+
+def _moments_file(plan: Recipe, blocks: Sequence[Block]) -> dict[str, GaussianMixture]:
+    """Distributions of the blocks' inputs from a safetensors file, or N(0, I) for `assume: standard`."""
+    if plan.assume == "standard":
+        return {
+            block.path: GaussianMixture(torch.ones(1), torch.zeros(1, block.width), torch.eye(block.width)[None])
+            for block in blocks
+        }
+    if plan.moments is None:
+        return {}
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(Path(plan.moments).expanduser())
+    except Exception as error:
+        raise RecipeError(f"the moments file cannot be read: {error}", where=plan.moments) from error
+    found = {}
+    for block in blocks:
+        mean, covariance = tensors.get(f"{block.path}.mean"), tensors.get(f"{block.path}.covariance")
+        if mean is None or covariance is None:
+            raise RecipeError(
+                f"no {block.path}.mean and {block.path}.covariance", where=plan.moments, fix="name every block"
+            )
+        means = mean if mean.dim() == 2 else mean[None]
+        covariances = covariance if covariance.dim() == 3 else covariance[None]
+        weights = tensors.get(f"{block.path}.weights", torch.full((len(means),), 1 / len(means)))
+        if means.shape[1:] != (block.width,) or covariances.shape != (len(means), block.width, block.width):
+            raise RecipeError(f"{block.path} is {block.width} wide; the moments have another shape", where=plan.moments)
+        found[block.path] = GaussianMixture(weights / weights.sum(), means, covariances)
+    return found

@@ -1,0 +1,82 @@
+"""Fits and installs the blocks, one after another, while the calibration passes wait."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+
+from surgery.calibration.arrivals import Station
+from surgery.calibration.passes import Passes
+from surgery.calibration.repeated import repeated_station, split_repeated
+from surgery.conversion.partial_run import PartialRun
+from surgery.conversion.task import ConversionTask, Replacements
+from surgery.fitting.either import fit
+from surgery.runtime import processes
+from surgery.runtime.progress import Progress
+from surgery.saving.modules import modules_for
+
+
+def replace_blocks(
+    task: ConversionTask,
+    form: str,
+    workshop: PartialRun,
+    degrees: Mapping[str, int] | None = None,
+    probe: Mapping[str, Tensor] | None = None,
+) -> Replacements:
+    """Fits and installs one block after another; use it inside :func:`unchanged_on_error`.
+
+    Args:
+        degrees: by path, where they are not all the recipe's.
+        probe: inputs whose outputs are wanted of the twin, where new modules are not to stay in memory.
+    """
+    model, blocks = task.model, task.blocks
+    once, repeated = split_repeated(blocks)
+    like = task.like()
+    done = Replacements([], [])
+    follow = task.plan.refit and task.plan.target == "stream" and any(block.additive for block in once)
+    aside = None if probe is None else workshop.folder
+    finished = processes.from_first(workshop.finished(blocks))
+    passed = [] if len(finished) == len(blocks) else task.batches()  # nothing is left to calibrate, so nothing runs
+    with (
+        Passes(model, passed, once, follow, task.first_is_sink, probe, aside) as stream,
+        Progress(len(blocks), task.quiet or not processes.first()) as progress,
+    ):
+        for station in chain(stream, (repeated_station(block, stream) for block in repeated)):
+            if station.block.path in finished:
+                entry, row, modules = workshop.load(station.block, like)
+                stream.replace(modules)
+            else:
+                entry, row = _replace(stream, station, task, form, degrees or {}, workshop)
+            done.entries.append(entry)
+            done.rows.append(row)
+            progress.step(row)
+            del station  # what waits at this block, before the next ones' arrive
+    return replace(done, outcome=stream.outcome)
+
+
+def _replace(
+    stream: Passes,
+    station: Station,
+    task: ConversionTask,
+    form: str,
+    degrees: Mapping[str, int],
+    workshop: PartialRun,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fits one block and puts its replacement in; its entry and its row."""
+    block, begun = station.block, time.monotonic()
+    fitted = fit(station, task.settings(degrees.get(block.path, task.plan.degree), form), task.given.get(block.path))
+    entry, modules = modules_for(fitted, form, task.like())
+    stream.replace(modules)
+    for number, output in enumerate(fitted.outputs):  # none of blocks inside which the passes wait
+        stream.answer(number, output)
+    for number, output in enumerate(fitted.written):
+        stream.answer(number, output, original=True)
+    row = fitted.row(time.monotonic() - begun)
+    if processes.first():
+        workshop.keep(block, entry, row, modules)
+    return entry, row

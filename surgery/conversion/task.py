@@ -1,0 +1,95 @@
+"""What is to be replaced, what has been, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.blocks.block import Block
+from surgery.blocks.parts import attribute
+from surgery.calibration.inputs import Calibration
+from surgery.closed_form.moments import GaussianMixture
+from surgery.conversion.recipe import Recipe
+from surgery.fitting.block import FitSettings
+from surgery.models.modeling_polynomial import install
+from surgery.runtime import weights_on_disk
+from surgery.saving.forms import set_config
+
+
+@dataclass(frozen=True)
+class ConversionTask:
+    """What is to be replaced, with everything a fit needs.
+
+    Attributes:
+        blocks: in the order in which they run, confirmed.
+        given: distributions of the blocks' inputs by path, for `assume: gaussian`.
+        first_is_sink: the first token of a sequence turns into an attention sink.
+    """
+
+    model: Any
+    blocks: tuple[Block, ...]
+    data: Calibration
+    plan: Recipe
+    given: Mapping[str, GaussianMixture]
+    first_is_sink: bool
+    quiet: bool
+
+    def settings(self, degree: int, form: str) -> FitSettings:
+        plan = self.plan
+        return FitSettings(
+            degree=degree,
+            assume="data" if plan.assume == "data" else "gaussian",
+            refit=plan.refit,
+            tail_weight=plan.tail,
+            tail_width=plan.tail_width,
+            guard=form == "native" and degree == 2,
+            units=plan.units,
+        )
+
+    def batches(self) -> list[dict[str, Any]]:
+        """The calibration inputs where the model is, as its forward passes take them."""
+        cache = {"use_cache": False} if self.model.can_generate() else {}
+        device = weights_on_disk.device_of(self.model)
+        return [{**{name: value.to(device) for name, value in batch.items()}, **cache} for batch in self.data.batches]
+
+    def like(self) -> Tensor:
+        """A tensor of the precision and in the place of the model's computations."""
+        return torch.empty(0, dtype=next(self.model.parameters()).dtype, device=weights_on_disk.device_of(self.model))
+
+    def originals(self) -> dict[str, Any]:
+        return {path: attribute(self.model, path) for block in self.blocks for path in block.replaced_paths}
+
+
+@dataclass(frozen=True)
+class Replacements:
+    """Per block: its entry in `polynomial_blocks`, and its row in the report; and what the twin makes of the probe."""
+
+    entries: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+    outcome: Any = None
+
+
+def put_back(model: Any, originals: Mapping[str, Any]) -> None:
+    for path, module in originals.items():
+        install(model, path, module)
+
+
+@contextmanager
+def unchanged_on_error(task: ConversionTask) -> Iterator[None]:
+    """On any error inside, the model is as it was before: its blocks, its configuration and its class."""
+    model = task.model
+    originals, kind, config, settings = task.originals(), type(model), model.config, dict(vars(model.config))
+    try:
+        yield
+    except BaseException:
+        put_back(model, originals)
+        model.__class__ = kind
+        set_config(model, config)
+        vars(config).clear()
+        vars(config).update(settings)
+        raise

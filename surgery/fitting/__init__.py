@@ -1,0 +1,1 @@
+"""One block's arrivals in, its polynomial and how good it is out; of a mixture, one for each expert."""

@@ -1,0 +1,228 @@
+"""The last map of a block, re-solved (or kept, and completed at the sinks)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from surgery.blocks.weights import BlockWeights
+from surgery.calibration.arrivals import Arrival, Station
+from surgery.closed_form.ridge import HeldRows, RidgeSolution, RidgeSums, most_useful, ridge_path
+from surgery.errors import CalibrationError
+from surgery.fitting.features import HiddenPolynomial
+from surgery.runtime import processes
+
+CHUNK = 2048  # tokens whose hidden vectors are held at once
+YOUNG_SINKS = 0.1  # weight of sinks that are not massive yet, all together, against all other tokens
+MISTAKEN = 0.2  # of a sink unit's answer at its sink
+WEIGHT_LIMIT = 100.0  # of a token with a small residual, against the typical one
+
+
+@dataclass(frozen=True)
+class RefittedReadout:
+    """The re-solved map, and what was computed on the way.
+
+    Attributes:
+        choice: weights and the ridge.
+        outputs, written: what the twin's and the original's block write to each batch; empty where not computed.
+        kept: numbers of the features that `choice` is for, the constant last; None for all.
+    """
+
+    choice: RidgeSolution
+    outputs: tuple[Tensor, ...]
+    written: tuple[Tensor, ...]
+    kept: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What the readout is solved from; rows come scaled by the root of their weight.
+
+    Attributes:
+        fit: sums over what is fitted on.
+        held: rows of the held-out sequences, every `step`-th: no more memory than the sums take.
+        sinks: rows at attention sinks, which are few and belong to every fit.
+    """
+
+    fit: RidgeSums
+    held: list[tuple[Tensor, ...]]
+    step: int
+    sinks: list[tuple[Tensor, ...]]
+
+    @staticmethod
+    def zeros(prior: Tensor, station: Station) -> _Sums:
+        tokens = processes.sum_number(sum(int((arrival.held & arrival.keep).sum()) for arrival in station.twin))
+        nothing = station.twin[0].x.new_zeros(0, sum(prior.shape)).split(prior.shape, dim=1)
+        sums = RidgeSums.zeros(prior.shape[0], prior.shape[1], prior.device)
+        return _Sums(sums, [nothing], max(1, math.ceil(tokens / (2 * len(prior)))), [nothing])
+
+    def add(self, features: Tensor, targets: Tensor, real: Tensor, sink: Tensor, held: bool) -> None:
+        """Rows of which those that are not `real` do not count."""
+        self.sinks.append((features[real & sink], targets[real & sink]))
+        ordinary = real & ~sink
+        if held:
+            some = ordinary.nonzero()[:: self.step, 0]
+            self.held.append((features[some], targets[some]))
+        else:
+            self.fit.add_rows(features * ordinary[:, None], targets * ordinary[:, None])
+
+    def over_processes(self) -> tuple[RidgeSums, HeldRows, tuple[Tensor, Tensor]]:
+        """The sums, the held-out rows and the sinks of all processes."""
+        for part in self.fit.parts():
+            processes.total(part)
+        held, sinks = ([processes.together(torch.cat(rows)) for rows in zip(*kept, strict=True)]
+                       for kept in (self.held, self.sinks))  # fmt: skip
+        return self.fit, HeldRows(held[0], held[1]), (sinks[0], sinks[1])
+
+
+@dataclass(frozen=True)
+class _Aim:
+    """What the block should write, and which tokens count how much for it.
+
+    The target is the original block's output on the twin's stream, or, with the original stream at hand, what
+    brings the twin's residual stream back to the original's: f(x₀) + r₀ − r (at sinks only in a block that writes
+    them: elsewhere a small relative difference would be huge). Tokens are weighted by 1/‖r‖², since whatever reads the
+    residual stream normalises it first; the sinks together weigh as much as all other tokens do. A sink is what is one
+    in the original.
+
+    Attributes:
+        typical: median norm of the residual stream.
+        sink_limit: norm from which on a token is a sink.
+        sink_boost: number of ordinary tokens per sink token.
+        writer: whether the block writes what makes its sinks massive.
+    """
+
+    original: BlockWeights
+    additive: bool
+    typical: Tensor
+    sink_limit: float
+    sink_boost: float
+    writer: bool
+
+    def of(self, arrival: Arrival, other: Arrival, rows: slice, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Target (n, out), weight (n,) and which rows are sinks (n,).
+
+        Args:
+            other: the same rows in the original stream, `arrival` itself where it does not run.
+            output: what the original block writes there.
+        """
+        size = torch.maximum(arrival.size[rows], other.size[rows])
+        total = (other.size[rows].square() + output.float().norm(dim=-1).square()).sqrt()
+        massive = total > self.sink_limit
+        sink = massive | arrival.known_sink[rows]
+        target, weight = output, torch.ones_like(size)
+        if self.additive:
+            if other is not arrival:
+                target = output + behind(arrival, other, rows)
+                if not self.writer:
+                    target[sink] = self.original(arrival.x[rows][sink])
+            weight = (self.typical / size.clamp_min(1e-6 * self.typical)).square().clamp_max(WEIGHT_LIMIT)
+        share = torch.where(massive, self.sink_boost, YOUNG_SINKS * self.sink_boost)
+        weight = torch.where(sink, share * (self.typical / total).square(), weight)
+        if arrival.weight is not None:
+            weight = weight * arrival.weight[rows].square()
+        return target, weight, sink
+
+
+def refit(
+    station: Station,
+    original: BlockWeights,
+    twin: HiddenPolynomial,
+    prior: Tensor,
+    *,
+    sink_limit: float,
+    sink_boost: float,
+    sink_units: int,
+    cache_bytes: int,
+    units: int | None = None,
+) -> RefittedReadout:
+    """Ridge regression of what the block should write (:class:`_Aim`) on the polynomial's hidden vector.
+
+    The held-out sequences are fitted in no block: r₀ − r is smaller where the earlier blocks were fitted, which no
+    ridge chosen there would know. A token that only the twin makes a sink does not count.
+
+    Args:
+        prior: readout that the ridge pulls towards, (p, out).
+        sink_limit, sink_boost: see :class:`_Aim`.
+        sink_units: how many features before the constant belong to sinks.
+        cache_bytes: memory that may be spent on keeping hidden vectors until the answer is known.
+        units: how many units to keep beside the sink units, the most useful ones; all where None.
+    """
+    block = station.block
+    tokens = sum(len(arrival.x) for arrival in station.twin)
+    whole = block.whole  # else the passes wait inside the block and finish it themselves
+    hold = whole and tokens * prior.shape[0] * station.twin[0].x.element_size() <= cache_bytes
+    typical = processes.together(torch.cat([arrival.size[arrival.keep] for arrival in station.twin])).median()
+    aim = _Aim(original, block.additive, typical, sink_limit, sink_boost, writer=sink_units > 0)
+    sums = _Sums.zeros(prior, station)
+    hidden: list[list[Tensor]] = [[] for _ in station.twin]
+    written: list[list[Tensor]] = [[] for _ in station.twin]
+    for number, arrival in enumerate(station.twin):
+        other = station.original[number] if station.original else arrival
+        for rows, held in _pieces(arrival):
+            features, output = twin(arrival.x[rows]), original(other.x[rows])
+            if hold:
+                hidden[number].append(features)
+            if whole and other is not arrival:
+                written[number].append(output)
+            target, weight, sink = aim.of(arrival, other, rows, output)
+            root = weight.sqrt().to(features)[:, None]
+            real = arrival.keep[rows] & ~(mistaken(features[:, -1 - sink_units : -1]) & ~sink)
+            sums.add(features * root, target * root, real, sink, held)
+    fit, held_rows, anchor = sums.over_processes()
+    if not (float(fit.weight) and len(held_rows.features)):
+        raise CalibrationError("no tokens are left to fit on", where=block.path, fix="give more text")
+    free, kept = sink_units + 1, None
+    if units is not None and units < len(prior) - free:
+        kept = most_useful(fit, prior, units, free)
+        fit, held_rows, prior = fit.at(kept), held_rows.at(kept), prior[kept]
+        anchor = (anchor[0][:, kept], anchor[1])
+    choice = ridge_path(fit, held_rows, prior, anchor=anchor, free=free)
+    solution = choice.weight.to(station.twin[0].x)
+    if kept is not None:
+        hidden = [[part[:, kept] for part in parts] for parts in hidden]
+    return RefittedReadout(
+        choice,
+        tuple(torch.cat([part @ solution for part in parts]) for parts in hidden if parts),
+        tuple(torch.cat(parts) for parts in written if parts),
+        kept,
+    )
+
+
+def _pieces(arrival: Arrival) -> Iterator[tuple[slice, bool]]:
+    """Slices of at most CHUNK rows, each wholly held out or wholly not."""
+    border = int((~arrival.held).sum())
+    for begin, end, held in ((0, border, False), (border, len(arrival.x), True)):
+        for start in range(begin, end, CHUNK):
+            yield slice(start, min(start + CHUNK, end)), held
+
+
+def mistaken(answers: Tensor) -> Tensor:
+    """Tokens that a sink unit takes for its sink. One among the ordinary would cost the sink its reproduction.
+
+    Args:
+        answers: of the sink units, (tokens, sink units).
+    """
+    return (answers > MISTAKEN).any(-1)
+
+
+def behind(arrival: Arrival, other: Arrival, rows: slice | Tensor) -> Tensor:
+    """How far the twin's residual stream is behind the original's; 0 where it is not known."""
+    if arrival.residual is None or other.residual is None:
+        return torch.zeros_like(arrival.x[rows])
+    return other.residual[rows] - arrival.residual[rows]
+
+
+def fill_sink_columns(prior: Tensor, features: Tensor, output: Tensor, extra: int) -> Tensor:
+    """The kept readout, with the sink units' columns set to what is missing at the sinks (least squares)."""
+    if not extra:
+        return prior
+    missing = output.double() - features.double() @ prior
+    columns = torch.linalg.lstsq(features[:, -1 - extra : -1].double(), missing, driver="gelsd").solution
+    result = prior.clone()
+    result[-1 - extra : -1] = columns
+    return result

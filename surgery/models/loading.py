@@ -1,0 +1,368 @@
+"""A Hub id, a local folder, a GGUF file or a model in memory → model, tokenizer and where they came from."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+M_MMAP_THRESHOLD = -3  # malloc.h
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model came from, as recorded in `surgery.json`.
+
+    Attributes:
+        name: what the user typed (a folder is recorded by its last part only).
+        kind: hub, folder, gguf or memory.
+        revision: the commit the Hub resolved to, where there is one.
+        architecture: the model class.
+        dtype: the precision of the stored weights; the twin is saved in it.
+    """
+
+    name: str
+    kind: str
+    revision: str | None
+    architecture: str
+    dtype: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    model: nn.Module
+    tokenizer: Any | None
+    source: Source
+
+
+def locate(name: str) -> tuple[str, dict[str, str], str]:
+    """(path or Hub id, extra from_pretrained arguments, kind)."""
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}, "gguf"
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if (path / "config.json").is_file():
+            return str(path), {}, "folder"
+        if len(ggufs) == 1:
+            return str(path), {"gguf_file": ggufs[0].name}, "gguf"
+        raise ModelError(
+            "the folder holds no config.json" + (f" and {len(ggufs)} GGUF files" if ggufs else ""),
+            where=name,
+            cause="it is not a transformers checkpoint",
+            fix="name a checkpoint folder, or one .gguf file",
+        )
+    if path.is_file():
+        raise ModelError("a file, but not a .gguf file", where=name, fix="name its folder, or a .gguf file")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf"):
+        raise ModelError("there is no such file or folder", where=name, fix="check the path")
+    return name, {}, "hub"
+
+
+def load_config(name: str, revision: str | None = None) -> Any:
+    """The configuration alone. Twins load without a trust flag."""
+    from transformers import AutoConfig
+
+    from surgery.models import modeling_polynomial
+
+    modeling_polynomial.register()
+    path, extra, _ = locate(name)
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision, **extra)
+    except Exception as error:
+        raise _unreadable(name, error) from error
+
+
+def model_class(config: Any) -> Any:
+    """The architecture named in the configuration, else the most general class for its type."""
+    import transformers
+
+    for architecture in config.architectures or []:
+        found = getattr(transformers, architecture, None)
+        if found is not None:
+            return found
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    raise ModelError(
+        f"transformers knows no model class for model type {config.model_type!r}",
+        cause="the model needs custom code, which is not run here",
+    )
+
+
+def load_meta(name: str, revision: str | None = None) -> tuple[nn.Module, Any]:
+    """The model's structure on the meta device: no weights are read."""
+    import torch
+
+    config = load_config(name, revision)
+    with torch.device("meta"):
+        return model_class(config)._from_config(config), config
+
+
+def load_model(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device_map: str | dict[str, str] | None = None,
+    base: str | None = None,
+) -> Any:
+    """A model ready to use: an original or a twin, a delta applied to its original; as a transformers model.
+
+    Args:
+        name: Hub id, folder or .gguf file; `revision` of the Hub.
+        dtype: precision to compute in; `auto` is the stored one.
+        device_map: as in transformers; `{"": "disk"}` leaves the weights on disk.
+        base: the original of a delta, where it is not to be loaded from the Hub as recorded.
+    Raises:
+        ModelError: nothing there, not a transformer, or weights missing from the checkpoint.
+    """
+    return load(str(name), revision, dtype, device_map, base).model
+
+
+def load(
+    name: str,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device_map: str | dict[str, str] | None = None,
+    base: str | None = None,
+    merged: Path | None = None,
+) -> LoadedModel:
+    """Weights, tokenizer and where they came from.
+
+    Args:
+        name: Hub id, folder or .gguf file; a delta is applied to its original.
+        dtype: precision to compute in; `auto` is the stored one.
+        base: the original of a delta, where it is not to be loaded from the Hub as recorded.
+        merged: folder for weights that stay on disk but are not there as the model keeps them (experts are put
+            together on loading), in one of their own that is removed with the model; then this one and the one it is
+            in, if they are empty. Default: a temporary one.
+    Raises:
+        ModelError: nothing there, not a transformer, or weights missing from the checkpoint.
+    """
+    import torch
+    import transformers
+
+    from surgery.models import delta, modeling_polynomial
+
+    modeling_polynomial.register()
+    path, extra, kind = locate(name)
+    config = load_config(name, revision)
+    if hasattr(config, delta.KEY):
+        return _load_delta(name, revision, dtype, device_map, base, config)
+    stored = stored_dtype(Path(path), config) if kind != "gguf" else "float32"
+    wanted = stored if dtype == "auto" else dtype
+    cls = modeling_polynomial.PolynomialModel if config.model_type == modeling_polynomial.MODEL_TYPE else None
+    options = dict(extra, revision=revision, dtype=getattr(torch, wanted))
+    if device_map is not None:
+        options["device_map"] = device_map
+    ours: list[Path] = []
+    if isinstance(device_map, dict) and "disk" in device_map.values():
+        options["offload_folder"] = _fresh(merged)
+        ours = [options["offload_folder"], *([] if merged is None else [merged, merged.parent])]
+        _give_memory_back()
+    try:
+        model, info = (cls or model_class(config)).from_pretrained(path, output_loading_info=True, **options)
+    except BaseException as error:
+        _remove(ours)
+        if not isinstance(error, Exception):
+            raise
+        raise _unreadable(name, error) from error
+    weakref.finalize(model, _remove, ours)
+    missing = sorted(info.get("missing_keys", ()))
+    if missing or info.get("mismatched_keys"):
+        raise ModelError(
+            f"{len(missing)} weights are missing from the checkpoint or have another shape"
+            + (f", first {missing[0]}" if missing else ""),
+            where=name,
+            cause="the checkpoint is incomplete, or was saved for another class",
+        )
+    if kind == "gguf":
+        _forget_quantization(model)
+    tokenizer = None
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=revision, **extra)
+    except Exception:
+        tokenizer = None
+    model.eval()
+    source = Source(
+        name=public_name(name, kind),
+        kind=kind,
+        revision=getattr(model.config, "_commit_hash", None),
+        architecture=type(model).__name__,
+        dtype=stored,
+    )
+    return LoadedModel(model, tokenizer, source)
+
+
+def placed(device: str) -> Any:
+    """The device of that name; `auto` is this process's accelerator, where there is one that computes in float64.
+
+    Raises:
+        ModelError: no such device here.
+    """
+    import torch
+
+    if device == "auto":
+        from accelerate import PartialState
+
+        found: torch.device = PartialState().device
+        return torch.device("cpu") if found.type == "mps" else found  # Metal has no float64, which the sums are kept in
+    try:
+        torch.empty(0, device=device, dtype=torch.float64)
+    except Exception as error:
+        raise ModelError(
+            f"no device {device!r} that computes in float64", where="--device", cause=str(error).splitlines()[0]
+        ) from error
+    return torch.device(device)
+
+
+def public_name(name: str, kind: str) -> str:
+    """A name as it is recorded: local paths by their last part."""
+    return Path(locate(name)[0]).name if kind == "folder" else (Path(name).name if kind == "gguf" else name)
+
+
+def _load_delta(
+    name: str, revision: str | None, dtype: str, device_map: str | dict[str, str] | None, base: str | None, config: Any
+) -> LoadedModel:
+    """The twin a delta stands for: its original, loaded in the twin's stored precision, with the delta applied."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers.utils import cached_file
+
+    from surgery.models import delta
+
+    described = getattr(config, delta.KEY)
+    if base is None and described["kind"] != "hub":
+        raise ModelError(
+            f"this delta was taken from {described['base']!r}, which is not on the Hub",
+            where=name,
+            fix='name the original: surgery.load(DELTA, base="ORIGINAL"), or surgery export DELTA --form full --base '
+            "ORIGINAL -o OUT",
+        )
+    try:
+        tensors = load_file(str(cached_file(locate(name)[0], delta.WEIGHTS, revision=revision)))
+    except Exception as error:
+        raise _unreadable(name, error) from error
+    name_of_base = base or described["base"]
+    pinned = described["revision"] if name_of_base == described["base"] else None
+    original = load(name_of_base, pinned, described["dtype"], device_map)
+    twin = delta.apply_delta(original.model, config, tensors)
+    twin.to(dtype=getattr(torch, described["dtype"] if dtype == "auto" else dtype)).eval()
+    kind = locate(name)[2]
+    source = Source(
+        public_name(name, kind), kind, getattr(config, "_commit_hash", None), type(twin).__name__, described["dtype"]
+    )
+    return LoadedModel(twin, original.tokenizer, source)
+
+
+def from_memory(model: Any, tokenizer: Any | None) -> LoadedModel:
+    """Wraps a model the caller already holds. It is changed in place by conversion.
+
+    Raises:
+        ModelError: its class is not one of transformers', which is what a twin is loaded as.
+    """
+    import transformers
+
+    from surgery.models import modeling_polynomial
+
+    known = getattr(transformers, type(model).__name__, None)
+    if known is not type(model) and getattr(model.config, "model_type", None) != modeling_polynomial.MODEL_TYPE:
+        raise ModelError(
+            "transformers has no such model class, so that no twin of it could be loaded",
+            where=f"{type(model).__module__}.{type(model).__name__}",
+            cause="a class of your own, or one that came with a checkpoint",
+            fix="convert a model of the transformers class that it extends, if it computes the same",
+        )
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    model.eval()
+    return LoadedModel(model, tokenizer, Source(Path(name).name, "memory", None, type(model).__name__, dtype))
+
+
+def stored_dtype(path: Path, config: Any) -> str:
+    """The precision of the stored weights: what config.json says, else float32."""
+    declared = getattr(config, "dtype", None)
+    if declared is None and (path / "config.json").is_file():
+        raw = json.loads((path / "config.json").read_text())
+        declared = raw.get("dtype") or raw.get("torch_dtype")
+    name = str(declared or "float32").removeprefix("torch.")
+    return name if name in ("float32", "float16", "bfloat16", "float64") else "float32"
+
+
+def _forget_quantization(model: Any) -> None:
+    """A dequantised GGUF model still carries its quantizer, and `save_pretrained` refuses it."""
+    for holder, names in (
+        (model.config, ("quantization_config",)),
+        (model, ("hf_quantizer", "quantization_method", "is_quantized")),
+    ):
+        for name in names:
+            if hasattr(holder, name):
+                delattr(holder, name)
+
+
+def _fresh(folder: Path | None) -> Path:
+    """A new folder in this one: a model that is gone, but not collected yet, removes its own only."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(dir=folder))
+
+
+def _remove(folders: Sequence[Path]) -> None:
+    """The first folder, and those it is in that are empty then."""
+    if folders:
+        shutil.rmtree(folders[0], ignore_errors=True)
+    with suppress(OSError):
+        for empty in folders[1:]:
+            empty.rmdir()
+
+
+def _give_memory_back() -> None:
+    """Lets the C library (glibc; no other is asked) return freed matrices at once instead of keeping those of up to
+    32 MB for later: with weights read and let go of all the time, what it keeps grows with the number of layers."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+
+def _unreadable(name: str, error: Exception) -> ModelError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, MemoryError) or "allocate memory" in first or "out of memory" in first:
+        return ModelError(
+            f"the model could not be loaded: {first[:300]}",
+            where=name,
+            cause="it needs more memory than there is",
+            fix="convert it with --offload, which leaves the weights on disk",
+        )
+    if "No space left" in str(error):
+        return ModelError(
+            f"the model could not be loaded: {first[:300]}",
+            where=name,
+            cause="experts that stay on disk are put together beside the output, which takes as much room again",
+            fix="free some space, or choose an output (-o) on another disk",
+        )
+    here = "" if Path(name).expanduser().exists() else "there is no such file or folder here; on the Hub it is "
+    return ModelError(
+        f"the model could not be loaded: {first[:300]}",
+        where=name,
+        cause=f"{here}a name that does not exist, a private model, no network, or not a transformers model",
+        fix="check the name; for a private model run `hf auth login`; a local folder needs config.json and weights",
+    )
+
+
+def is_causal(model: Any) -> bool:
+    return bool(model.can_generate()) and not getattr(model.config, "is_encoder_decoder", False)

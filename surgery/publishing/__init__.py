@@ -1,0 +1,1 @@
+"""A finished twin in; its card, its upload, or another form of it out."""

@@ -1,0 +1,137 @@
+"""The model card of a twin, made from its saved reports and never typed.
+
+Reads `surgery.json` and, where `surgery eval TWIN -o TWIN/evaluation` has left one, `evaluation/evaluation.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from surgery.runtime.files import write_text
+from surgery.saving.evaluation import headline_rows, task_rows, trust_notes
+from surgery.saving.report import read_verified_report
+
+EVALUATION = Path("evaluation") / "evaluation.json"
+PLOT = Path("evaluation") / "blocks.png"
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card's text, and what could not be said."""
+
+    text: str
+    missing: tuple[str, ...]
+
+
+def render_card(folder: Path, base_model: str | None = None, licence: str | None = None) -> Card:
+    """The card.
+
+    Args:
+        base_model: Hub id of the original, where the twin was made from a file and does not know it.
+        licence: the original's; looked up on the Hub where the original is there.
+    """
+    import jinja2
+
+    report = read_verified_report(folder)
+    source, missing = report["source"], []
+    base = base_model or (source["name"] if source["kind"] == "hub" else None)
+    if base is None:
+        missing.append("the base model's Hub id (--base-model)")
+    licence = licence or (_licence_of(base, source.get("revision")) if base else None)
+    if licence is None:
+        missing.append("the licence (--license): it is the original's, and could not be looked up")
+    evaluation = None
+    if (folder / EVALUATION).is_file():
+        evaluation = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
+        headline, tasks, notes = headline_rows(evaluation), task_rows(evaluation), trust_notes(evaluation)
+    else:
+        headline, tasks, notes = [], [], []
+        missing.append("an evaluation (surgery eval TWIN -o TWIN/evaluation)")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    recipe = {key: value for key, value in report["recipe"].items() if value is not None and key != "output"}
+    template = Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8")
+    text: str = (
+        jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        .from_string(template)
+        .render(
+            front=_front_matter(report, config, base, licence), base=base, report=report, source=source,
+            form=report["form"], licence=licence,
+            recipe=yaml.safe_dump(recipe, sort_keys=False).strip(), blocks=report["blocks"], evaluated=bool(evaluation),
+            headline=headline, tasks=tasks, notes=notes, plot=str(PLOT) if (folder / PLOT).is_file() else None,
+            checkpoint=_checkpoint_row(report, config),
+            refinement=report.get("refinement"),
+            quadratic=_degrees(report) == [2], degrees=" or ".join(map(str, _degrees(report))),
+            kept=[path for path, degree in (report.get("budget") or {}).get("degrees", {}).items() if degree == 0],
+            causal="ForCausalLM" in config["architectures"][0]
+            or "LMHead" in config["architectures"][0],
+        )
+    )  # fmt: skip
+    return Card(text, tuple(missing))
+
+
+def _checkpoint_row(report: dict[str, Any], config: dict[str, Any]) -> str:
+    """Which form this is."""
+    architecture, made_from = config["architectures"][0], report["source"]["architecture"]
+    kin = "" if made_from == architecture else f", as which `{made_from}` can be written exactly"
+    return {
+        "native": f"native: stock `{architecture}`{kin}",
+        "silu": f"stock `{architecture}`, every block a SwiGLU of twice the width",
+        "onnx": "ONNX graph",
+        "delta": f"delta of {config.get('polynomial_delta', {}).get('base')}: what the twin adds to it",
+    }.get(report["form"], f"custom code, `modeling_polynomial.py` (format {report['format']})")
+
+
+def _front_matter(report: dict[str, Any], config: dict[str, Any], base: str | None, licence: str | None) -> str:
+    """YAML between the dashes: what the Hub reads."""
+    architecture = config["architectures"][0]
+    data: dict[str, Any] = {"library_name": "transformers"}
+    if licence:
+        data["license"] = licence
+    if base:
+        data |= {"base_model": base, "base_model_relation": "finetune"}
+    if "ForCausalLM" in architecture or "LMHead" in architecture:
+        data["pipeline_tag"] = "text-generation"
+    data["tags"] = ["polynomial", "polysurgery", "interpretability", *(f"degree-{n}" for n in _degrees(report))]
+    if report["form"] == "native":
+        data["tags"].append("bilinear")
+    return yaml.safe_dump(data, sort_keys=False).strip()
+
+
+def _degrees(report: dict[str, Any]) -> list[int]:
+    """Of the blocks, each once."""
+    own = report["recipe"]["degree"]
+    return sorted({row.get("degree", own) for row in report["blocks"]}) or [own]
+
+
+def _licence_of(base: str, revision: str | None) -> str | None:
+    """The licence on the original's card; None where the Hub cannot be asked."""
+    from huggingface_hub import HfApi
+
+    try:
+        data = HfApi().model_info(base, revision=revision).card_data
+    except Exception:
+        return None
+    licence = data.get("license") if data else None
+    return str(licence) if licence else None
+
+
+def card(twin: str | Path, *, base_model: str | None = None, licence: str | None = None) -> Card:
+    """Writes a twin's model card into its folder as README.md, from its saved reports.
+
+    Args:
+        twin: folder of a finished twin.
+        base_model: Hub id of the original, where the twin was made from a file and does not know it.
+        licence: the original's; looked up on the Hub where the original is there.
+    Returns:
+        the text, and what could not be said.
+    Raises:
+        CheckpointError: not a finished twin.
+    """
+    made = render_card(Path(twin), base_model, licence)
+    write_text(Path(twin) / "README.md", made.text)
+    return made

@@ -1,0 +1,278 @@
+"""The whole explanation of one block in one place: load → place → activity → expand → spectrum → read."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.calibration.inputs import Calibration, calibration_inputs
+from surgery.closed_form.block_polynomial import Expansion
+from surgery.errors import RecipeError, SurgeryError, checked_settings
+from surgery.models import loading
+from surgery.reading.activity import Activity, examples
+from surgery.reading.directions import Direction, Vocabulary, named_direction
+from surgery.reading.page import write_explanation
+from surgery.reading.place import BlockInModel, NotATwinError, activity, find_block, surroundings
+from surgery.reading.spectrum import Spectrum, spectrum
+
+FORMAT = 1
+FIT_TOKENS = 16384  # calibration tokens where a block is fitted on the fly
+
+
+@dataclass(frozen=True)
+class ExplainSettings:
+    """What `surgery explain` does; the options of the same names.
+
+    Attributes:
+        twin: Hub id, folder or .gguf file.
+        block: its number, as `surgery inspect` counts.
+        output: direction of its output (see :mod:`surgery.reading.directions`); None for a survey of its own.
+        minus: a direction to subtract, as in the difference of two logits.
+        pairs: eigenpairs to show.
+        coordinates: `raw` for the eigenpairs of Γ itself, `data` for those of Σ^½ Γ Σ^½ (shares are then of the
+            variance that the quadratic part has under N(μ, Σ)).
+        text, tokens, window: what drives them: a text source, how much of it, in windows of how many tokens.
+        words, contexts: tokens and contexts to show for each.
+        fit: fit the block now, where it is not a polynomial yet, at this degree; None: do not.
+    """
+
+    twin: str
+    block: int
+    output: str | None = None
+    minus: str | None = None
+    pairs: int = 6
+    coordinates: str = "raw"
+    text: str = "python"
+    tokens: int = 4096
+    window: int = 256
+    words: int = 8
+    contexts: int = 4
+    fit: int | None = None
+    revision: str | None = None
+    dtype: str = "float32"
+    seed: int = 0
+
+
+def explain(
+    twin: str | Path, block: int, *, output: str | None = None, folder: str | Path | None = None, **settings: Any
+) -> dict[str, Any]:
+    """Reads one block of a twin: which inputs make it write a direction, by the eigenpairs of its quadratic part.
+
+    Args:
+        twin: Hub id, folder or .gguf file.
+        block: its number, as `surgery inspect` counts.
+        output: direction of the block's output (see :mod:`surgery.reading.directions`), a vector of its width; None
+            surveys the block's own.
+        folder: where explanation.json, explanation.html and spectrum.png are written.
+        settings: the other fields of :class:`ExplainSettings`.
+    Returns:
+        what explanation.json holds: shares of variance, eigenvalues, tokens and contexts.
+    Raises:
+        SurgeryError: not a twin, no such block, an unknown direction, too little text.
+    """
+    given = {**settings, "twin": str(twin), "block": block, "output": output}
+    found = explained(checked_settings(ExplainSettings, given))
+    if folder is not None:
+        write_explanation(found, Path(folder))
+    return found
+
+
+def explained(settings: ExplainSettings) -> dict[str, Any]:
+    """The explanation as data."""
+    started = time.monotonic()
+    if settings.minus and not settings.output:
+        raise RecipeError("--minus needs an --output to be subtracted from")
+    loaded = loading.load(settings.twin, settings.revision, settings.dtype)
+    place, inputs = _place(settings, loaded)
+    model: Any = loaded.model
+    if not all("input_ids" in batch for batch in inputs.batches):
+        raise SurgeryError("only models that read tokens are explained with text", where=settings.twin)
+    ids = torch.cat([batch["input_ids"] for batch in inputs.batches])
+    place = surroundings(model, place, {name: value[:1, :8] for name, value in inputs.batches[0].items()})
+    x, _, size = activity(model, place, inputs.batches)
+    seen = Activity.of(ids, x.cpu(), size.cpu())
+    expansion = place.polynomial.expand(seen.mean)
+    vocabulary = Vocabulary.of(model, loaded.tokenizer, place)
+    report: dict[str, Any] = {
+        "format": FORMAT,
+        "settings": asdict(settings) | _public(settings),
+        "model": loaded.source.as_dict(),
+        "block": {
+            "index": place.index, "path": place.path, "degree": place.polynomial.degree,
+            "width": place.polynomial.width, "hidden": len(place.polynomial.gate.bias), "out": place.polynomial.out,
+        },
+        "text": inputs.as_dict() | {"source": _public(settings)["text"], "left_out": int((~seen.ordinary).sum())},
+        "notes": _notes(place, settings),
+    }  # fmt: skip
+    reader = _Reader(settings, seen, expansion, vocabulary, loaded.tokenizer)
+    if settings.output is None:
+        report |= reader.own_directions()
+    else:
+        direction = named_direction(settings.output, model, loaded.tokenizer, place, expansion)
+        if settings.minus:
+            less = named_direction(settings.minus, model, loaded.tokenizer, place, expansion)
+            direction = Direction(f"{direction.name} − {less.name}", direction.vector - less.vector)
+        report |= reader.direction(direction)
+    return report | {"seconds": round(time.monotonic() - started, 2)}
+
+
+def _place(settings: ExplainSettings, loaded: loading.LoadedModel) -> tuple[BlockInModel, Calibration]:
+    """The block as a polynomial (fitted now, if asked for and not one yet), and the text as model inputs."""
+    model: Any = loaded.model
+
+    def inputs() -> Calibration:
+        return calibration_inputs(
+            settings.text, model, loaded.tokenizer,
+            tokens=settings.tokens, length=settings.window, batch=8, seed=settings.seed,
+        )  # fmt: skip
+
+    try:
+        found = find_block(model, settings.block)
+        if found.polynomial.degree < 2:
+            raise RecipeError("the block is affine: it has no quadratic part", where=found.path)
+        return found, inputs()
+    except (NotATwinError, RecipeError):
+        if settings.fit is None:
+            raise
+    from surgery.conversion.pipeline import convert
+
+    convert(
+        model, tokenizer=loaded.tokenizer, calibration=settings.text, degree=settings.fit, blocks=str(settings.block),
+        tokens=max(FIT_TOKENS, settings.tokens), measure=0, form="custom", seed=settings.seed,
+    )  # fmt: skip
+    return find_block(model, settings.block), inputs()
+
+
+def _public(settings: ExplainSettings) -> dict[str, str]:
+    """Local paths by their last part: a page is for showing."""
+    names = {"twin": settings.twin, "text": settings.text}
+    return {key: Path(name).name if Path(name).expanduser().exists() else name for key, name in names.items()}
+
+
+def _notes(place: BlockInModel, settings: ExplainSettings) -> list[str]:
+    notes = []
+    if place.normed_after:
+        notes.append("The block's output is normalised before it joins the stream; the direction is taken before that.")
+    if place.norm is None:
+        notes.append("No norm stands before the block; tokens are read from the raw embeddings.")
+    if settings.coordinates == "data":
+        notes.append(
+            "Eigenpairs are those of Σ^½ Γ Σ^½, with Σ the covariance of the block's input on this text: each "
+            "direction has unit variance, and λ² ÷ ‖·‖² is its share of the quadratic part's variance under N(μ, Σ)."
+        )
+    return notes
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Turns directions into what a person reads."""
+
+    settings: ExplainSettings
+    seen: Activity
+    expansion: Expansion
+    vocabulary: Vocabulary | None
+    tokenizer: Any
+
+    def direction(self, direction: Direction) -> dict[str, Any]:
+        """One output direction: parts, spectrum, eigenpairs."""
+        w = direction.vector / direction.vector.norm()
+        linear, quadratic, higher = self.expansion.parts(w, self.seen.x)
+        whole = linear + quadratic + higher
+        root, inverse = self.seen.roots() if self.settings.coordinates == "data" else (None, None)
+        found = spectrum(self.expansion.quadratic(w, root), self.settings.pairs)
+        return {
+            "direction": {
+                "name": direction.name, "norm": float(direction.vector.norm()),
+                "promotes": None if self.vocabulary is None else self.vocabulary.promoted(w, self.settings.words),
+            },
+            "parts": self._shares(linear, quadratic, higher) | {"constant": float(self.expansion.constant @ w)},
+            "contexts": examples(self.seen, whole, self.tokenizer, self.settings.contexts),
+            "linear": self._linear(w, linear),
+            "spectrum": {
+                "effective_rank": found.effective_rank, "square": found.square, "trace": found.trace,
+                "explained": float(found.shares.sum()),
+            },
+            "eigenpairs": [self._pair(found, inverse, number) for number in range(len(found.values))],
+        }  # fmt: skip
+
+    def _shares(self, *parts: Tensor) -> dict[str, Any]:
+        """Standard deviation of the whole, and each part's covariance with it as a share of its variance."""
+        rows = torch.stack(parts)[:, self.seen.ordinary]
+        rows = rows - rows.mean(-1, keepdim=True)
+        whole = rows.sum(0)
+        variance = float(whole.square().mean())
+        shares = [float((row * whole).mean()) / max(variance, 1e-300) for row in rows]
+        return dict(zip(("linear", "quadratic", "higher"), shares, strict=True)) | {"deviation": variance**0.5}
+
+    def _linear(self, w: Tensor, values: Tensor) -> dict[str, Any]:
+        covector = self.expansion.linear(w)
+        return {"norm": float(covector.norm()), **self._tokens(covector)} | {
+            "contexts": examples(self.seen, values, self.tokenizer, 1)
+        }
+
+    def _pair(self, found: Spectrum, inverse: Tensor | None, number: int) -> dict[str, Any]:
+        vector, value = found.vectors[:, number], found.values[number]
+        covector = vector if inverse is None else inverse @ vector
+        position = (self.seen.x - self.seen.mean) @ covector
+        ordinary = position[self.seen.ordinary]
+        if float(ordinary.pow(3).sum()) < 0:  # the end with the stronger contexts is the positive one
+            covector, position, ordinary = -covector, -position, -ordinary
+        contribution = value * position.square()
+        return {
+            "value": float(value),
+            "share": float(found.shares[number]),
+            "mean_contribution": float(contribution[self.seen.ordinary].mean()),
+            "kurtosis": float(ordinary.pow(4).mean() / ordinary.square().mean().square().clamp_min(1e-300)),
+            **self._tokens(covector),
+            "contexts": {
+                "positive": examples(self.seen, position, self.tokenizer, self.settings.contexts),
+                "negative": examples(self.seen, -position, self.tokenizer, self.settings.contexts),
+            },
+        }
+
+    def _tokens(self, covector: Tensor) -> dict[str, Any]:
+        if self.vocabulary is None:
+            return {"embedding": None, "unembedding": None}
+        count = self.settings.words
+        return {
+            "embedding": self.vocabulary.inputs(covector, count),
+            "unembedding": self.vocabulary.predictions(covector, count),
+        }
+
+    def own_directions(self) -> dict[str, Any]:
+        """The block's own output directions, of its linear and its quadratic part, by share of the squared norm."""
+        root, _ = self.seen.roots() if self.settings.coordinates == "data" else (None, None)
+        jacobian = self.expansion.jacobian()
+        left, values, _ = torch.linalg.svd(jacobian if root is None else jacobian @ root, full_matrices=False)
+        squares, vectors = torch.linalg.eigh(self.expansion.output_gram(root))
+        squares, vectors = squares.clamp_min(0).flip(-1), vectors.flip(-1)
+        return {
+            "own": {
+                "linear": self._listed("linear", left, values.square(), root),
+                "quadratic": self._listed("quadratic", vectors, squares, root),
+            }
+        }
+
+    def _listed(self, kind: str, vectors: Tensor, squares: Tensor, root: Tensor | None) -> list[dict[str, Any]]:
+        rows = []
+        for number in range(min(self.settings.pairs, len(squares))):
+            w = vectors[:, number]
+            found = spectrum(self.expansion.quadratic(w, root), 1)
+            values = (self.expansion.polynomial(self.seen.x) - self.expansion.constant) @ w
+            rows.append(
+                {
+                    "name": f"{kind}:{number}",
+                    "share": float(squares[number] / squares.sum().clamp_min(1e-300)),
+                    "value": float(found.values[0]),
+                    "value_share": float(found.shares[0]),
+                    "effective_rank": found.effective_rank,
+                    "promotes": None if self.vocabulary is None else self.vocabulary.promoted(w, self.settings.words),
+                    "contexts": examples(self.seen, values.abs(), self.tokenizer, 2),
+                }
+            )
+        return rows

@@ -1,0 +1,177 @@
+"""A block of a twin and its surroundings: where it is, what it computes, which norms stand before and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.blocks.find import survey
+from surgery.blocks.parts import is_norm, norms_around
+from surgery.closed_form.block_polynomial import BlockPolynomial
+from surgery.errors import ModelError, RecipeError
+from surgery.models import modeling_polynomial
+from surgery.models.saved_blocks import SavedBlock, saved_block, saved_blocks
+
+
+@dataclass(frozen=True)
+class BlockInModel:
+    """One polynomial block within its model.
+
+    Attributes:
+        index: its number among all feed-forward blocks, converted or not, as `surgery inspect` counts them.
+        path: the block's path.
+        entry, exit: modules that receive its input and write its output.
+        polynomial: what it computes, float64.
+        norm: the module whose output is the block's input; None where the block reads the stream itself.
+        final_norm: the same for the unembedding; None where there is none of either.
+        normed_after: the block's output passes through a norm before it is added to the stream.
+    """
+
+    index: int
+    path: str
+    entry: nn.Module
+    exit: nn.Module
+    polynomial: BlockPolynomial
+    norm: nn.Module | None = None
+    final_norm: nn.Module | None = None
+    normed_after: bool = False
+
+
+class NotATwinError(ModelError):
+    """A model none of whose blocks is a polynomial."""
+
+
+def find_block(model: Any, index: int) -> BlockInModel:
+    """Block `index` of a twin.
+
+    Raises:
+        NotATwinError: no block of the model is a polynomial.
+        RecipeError: there is no such block, or it was not converted.
+    """
+    entries = {saved.path: saved for saved in twin_blocks(model)}
+    if not entries:
+        raise NotATwinError(
+            "none of this model's feed-forward blocks is a polynomial: it is not a twin",
+            fix="name a twin, or give --fit to fit this one block on the fly",
+        )
+    others = {block.path for block in survey(model).blocks} - set(entries)
+    paths = [path for path, _ in model.named_modules() if path in entries or path in others]
+    if index >= len(paths):
+        raise RecipeError(
+            f"block {index} was asked for, but the model has blocks 0 to {len(paths) - 1}",
+            where="--block",
+            fix="`surgery inspect` lists them",
+        )
+    path = paths[index]
+    if path not in entries:
+        converted = ", ".join(str(number) for number, other in enumerate(paths) if other in entries)
+        raise RecipeError(
+            f"block {index} ({path}) was not converted", fix=f"choose one of {converted}, or give --fit to fit it now"
+        )
+    saved = entries[path]
+    if saved.routed:
+        raise RecipeError(f"block {index} ({path}) is a mixture of experts, which is not explained yet")
+    first, last = (model.get_submodule(part) for part in (saved.paths[0], saved.paths[-1]))
+    return BlockInModel(index, path, first, last, saved.read(model))
+
+
+def twin_blocks(model: Any) -> list[SavedBlock]:
+    """A twin's polynomial blocks; of a native one, as it would describe them."""
+    if getattr(model.config, "model_type", None) == modeling_polynomial.MODEL_TYPE:
+        return saved_blocks(model)
+    loaded = {b.path for b in survey(model).blocks if b.takes_native_form and b.activation == "linear"}
+    return [
+        saved_block({"path": path, "kind": "bilinear", "degree": 2})
+        for path, module in model.named_modules()
+        if path in loaded or isinstance(module, modeling_polynomial.BilinearGLU)  # the latter just after its conversion
+    ]
+
+
+def surroundings(model: Any, place: BlockInModel, probe: Mapping[str, Tensor]) -> BlockInModel:
+    """The place with its norms filled in, seen in one forward pass of `probe`.
+
+    A norm is known by what it writes: the very tensor that the block (or the unembedding) reads.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    norms = [module for module in model.modules() if is_norm(module)]
+    inside = norms_around(model, place.path)
+    written: dict[int, nn.Module] = {}
+    kept: list[Tensor] = []  # so that no address is used twice
+    seen: dict[str, Any] = {"norm": None, "final_norm": None, "normed_after": False}
+    output: list[int] = []
+
+    def note(norm: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        if isinstance(result, Tensor):
+            kept.extend((args[0], result))
+            if args[0].data_ptr() in output and norm in inside:
+                seen["normed_after"] = True
+            written[result.data_ptr()] = norm
+
+    handles = [norm.register_forward_hook(note) for norm in norms]
+    handles += [
+        place.entry.register_forward_pre_hook(lambda _, args: seen.update(norm=written.get(args[0].data_ptr()))),
+        place.exit.register_forward_hook(lambda _, __, result: output.append(result.data_ptr())),
+    ]
+    if head is not None:
+        handles.append(
+            head.register_forward_pre_hook(lambda _, args: seen.update(final_norm=written.get(args[0].data_ptr())))
+        )
+    try:
+        with torch.no_grad():
+            model(**probe)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return replace(place, **seen)
+
+
+class _BlockReached(Exception):  # noqa: N818 - no error
+    """Ends a forward pass behind the block that was asked for."""
+
+
+@contextmanager
+def _recorded(place: BlockInModel, rows: list[tuple[Tensor, Tensor, Tensor]]) -> Iterator[None]:
+    entered: dict[str, Tensor] = {}
+
+    def leave(_: nn.Module, __: Any, output: Tensor) -> None:
+        x, written = entered["x"], output.detach().flatten(0, -2)
+        stream = entered.get("stream", x).float().norm(dim=-1)
+        rows.append((x, written, torch.maximum(stream, written.float().norm(dim=-1))))
+        raise _BlockReached
+
+    def note(name: str) -> Any:
+        return lambda _, args: entered.update({name: args[0].detach().flatten(0, -2)})
+
+    handles = [place.entry.register_forward_pre_hook(note("x")), place.exit.register_forward_hook(leave)]
+    if place.norm is not None:
+        handles.append(place.norm.register_forward_pre_hook(note("stream")))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def activity(model: Any, place: BlockInModel, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """The block over all tokens of `batches`: inputs (tokens, d), outputs (tokens, out), and the larger of the norms of
+    the residual stream before it and of its output, (tokens,): massive at attention sinks.
+
+    Every forward pass ends at the block: the layers behind it cost nothing.
+    """
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    with torch.no_grad(), _recorded(place, rows):
+        for batch in batches:
+            before = len(rows)
+            try:
+                model(**{name: value.to(model.device) for name, value in batch.items()})
+            except _BlockReached:
+                continue
+            if len(rows) == before:
+                raise ModelError("the forward pass never reached this block", where=place.path)
+    x, y, size = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    return x, y, size

@@ -1,0 +1,67 @@
+"""What the report says of a refinement."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from surgery.calibration.texts import label
+from surgery.models import loading
+from surgery.refining.packing import PackedWindows
+from surgery.refining.settings import RefineSettings
+from surgery.refining.training import Training
+
+
+def run_key(settings: RefineSettings, report: dict[str, Any], windows: PackedWindows, processes: int) -> dict[str, Any]:
+    """What an interrupted run must share with this one to be gone on with: settings, the twin's weights, the text."""
+    return {
+        **asdict(settings), "report_to": None, "checkpointing": None, "processes": processes,
+        "weights": report["verification"]["weights"],
+        "windows": hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest(),
+    }  # fmt: skip
+
+
+def record_of(
+    settings: RefineSettings, run: Training, ranges: dict[str, dict[str, int]], after: dict[str, Any]
+) -> dict[str, Any]:
+    """What the report says of the refinement; `after` is what the weights lose as they are stored."""
+    finite = [row for row in run.curve if math.isfinite(row["divergence"])]
+    first, best = run.curve[0], min(finite, key=lambda row: row["divergence"])
+    shown = {**asdict(settings), "report_to": list(map(str, settings.report_to))}
+    shown |= {name: Path(shown[name]).name for name in ("twin", "output")}
+    shown["text"] = [label(source) for source in settings.text]
+    return {
+        "options": _options(settings),
+        "settings": shown | {"teacher": loading.public_name(settings.teacher, loading.locate(settings.teacher)[2])},
+        "processes": run.accelerator.num_processes,
+        "trained_parameters": sum(value.numel() for value in run.trainable.values()),
+        "tokens_seen": run.tokens_seen,
+        "passes_over_the_text": round(run.tokens_seen / run.windows.ids.numel(), 2),
+        "held_out": ranges,
+        "seconds": round(run.seconds, 1),
+        "held_out_tokens": sum(len(part) * (part.ids.shape[1] - 1) for part in run.held.values()),
+        "lost_before": first["lost"],
+        "lost_after": after["lost"],
+        "best_step": best["step"],
+        "divergence_before": first["divergence"],
+        "divergence_after": after["divergence"],
+        "after": after,
+        "skipped_steps": run.skipped,
+        "curve": run.curve,
+        "losses": run.losses,
+    }
+
+
+def _options(settings: RefineSettings) -> str:
+    """What was chosen, as options of `surgery refine`."""
+    words = [f"--text {label(source)}" for source in settings.text]
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if value == field.default or field.name in ("twin", "teacher", "output", "text", "report_to"):
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        words.append(flag if value is True else f"{flag} {value}")
+    return " ".join(words)

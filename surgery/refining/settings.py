@@ -1,0 +1,159 @@
+"""What `surgery refine` can be told, and what of it can be wrong before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.calibration.texts import check_source
+from surgery.errors import ModelError, RecipeError, did_you_mean
+from surgery.models import loading
+from surgery.models.saved_blocks import saved_blocks
+from surgery.refining.parameters import SETS
+from surgery.refining.training import Schedule
+from surgery.saving.report import read_verified_report
+
+OBJECTIVES, PRECISIONS = ("kl", "local"), ("auto", "bf16", "float32")
+LORA = "lora"
+SHORTEST = 8  # tokens of a window
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    """What `surgery refine` does; the options of the same names.
+
+    Attributes:
+        text: training texts; each gives the same number of tokens, as far as it has them.
+        tokens, length: tokens to train on, in windows of this many; a shorter text is gone through again.
+        batch, accumulate: windows a forward pass and process, and forward passes a step.
+        train: coefficients, readout, block, all or lora.
+        lora_rank, lora_modules: rank of LoRA, and the modules it goes on (as peft takes them).
+        objective: kl (end to end) or local (every block by itself).
+        match: weight of the blocks' errors beside KL.
+        blend: share of the steps in which the blocks still write part of what the original's would.
+        rate, warmup, clip: peak learning rate, the share of the steps to reach it, the bound on the gradient's norm.
+        average: decay of the running mean of the weights, which is what is measured and saved; 0: the last weights.
+        anchor: norm penalty, the pull towards the weights the run started from.
+        temperature: T of the loss.
+        precision: of the forward passes in training; weights and measurements stay in float32.
+        checkpointing: compute activations again in the backward pass instead of keeping them.
+        shard: every process holds a part of every tensor (FSDP2), for models larger than one device.
+        validate_tokens, validate_every: held-out tokens, and steps between two looks at them.
+        patience: looks without improvement after which to stop; 0 never stops early.
+        control: train the original alike, on the text itself, and report it beside the twin.
+        report_to: trackers, by accelerate's names.
+    """
+
+    twin: str
+    teacher: str
+    output: str
+    text: tuple[str, ...] = ("python",)
+    tokens: int = 1_000_000
+    length: int = 256
+    batch: int = 4
+    accumulate: int = 2
+    train: str = "block"
+    lora_rank: int = 16
+    lora_modules: str = "all-linear"
+    objective: str = "kl"
+    match: float = 0.0
+    blend: float = 0.0
+    rate: float = 2e-4
+    warmup: float = 0.05
+    clip: float = 1.0
+    average: float = 0.98
+    anchor: float = 0.0
+    temperature: float = 1.0
+    precision: str = "auto"
+    checkpointing: bool = False
+    shard: bool = False
+    validate_tokens: int = 8192
+    validate_every: int = 50
+    patience: int = 0
+    seed: int = 0
+    control: bool = False
+    report_to: tuple[str, ...] = ()
+    teacher_revision: str | None = None
+
+
+def schedule_of(settings: RefineSettings, processes: int) -> Schedule:
+    a_step = settings.batch * settings.accumulate * processes * settings.length
+    return Schedule(
+        steps=max(1, settings.tokens // a_step), batch=settings.batch, accumulate=settings.accumulate,
+        rate=settings.rate, warmup=settings.warmup, clip=settings.clip, average=settings.average,
+        anchor=settings.anchor,
+        every=settings.validate_every, patience=settings.patience, seed=settings.seed,
+    )  # fmt: skip
+
+
+def check_refinement(settings: RefineSettings) -> None:
+    """What can be wrong before a model is loaded."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    report = read_verified_report(Path(settings.twin))
+    if report["form"] in ("silu", "onnx"):
+        raise RecipeError(f"the {report['form']} form cannot be refined", where=settings.twin, fix="refine its twin")
+    loading.load_config(settings.teacher, settings.teacher_revision)
+    twin: Any = loading.load_meta(settings.twin)[0]
+    config = twin.config.get_text_config()
+    if not twin.can_generate() or twin.config.is_encoder_decoder:
+        raise ModelError("only causal language models can be refined", where=type(twin).__name__)
+    most = getattr(config, "max_position_embeddings", None) or settings.length
+    if not SHORTEST <= settings.length <= most:
+        raise RecipeError(
+            f"{settings.length} is not from {SHORTEST} to {most}, the model's positions", where="--length"
+        )
+    if len({Path(source).name for source in settings.text}) < len(settings.text):
+        raise RecipeError("two texts of one name", where="--text", cause="the report tells them apart by their names")
+    for source in settings.text:
+        check_source(source)
+        if source == "auto" or source.endswith(".safetensors"):
+            raise RecipeError(f"{source!r} is no text", where="--text", fix="python, samples, hub:NAME or a text file")
+    positive = (
+        "tokens", "length", "batch", "accumulate", "rate", "clip", "temperature", "validate_tokens", "validate_every",
+        "lora_rank",
+    )  # fmt: skip
+    for name in positive:
+        if not getattr(settings, name) > 0:
+            raise RecipeError(f"{getattr(settings, name)} is not positive", where=f"--{name.replace('_', '-')}")
+    for name in ("average", "blend"):
+        if not 0 <= getattr(settings, name) < 1:
+            raise RecipeError(f"{getattr(settings, name)} is not from 0 up to, not including, 1", where=f"--{name}")
+    if settings.anchor < 0:
+        raise RecipeError(f"{settings.anchor} is below 0", where="--anchor")
+    if any(saved.routed for saved in saved_blocks(twin)) and (settings.objective == "local" or settings.blend):
+        raise RecipeError("experts cannot be refined block by block, or blended", fix="leave --objective and --blend")
+    choices = {"train": (*SETS, LORA), "objective": OBJECTIVES, "precision": PRECISIONS}
+    for name, known in choices.items():
+        value = getattr(settings, name)
+        if value not in known:
+            raise RecipeError(f"no {name} {value!r}{did_you_mean(value, known)}", fix=f"one of {', '.join(known)}")
+    if settings.train == LORA and settings.objective == "local":
+        raise RecipeError("local refinement trains blocks, not LoRA", fix="--train block, or --objective kl")
+    if settings.train == "all" and settings.objective == "local":
+        raise RecipeError("local refinement trains what is in blocks", fix="--train block, or --objective kl")
+    available = {str(name) for name in get_available_trackers()}
+    for tracker in settings.report_to:
+        if tracker not in available:
+            names = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            fix = f"pip install {tracker}" if tracker in LOGGER_TYPE_TO_CLASS else f"one of {names}"
+            raise RecipeError(f"the tracker {tracker!r} is not installed", where="--report-to", fix=fix)
+
+
+def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """bf16 where the processor multiplies it faster than float32, weights in float32 all the same."""
+    wanted = precision if precision != "auto" else ("bf16" if _fast_bf16(device) else "float32")
+    return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=wanted == "bf16")
+
+
+def _fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    look = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return device.type == "cpu" and look is not None and bool(look())

@@ -1,0 +1,80 @@
+"""What a refinement reads: training windows, and held-out ones that neither the conversion nor it has seen."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.calibration.samples import sample
+from surgery.calibration.texts import frame, label, tokenised
+from surgery.errors import CalibrationError
+from surgery.refining.packing import PackedWindows, cut_out, joined, pack, packable
+from surgery.refining.settings import RefineSettings
+from surgery.runtime.files import replacing
+
+
+def training_windows(
+    settings: RefineSettings, tokenizer: Any, report: dict[str, Any], teacher: Any, accelerator: Any, place: Path
+) -> tuple[dict[str, PackedWindows], PackedWindows, dict[str, dict[str, int]]]:
+    """Held-out windows by text, training windows, and which tokens of each text were held out of how many read.
+
+    Held out is, of every text, what follows the tokens that the conversion saw: unseen by both. All else is trained on.
+    What an earlier refinement held out of a text stays so.
+    """
+    used = report["calibration"]
+    measured = (report.get("perplexity") or {}).get("tokens", 0)
+    positions = packable(teacher)
+    held: dict[str, PackedWindows] = {}
+    train: list[PackedWindows] = []
+    ranges = dict((report.get("refinement") or {}).get("held_out", {}))
+    for source in settings.text:
+        name = label(source)
+        seen = used["tokens"] + measured if label(used["source"]) == name else 0
+        held_each = max(settings.length, settings.validate_tokens // len(settings.text))
+        if name in ranges:
+            seen, held_each = ranges[name]["begin"], ranges[name]["end"] - ranges[name]["begin"]
+        count = settings.tokens // len(settings.text) + seen + held_each
+        if source == "samples":
+            texts = _samples(settings, teacher, tokenizer, count, accelerator, place)
+        else:
+            texts = tokenised(source, tokenizer, count)
+        total = sum(len(text) for text in texts)
+        if total < seen + held_each:
+            raise CalibrationError(
+                f"of its {total:,} tokens the conversion saw {seen:,}; {held_each:,} unseen ones are to be held out",
+                where=source,
+                fix="give more text, another text, or a lower --validate-tokens",
+            )
+        rest, kept = cut_out(texts, seen, seen + held_each)
+        ranges[name] = {"begin": seen, "end": seen + held_each, "read": total}
+        held[name] = pack(kept, settings.length, tokenizer, positions)
+        train.append(pack(rest, settings.length, tokenizer, positions))
+    windows = joined(train)
+    a_step = settings.batch * settings.accumulate * accelerator.num_processes
+    if any(len(part) == 0 for part in held.values()) or len(windows) < a_step:
+        raise CalibrationError(
+            f"{windows.ids.numel():,} tokens are too few: a step takes {a_step} windows of {settings.length}",
+            where=", ".join(settings.text),
+            fix="give more text, or lower --length, --batch, --accumulate or --validate-tokens",
+        )
+    return held, windows, ranges
+
+
+def _samples(
+    settings: RefineSettings, teacher: Any, tokenizer: Any, count: int, accelerator: Any, place: Path
+) -> list[list[int]]:
+    """The original's own texts, drawn once and kept beside the run's state."""
+    made_of = f"{settings.teacher} {settings.teacher_revision} {settings.seed} {settings.length} {count}"
+    file = place / f"samples-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.pt"
+    if accelerator.is_main_process and not file.is_file():
+        torch.manual_seed(settings.seed)
+        drawn = sample(teacher, tokenizer, -(-count // settings.length), settings.length)
+        with replacing(file) as temporary:
+            torch.save(drawn, temporary)
+    accelerator.wait_for_everyone()
+    before, _ = frame(tokenizer)  # it is put before every piece again when windows are packed
+    rows: list[list[int]] = torch.load(file, weights_only=True).tolist()
+    return [row[len(before) :] if row[: len(before)] == before else row for row in rows]

@@ -1,0 +1,73 @@
+"""`--nproc`: starts several processes of this package on this machine, which join one group."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+
+from surgery.errors import SurgeryError
+
+MARK = "POLYSURGERY_LAUNCHED"  # set in what --nproc starts, so that it does not start more
+
+
+def started() -> bool:
+    """Whether a launcher (ours, `accelerate launch` or torchrun) has started this process already."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 or MARK in os.environ
+
+
+def relaunch(count: int, arguments: Sequence[str]) -> int:
+    """Runs `surgery ARGUMENTS` in `count` processes on this machine, which accelerate then joins; the exit code.
+
+    What `accelerate launch` does on GPUs, on CPU too (where it starts one process only), and with exit codes kept: the
+    first process to fail ends the others, and its error is the only one shown. Threads are shared out.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus and count > gpus:
+        raise SurgeryError(f"{count} processes on {gpus} GPUs", where="--nproc", fix=f"at most {gpus}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ, MARK: "1",
+        "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        quiet = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(count - 1)]
+        started_here = [
+            subprocess.Popen(
+                [sys.executable, "-m", "surgery", *arguments],
+                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stderr=None if rank == 0 else quiet[rank - 1],
+            )
+            for rank in range(count)
+        ]
+        try:
+            failed = _first_failure(started_here)
+        finally:
+            for process in started_here:
+                process.terminate()
+                process.wait()
+        if failed:
+            quiet[failed - 1].seek(0)
+            sys.stderr.write(quiet[failed - 1].read())
+        return 0 if failed is None else started_here[failed].returncode
+
+
+def _first_failure(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Waits until all have ended well (None), or one has not (its rank)."""
+    while True:
+        codes = [process.poll() for process in processes]
+        for rank, code in enumerate(codes):
+            if code:
+                return rank
+        if all(code == 0 for code in codes):
+            return None
+        time.sleep(0.1)

@@ -1,0 +1,97 @@
+"""What a conversion did, as it is printed, recorded in `surgery.json` and read back."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import CheckpointError
+from surgery.runtime.files import sha256, write_json
+from surgery.saving.folder import REPORT
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did; `as_dict` is what `surgery.json` holds.
+
+    Attributes:
+        form: native or custom.
+        blocks: one dict per converted block (R² in and out of sample, ridge, condition, sinks, seconds).
+        left_alone: (path, reason) for what was not converted.
+        perplexity: before, after, nats lost and the tokens measured on; None where not measured.
+        budget: what each block costs and what was chosen, where a budget was given.
+    """
+
+    recipe: dict[str, Any]
+    source: dict[str, Any]
+    calibration: dict[str, Any]
+    form: str
+    blocks: tuple[dict[str, Any], ...]
+    left_alone: tuple[tuple[str, str], ...]
+    perplexity: dict[str, Any] | None
+    seconds: dict[str, float]
+    budget: dict[str, Any] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        import torch
+        import transformers
+
+        from surgery.version import __version__
+
+        return {
+            "format": 1,
+            "recipe": self.recipe,
+            "source": self.source,
+            "versions": {
+                "polysurgery": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+            "calibration": self.calibration,
+            "form": self.form,
+            "perplexity": self.perplexity,
+            "seconds": self.seconds,
+            **({} if self.budget is None else {"budget": self.budget}),
+            "left_alone": [{"path": path, "reason": reason} for path, reason in self.left_alone],
+            "blocks": list(self.blocks),
+        }
+
+
+def read_report(folder: str | Path) -> dict[str, Any]:
+    """`surgery.json` of a saved twin."""
+    report: dict[str, Any] = json.loads((Path(folder) / REPORT).read_text(encoding="utf-8"))
+    return report
+
+
+def write_report(folder: Path, report: Mapping[str, Any], seen: Mapping[str, Any]) -> None:
+    """`surgery.json`, with what the verification saw and the weights it saw it of."""
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.onnx*")]
+    weights = {file.name: sha256(file) for file in sorted(files)}
+    write_json(folder / REPORT, {**report, "verification": {**seen, "weights": weights}})
+
+
+def read_verified_report(folder: Path) -> dict[str, Any]:
+    """`surgery.json` of a finished, verified twin. Raises CheckpointError for anything else."""
+    if not (folder / "config.json").is_file() or not (folder / REPORT).is_file():
+        raise CheckpointError(
+            "not a finished twin",
+            where=str(folder),
+            cause=f"it holds no config.json or no {REPORT}: another folder, or an interrupted conversion",
+            fix="name the folder that `surgery convert -o` wrote",
+        )
+    try:
+        report: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{REPORT} cannot be read: {error}", where=str(folder)) from error
+    if not report.get("verification", {}).get("verified"):
+        raise CheckpointError(
+            "this twin was never reloaded and compared, or the comparison failed",
+            where=str(folder),
+            fix="convert again; saving verifies the twin in a fresh process",
+        )
+    return report

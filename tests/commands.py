@@ -1,0 +1,21 @@
+"""The command line in this process: a real process for each call costs seconds that most tests have no use for."""
+
+import contextlib
+import io
+import subprocess
+import sys
+from unittest import mock
+
+from surgery.cli.main import main
+
+
+def surgery(*arguments) -> subprocess.CompletedProcess:
+    """`surgery ARGUMENTS`: its exit code and what it printed, as a shell would see them."""
+    words = ["surgery", *map(str, arguments)]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(sys, "argv", words):
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code or 0
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())

@@ -1,0 +1,162 @@
+"""A twin in other forms: SwiGLU of twice the width, and what it adds to its original."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import surgery
+from surgery.errors import ModelError
+from surgery.models import delta
+from surgery.publishing.delta import export_delta, export_full
+from surgery.publishing.silu import as_silu, export_silu
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """A native and a custom twin of a tiny Llama."""
+    folder = tmp_path_factory.mktemp("export")
+    tiny.save_with_tokenizer("llama", folder / "base")
+    for name, degree in (("native", 2), ("custom", 3)):
+        surgery.convert(
+            folder / "base",
+            output=folder / name,
+            degree=degree,
+            calibration="python",
+            tokens=4096,
+            length=32,
+            measure=0,
+        )
+    return folder
+
+
+def test_the_silu_form_is_the_same_function(twins, tmp_path, ids):
+    twin = surgery.load(str(twins / "native"))
+    wide = as_silu(twin)
+    assert wide.config.hidden_act == "silu"
+    with torch.no_grad():
+        torch.testing.assert_close(wide(input_ids=ids).logits, twin(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    seen = export_silu(twins / "native", tmp_path / "silu")
+    assert seen["difference"] < 1e-5
+    from surgery.publishing.card import render_card
+
+    assert "trust_remote_code" not in render_card(tmp_path / "silu").text
+    with pytest.raises(ModelError, match="SiLU form"):
+        export_silu(twins / "custom", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """Twins of two shapes of block whose readout was kept, in the precisions that are stored."""
+    folder = tmp_path_factory.mktemp("kept")
+    for kind, dtype in (("llama", "float32"), ("llama", "bfloat16"), ("gpt2", "float32"), ("phi3", "float32")):
+        base = folder / f"{kind}-{dtype}"
+        tiny.make(kind).to(getattr(torch, dtype)).save_pretrained(base)
+        texts = [
+            {"input_ids": torch.randint(3, 60, (4, 32), generator=torch.Generator().manual_seed(n))} for n in range(8)
+        ]
+        surgery.convert(
+            base, calibration=texts, output=f"{base}-twin", degree=3, readout="keep", form="custom", measure=0
+        )
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llama-float32", "llama-bfloat16", "gpt2-float32", "phi3-float32"])
+def test_a_delta_is_small_and_gives_every_bit_of_the_twin(kept, tmp_path, name):
+    twin, base, out = kept / f"{name}-twin", kept / name, tmp_path / "delta"
+    done = subprocess.run(
+        [sys.executable, "-m", "surgery", "export", twin, "-o", out, "--form", "delta", "--base", base],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (out / "delta.safetensors").stat().st_size < (twin / "model.safetensors").stat().st_size / 5
+    assert not list(out.glob("model*.safetensors"))
+    again = subprocess.run(
+        [sys.executable, "-m", "surgery", "export", out, "-o", tmp_path / "full", "--form", "full", "--base", base],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    from safetensors.torch import load_file
+
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (twin, tmp_path / "full"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in ours)
+    assert (twin / "config.json").read_text() == (tmp_path / "full" / "config.json").read_text()
+
+
+def test_a_delta_stores_whole_what_training_changed(kept, tmp_path, ids):
+    twin = surgery.load(kept / "llama-float32-twin")
+    with torch.no_grad():
+        twin.model.layers[0].self_attn.q_proj.weight.mul_(1.1)
+        twin.model.layers[1].mlp.down_proj.weight.add_(0.01)
+    found = delta.difference(twin, surgery.load(kept / "llama-float32"))
+    whole = {key for key in found.tensors if key.startswith("full:") and key.endswith("weight")}
+    assert whole == {"full:model.layers.0.self_attn.q_proj.weight", "full:model.layers.1.mlp.down_proj.weight"}
+
+
+def test_what_a_delta_refuses(kept, twins, tmp_path, ids):
+    base, out = kept / "llama-float32", tmp_path / "delta"
+    export_delta(kept / "llama-float32-twin", out, str(base))
+    with torch.no_grad():
+        assert torch.equal(surgery.load(out, base=str(base))(ids).logits, surgery.load(f"{base}-twin")(ids).logits)
+    with pytest.raises(ModelError, match="not on the Hub"):
+        surgery.load(out)
+    changed = tiny.make("llama")
+    with torch.no_grad():
+        changed.model.norm.weight[0].add_(1e-3)
+    changed.save_pretrained(tmp_path / "changed")
+    with pytest.raises(ModelError, match="not those this delta was taken from"):
+        surgery.load(out, base=str(tmp_path / "changed"))
+    with pytest.raises(ModelError, match="--form custom"):
+        export_delta(twins / "native", tmp_path / "none", str(twins / "base"))
+    with pytest.raises(ModelError, match="not a delta"):
+        export_full(twins / "native", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    plain = (
+        f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(out)!r}, trust_remote_code=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", plain, out], capture_output=True, text=True, check=False)
+    assert "surgery export" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["native", "custom"])
+def test_onnxruntime_computes_the_twin_without_a_nonlinearity_in_its_blocks(twins, tmp_path, name):
+    pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    done = subprocess.run(
+        [sys.executable, "-m", "surgery", "export", twins / name, "-o", tmp_path / "out", "--form", "onnx"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    operators = {node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node}
+    assert not operators & {"Sigmoid", "Tanh", "Erf", "Relu", "Gelu", "HardSigmoid", "Swish"}
+    assert "MatMul" in done.stdout
+    from surgery.publishing.card import render_card
+    from surgery.saving.report import read_verified_report
+
+    assert "onnxruntime.InferenceSession" in render_card(tmp_path / "out").text
+    assert "model.onnx" in read_verified_report(tmp_path / "out")["verification"]["weights"]
+    original = surgery.load(twins / "base")
+    assert "Sigmoid" in _operators(original), "the control: the original's activation is in its graph"
+
+
+def _operators(model):
+    from surgery.publishing.onnx import _Outputs
+
+    ids = torch.arange(3, 19)[None]
+    program = torch.onnx.export(_Outputs(model).eval(), (ids,), dynamo=True, verbose=False)
+    return {node.op_type for node in program.model.graph}
+
+
+def test_a_graph_that_computes_something_else_is_not_kept(twins, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    from surgery.publishing import onnx
+    from surgery.publishing.onnx import export_onnx
+
+    monkeypatch.setattr(onnx, "TOLERANCE", 0.0)
+    with pytest.raises(ModelError, match="computes something else"):
+        export_onnx(twins / "native", tmp_path / "out")
+    assert not any(tmp_path.iterdir())

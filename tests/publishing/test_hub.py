@@ -1,0 +1,308 @@
+"""Publishing: the card, the upload through huggingface_hub to a local Hub, and loading back without this package."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import surgery
+from surgery.errors import CheckpointError
+from surgery.models import loading
+from surgery.publishing.card import card, render_card
+from surgery.publishing.hub import plan_push
+from tests import tiny
+from tests.hub_server import Hub
+
+LOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert "surgery" not in sys.modules
+name, trust = sys.argv[1], sys.argv[2] == "trust"
+options = {"trust_remote_code": True} if trust else {}
+model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
+AutoTokenizer.from_pretrained(name)
+ids = torch.arange(3, 19)[None]
+with torch.no_grad():
+    print(model(input_ids=ids).logits.double().abs().sum().item())
+"""
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """A native and a custom twin of a tiny Llama."""
+    folder = tmp_path_factory.mktemp("publish")
+    tiny.save_with_tokenizer("llama", folder / "base")
+    settings = {"calibration": "python", "tokens": 4096, "length": 32, "measure": 512}
+    for name, degree in (("native", 2), ("custom", 3)):
+        surgery.convert(folder / "base", output=folder / name, degree=degree, **settings)
+    return folder
+
+
+@pytest.fixture
+def server():
+    found = Hub()
+    yield found
+    found.shutdown()
+
+
+def environment(server, home, token="hf_right"):
+    """Of a process that talks to the local Hub only, with a login of its own and nothing cached."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    return kept | {
+        "HF_ENDPOINT": server.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+        **({"HF_TOKEN": token} if token else {}), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+    }  # fmt: skip
+
+
+def run(server, home, *arguments, token="hf_right"):
+    command = [sys.executable, "-m", "surgery", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment(server, home, token))
+
+
+def load_elsewhere(name, server, home, trust=""):
+    """What a process without this package gets: the sum of the logits, or the error."""
+    code = [sys.executable, "-c", LOAD, str(name), trust]
+    return subprocess.run(
+        code, capture_output=True, text=True, check=False, cwd=home, env=environment(server, home) | {"PYTHONPATH": ""}
+    )
+
+
+def expected(folder):
+    with torch.no_grad():
+        return surgery.load(str(folder))(input_ids=torch.arange(3, 19)[None]).logits.double().abs().sum().item()
+
+
+@pytest.mark.parametrize(("name", "trust"), [("native", ""), ("custom", "trust")])
+def test_push_and_load_back(twins, server, tmp_path, name, trust):
+    pushed = run(server, tmp_path, "push", twins / name, "me/twin", "--base-model", "them/base", "--license", "mit")
+    assert pushed.returncode == 0, pushed.stderr
+    files = server.files("me/twin")
+    assert files["model.safetensors"] == (twins / name / "model.safetensors").read_bytes()
+    front = yaml.safe_load(files["README.md"].decode().split("---")[1])
+    assert front["base_model"] == "them/base"
+    assert front["license"] == "mit"
+    assert "hf_right" not in pushed.stdout + pushed.stderr
+    assert not any(b"hf_right" in content for content in files.values())
+    got = load_elsewhere("me/twin", server, tmp_path, trust)
+    assert got.returncode == 0, got.stderr
+    assert float(got.stdout.split()[-1]) == pytest.approx(expected(twins / name), rel=1e-6)
+
+
+def test_a_delta_is_published_and_applied_to_its_original(twins, server, tmp_path):
+    surgery.convert(
+        twins / "base", output=tmp_path / "kept", degree=3, readout="keep", calibration="python", tokens=2048, length=32
+    )
+    made = run(server, tmp_path, "export", tmp_path / "kept", "-o", tmp_path / "delta", "--form", "delta", "--base",
+               twins / "base")  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    pushed = run(
+        server, tmp_path, "push", tmp_path / "delta", "me/delta", "--base-model", "them/base", "--license", "mit"
+    )
+    assert pushed.returncode == 0, pushed.stderr
+    assert "delta.safetensors" in server.files("me/delta")
+    assert "model.safetensors" not in server.files("me/delta")
+    code = "import surgery, sys, torch; m = surgery.load('me/delta', base=sys.argv[1]); "
+    code += "print(m(input_ids=torch.arange(3, 19)[None]).logits.double().abs().sum().item())"
+    got = subprocess.run(
+        [sys.executable, "-c", code, twins / "base"], capture_output=True, text=True, check=False,
+        env=environment(server, tmp_path),
+    )  # fmt: skip
+    assert got.returncode == 0, got.stderr
+    assert float(got.stdout.split()[-1]) == pytest.approx(expected(tmp_path / "kept"), rel=1e-9)
+
+
+@pytest.mark.parametrize("first", ["import surgery; from transformers import AutoModelForCausalLM as A",
+                                   "from transformers import AutoModelForCausalLM as A; import surgery"])  # fmt: skip
+def test_with_this_package_imported_no_trust_is_needed(twins, first):
+    code = f"{first}; print(type(A.from_pretrained({str(twins / 'custom')!r})).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "PolynomialLlamaForCausalLM", done.stderr
+
+
+def test_a_custom_twin_refuses_loudly_without_trust(twins, server, tmp_path):
+    got = load_elsewhere(twins / "custom", server, tmp_path)
+    assert got.returncode != 0
+    assert "trust_remote_code" in got.stderr or "polynomial_twin" in got.stderr
+
+
+def test_an_interrupted_upload_goes_on_and_server_errors_are_retried(twins, server, tmp_path):
+    server.fail("POST .*/commit/", 500, times=100)
+    failed = run(server, tmp_path, "push", twins / "native", "me/twin")
+    assert failed.returncode == 2
+    assert "push again" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert server.objects, "the weights have landed, the commit has not"
+    server.failures.clear()
+    server.log.clear()
+    server.fail("POST .*/preupload/", 503, times=1)
+    again = run(server, tmp_path, "push", twins / "native", "me/twin")
+    assert again.returncode == 0, again.stderr
+    assert not any(line.startswith("PUT") for line in server.log), "nothing is sent twice"
+
+
+@pytest.mark.parametrize(
+    ("token", "failure", "words"),
+    [
+        (None, None, "hf auth login"),
+        ("hf_wrong", None, "hf auth login"),
+        ("hf_right", ("POST /api/repos/create", 403), "write access"),
+        ("hf_right", ("POST .*/commit/", 409), "push again"),
+    ],
+)
+def test_refusals_of_the_hub_are_clear(twins, server, tmp_path, token, failure, words):
+    if failure:
+        server.fail(*failure, times=100)
+    refused = run(server, tmp_path, "push", twins / "native", "me/twin", token=token)
+    assert refused.returncode == 2, refused.stderr
+    assert words in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert str(token) not in refused.stderr
+
+
+def test_what_landed_is_compared(twins, server, tmp_path):
+    server.corrupt = True
+    pushed = run(server, tmp_path, "push", twins / "native", "me/twin")
+    assert pushed.returncode == 2
+    assert "differs from what was sent" in pushed.stderr
+
+
+def test_branches_and_pull_requests(twins, server, tmp_path):
+    assert run(server, tmp_path, "push", twins / "native", "me/twin", "--revision", "v2").returncode == 0
+    assert "model.safetensors" in server.files("me/twin", "v2")
+    assert "model.safetensors" not in server.files("me/twin")
+    asked = run(server, tmp_path, "push", twins / "native", "me/twin", "--create-pr")
+    assert asked.returncode == 0, asked.stderr
+    assert "discussions/1" in asked.stdout
+
+
+def test_a_dry_run_touches_nothing(twins, server, tmp_path):
+    before = sorted(path.name for path in (twins / "custom").iterdir())
+    shown = run(server, tmp_path, "push", twins / "custom", "me/twin", "--dry-run", token=None)
+    assert shown.returncode == 0, shown.stderr
+    assert "modeling_polynomial.py" in shown.stdout
+    assert "degree 3" in shown.stdout
+    assert "missing from the card" in shown.stderr
+    assert not any(line.startswith(("POST", "PUT")) for line in server.log)
+    assert sorted(path.name for path in (twins / "custom").iterdir()) == before
+
+
+def test_only_finished_verified_twins_are_pushed(twins, tmp_path):
+    import shutil
+
+    with pytest.raises(CheckpointError, match="not a finished twin"):
+        plan_push(twins / "base", "me/twin")
+    shutil.copytree(twins / "native", tmp_path / "changed")
+    report = tmp_path / "changed" / "surgery.json"
+    content = bytearray((tmp_path / "changed" / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "changed" / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="not those that were verified"):
+        plan_push(tmp_path / "changed", "me/twin")
+    known = json.loads(report.read_text())
+    known["verification"]["verified"] = False
+    report.write_text(json.dumps(known))
+    with pytest.raises(CheckpointError, match="never reloaded"):
+        plan_push(tmp_path / "changed", "me/twin")
+
+
+def test_the_card_tells_what_the_reports_say(twins, tmp_path):
+    import shutil
+
+    folder = tmp_path / "twin"
+    shutil.copytree(twins / "native", folder)
+    bare = render_card(folder)
+    assert "No evaluation was run" in bare.text
+    assert len(bare.missing) == 3
+    from evals.evaluation import measure
+    from evals.memo import Memo
+    from evals.report import write_evaluation
+    from evals.settings import EvalSettings
+
+    given = {"twin": str(folder), "original": str(twins / "base"), "tokens": 1024, "window": 32, "speed": False}
+    found = measure(EvalSettings(**given), Memo(None))
+    write_evaluation(found, folder / "evaluation")
+    made = card(folder, base_model="them/base", licence="apache-2.0")
+    assert made.missing == ()
+    assert f"{found['text']['perplexity']['twin']:.3f}" in made.text
+    assert "evaluation/blocks.png" in made.text
+    assert (folder / "evaluation" / "blocks.png").read_bytes().startswith(b"\x89PNG")
+    assert "silently wrong" in made.text
+    assert (folder / "README.md").read_text() == made.text
+    from huggingface_hub import ModelCard
+
+    assert ModelCard(made.text).data.to_dict()["base_model"] == "them/base"
+    recipe = made.text.split("```yaml\n")[1].split("```")[0]
+    from surgery.conversion.recipe import load_recipe
+
+    assert load_recipe(None, yaml.safe_load(recipe)).degree == 2
+
+
+GOLDEN = Path(__file__).parents[1] / "data" / "twin-format-1"
+
+
+def test_twins_of_format_1_keep_loading():
+    """A checkpoint written by version 0.1.0, with the outputs it had then."""
+    from safetensors.torch import load_file
+
+    probe = load_file(GOLDEN / "probe" / "probe.safetensors")
+    with torch.no_grad():
+        found = surgery.load(str(GOLDEN))(input_ids=probe["input_ids"]).logits
+    torch.testing.assert_close(found, probe["logits"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_twin_does_what_models_do(twins, ids, tmp_path):
+    """generate with a cache, padded batches, bfloat16, gradients, peft, torch's copy and save again."""
+    for name in ("native", "custom"):
+        twin = surgery.load(str(twins / name))
+        prompt = ids[:1, :8]
+        cached = twin.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=True)
+        assert torch.equal(cached, twin.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=False))
+        mask = torch.ones_like(ids[:2])
+        mask[1, :5] = 0
+        place = (mask.cumsum(-1) - 1).clamp_min(0)
+        with torch.no_grad():
+            padded = twin(input_ids=ids[:2], attention_mask=mask, position_ids=place).logits[1, 5:]
+            alone = twin(input_ids=ids[1:2, 5:]).logits[0]
+        torch.testing.assert_close(padded, alone, rtol=1e-3, atol=1e-3)
+        twin(input_ids=ids[:2], labels=ids[:2]).loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in twin.parameters() if p.requires_grad)
+        twin.save_pretrained(tmp_path / name)
+        again = surgery.load(str(tmp_path / name))
+        with torch.no_grad():
+            assert torch.equal(again(input_ids=ids[:2]).logits, twin(input_ids=ids[:2]).logits)
+        low = surgery.load(str(twins / name), dtype="bfloat16")
+        with torch.no_grad():
+            close = torch.nn.functional.cosine_similarity(
+                low(input_ids=ids[:2]).logits.float(), twin(input_ids=ids[:2]).logits, dim=-1
+            )
+        assert close.min() > 0.99
+
+
+@pytest.mark.parametrize("name", ["native", "custom"])
+def test_pipelines_device_maps_and_compiling(twins, ids, name):
+    import transformers
+
+    twin = loading.load(str(twins / name), device_map="auto")
+    with torch.no_grad():
+        plain = surgery.load(str(twins / name))(input_ids=ids[:2]).logits
+        assert torch.equal(twin.model(input_ids=ids[:2]).logits, plain)
+        compiled = torch.compile(twin.model, backend="aot_eager")
+        torch.testing.assert_close(compiled(input_ids=ids[:2]).logits, plain)
+    write = transformers.pipeline("text-generation", model=twin.model, tokenizer=twin.tokenizer)
+    assert write("the quick brown", max_new_tokens=4, do_sample=False)[0]["generated_text"].startswith("the quick")
+
+
+@pytest.mark.parametrize("name", ["native", "custom"])
+def test_peft_puts_lora_on_a_twin(twins, ids, name):
+    peft = pytest.importorskip("peft")
+    twin = surgery.load(str(twins / name))
+    config = peft.LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM")
+    tuned = peft.get_peft_model(twin, config)
+    tuned(input_ids=ids[:2], labels=ids[:2]).loss.backward()
+    grads = [p.grad for n, p in tuned.named_parameters() if "lora_B" in n]
+    assert grads and all(grad is not None and grad.abs().sum() > 0 for grad in grads)
