@@ -57,10 +57,12 @@ def measure(tokens: int, width: int, depth: int, degree: int) -> dict:
     seconds, peak = report.seconds["convert"], peak_mib()
     second = forward()
     return {
-        "ratio": seconds / ((first + second) / 2), "seconds": seconds, "forward": (first, second),
+        "ratio": seconds / ((first + second) / 2),
+        "seconds": seconds,
+        "forward": (first, second),
         "peak_mib_above_forward": peak - before,
         "model_mib": sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20,
-    }  # fmt: skip
+    }
 
 
 def plot(rows: list[dict], file: str) -> None:

@@ -17,7 +17,6 @@ from torch.utils.benchmark import Timer
 import surgery
 from evals.speed import compare_speed
 from surgery.errors import RecipeError
-from surgery.models.loading import load
 
 FORMS = (
     ("native, degree 2", {"degree": 2, "form": "native"}),
@@ -30,7 +29,7 @@ def pairs(name: str, dtype: str):
     """(form, original, twin, paths of the blocks) of every form that the architecture has."""
     ids = torch.randint(100, 1000, (4, 128), generator=torch.Generator().manual_seed(0))
     for form, settings in FORMS:
-        original, model = (load(name, dtype=dtype).model for _ in range(2))
+        original, model = (surgery.load(name, dtype=dtype) for _ in range(2))
         try:
             twin, report = surgery.convert(model, calibration=ids, assume="standard", length=128, **settings)
         except RecipeError:

@@ -14,7 +14,7 @@ import torch
 import surgery
 from surgery.calibration.texts import tokens_of
 from surgery.losses import perplexity
-from surgery.models.loading import load
+from surgery.models import loading
 
 WINDOW = 512
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--plot")
     options = parser.parse_args()
     sizes, degrees = ([int(part) for part in given.split(",")] for given in (options.sizes, options.degrees))
-    original = load(options.model)
+    original = loading.loaded(options.model)
     ids = tokens_of(options.text, original.tokenizer, max(sizes) + options.measure)
     assert len(ids) == max(sizes) + options.measure, f"the text has {len(ids)} tokens only"
     unseen = [{"input_ids": part} for part in ids[max(sizes) :].view(-1, WINDOW).split(4)]

@@ -17,14 +17,14 @@ from surgery.blocks.find import survey
 from surgery.calibration.texts import tokens_of
 from surgery.calibration.windows import sequences
 from surgery.losses import perplexity
-from surgery.models.loading import load
+from surgery.models import loading
 
 MEASURED, LENGTH = 4096, 512
 
 
 def pruned(name: str, share: float):
     """The original with its largest units."""
-    model = load(name).model
+    model = surgery.load(name)
     with torch.no_grad():
         for block in survey(model).blocks:
             gate, up = (model.get_submodule(path) for path in block.first)
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--shares", type=float, nargs="*", default=[1.0, 0.75, 0.5])
     options = parser.parse_args()
-    loaded = load(options.model)
+    loaded = loading.loaded(options.model)
     ids = tokens_of(options.text, loaded.tokenizer, options.tokens + MEASURED)
     fit, fresh = sequences(ids[: options.tokens], LENGTH), sequences(ids[options.tokens :], LENGTH)
     batches = [{"input_ids": rows} for rows in fresh.split(4)]
@@ -52,7 +52,7 @@ def main() -> None:
     rows = []
     print(f"{'units':>6}{'parameters':>14}{'twin, nats':>12}{'magnitude, nats':>17}{'prefill':>9}{'decode':>8}")
     for share in options.shares:
-        twin, _ = surgery.convert(load(options.model).model, calibration=fit, units=share, quiet=False)
+        twin, _ = surgery.convert(surgery.load(options.model), calibration=fit, units=share, quiet=False)
         speed = compare_speed(loaded.model, twin)
         row = {
             "share": share,

@@ -23,12 +23,13 @@ from torch import Tensor
 from surgery.blocks.block import Block
 from surgery.blocks.experts import folded
 from surgery.blocks.parts import attribute
+from surgery.closed_form import sinks
 from surgery.closed_form.moments import InputMoments
 from surgery.closed_form.ridge import RidgeSums, ridge_path
+from surgery.runtime.hooks import hooked
 from surgery.runtime.weights_on_disk import device_of
 
 GAUSSIAN_TOKENS = 4096
-MASSIVE = 20.0  # an output this many times the median is an attention sink's
 AFFINE_RIDGES = (1e-4, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 DISAGREEMENT = 2.0  # FVU on text and under the Gaussian further apart than this are pointed out
 
@@ -58,14 +59,17 @@ class BlockSums:
 
     def __add__(self, other: BlockSums) -> BlockSums:
         return BlockSums(
-            self.fit + other.fit, self.score + other.score, self.residual + other.residual,
-            self.sinks + other.sinks, self.sink_error + other.sink_error,
-        )  # fmt: skip
+            self.fit + other.fit,
+            self.score + other.score,
+            self.residual + other.residual,
+            self.sinks + other.sinks,
+            self.sink_error + other.sink_error,
+        )
 
     def add_rows(self, x: Tensor, truth: Tensor, found: Tensor, even: Tensor) -> None:
         """Adds tokens: inputs (n, d), both outputs (n, o), and which are of even windows."""
         size, wrong = truth.norm(dim=-1), (found - truth).norm(dim=-1)
-        sink = size > MASSIVE * size.median()
+        sink = ~sinks.ordinary(size)
         self.sinks.add_(sink.sum().cpu())
         self.sink_error.add_((wrong[sink] / size[sink]).sum().double().cpu())
         self.residual.add_(wrong[~sink].double().square().sum().cpu())
@@ -90,11 +94,8 @@ def _watched(
     for block in blocks:
         handles.append(attribute(model, block.entry).register_forward_pre_hook(enter(block)))
         handles.append(attribute(model, block.exit).register_forward_hook(leave(block)))
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def block_sums(
@@ -154,7 +155,7 @@ def block_rows(
 
 def _gaussian_fvu(original: Any, twin: Any, block: Block, sums: RidgeSums, seed: int) -> float:
     gram = sums.full_gram()
-    x = InputMoments(float(sums.weight), gram[-1, :-1], gram[:-1, :-1]).draw(GAUSSIAN_TOKENS, seed)
+    x = InputMoments(float(sums.weight), gram[-1, :-1], gram[:-1, :-1]).sample(GAUSSIAN_TOKENS, seed)
 
     def answer(model: Any) -> Tensor:
         return block.function(model)(x.to(device_of(model), model.dtype)).double().cpu()

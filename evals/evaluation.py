@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import platform
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,6 +27,7 @@ from surgery.blocks.find import survey
 from surgery.errors import EvaluationError
 from surgery.models import loading
 from surgery.runtime import processes, weights_on_disk
+from surgery.runtime.stopwatch import Stopwatch
 from surgery.saving.report import read_report
 
 FORMAT = 1
@@ -77,22 +77,21 @@ def evaluate(
 
 def measure(settings: EvalSettings, memo: Memo, quiet: bool = True) -> dict[str, Any] | None:
     """What :func:`evaluate` gives back, for settings that were checked."""
-    started = time.monotonic()
+    watch = Stopwatch()
     manager = harness.task_manager(settings.task_settings.include_path) if settings.tasks else None
     tasks = harness.resolve_tasks(manager, settings.tasks) if manager else []
-    pair = _guarded(lambda: _load(settings), "--dtype bfloat16, or --device-map auto or disk")
+    with watch.timing("load"):
+        pair = _guarded(lambda: _load(settings), "--dtype bfloat16, or --device-map auto or disk")
     if tasks and not pair.causal:
         raise EvaluationError(
             "lm-eval tasks need a causal language model", where=settings.twin, fix="leave --tasks out"
         )
     text = _read(settings, pair) if pair.causal else None
-    seconds = {"load": round(time.monotonic() - started, 2)}
     report: dict[str, Any] = {"format": FORMAT}
 
     def stage(name: str, measured: Callable[[], Any]) -> None:
-        begun = time.monotonic()
-        report[name] = measured()
-        seconds[name] = round(time.monotonic() - begun, 2)
+        with watch.timing(name):
+            report[name] = measured()
 
     if text is not None:
         stage("text", lambda: _text(settings, pair, text, memo, quiet))
@@ -110,7 +109,7 @@ def measure(settings: EvalSettings, memo: Memo, quiet: bool = True) -> dict[str,
         "settings": asdict(settings) | {"processes": processes.count()},
         "models": _models(settings, pair),
         "reused": sorted(set(memo.reused)),
-        "seconds": seconds,
+        "seconds": watch.seconds,
         "versions": _versions(),
     }
 
@@ -118,8 +117,8 @@ def measure(settings: EvalSettings, memo: Memo, quiet: bool = True) -> dict[str,
 def _load(settings: EvalSettings) -> _Pair:
     place: Any = weights_on_disk.ON_DISK if settings.device_map == "disk" else settings.device_map
     options: dict[str, Any] = {"dtype": settings.dtype, "device_map": place}
-    original = loading.load(settings.original, settings.original_revision, **options)
-    twin = loading.load(settings.twin, settings.revision, **options)
+    original = loading.loaded(settings.original, settings.original_revision, **options)
+    twin = loading.loaded(settings.twin, settings.revision, **options)
     models: list[Any] = [original.model, twin.model]
     causal = all(map(loading.is_causal, models))
     if settings.device_map is None and torch.cuda.is_available():
@@ -144,10 +143,8 @@ def _read(settings: EvalSettings, pair: _Pair) -> MeasuredText:
     tokenizer = pair.original.tokenizer or pair.twin.tokenizer
     network: Any = pair.original.model
     limit = getattr(network.config.get_text_config(), "max_position_embeddings", None) or settings.window
-    return read(
-        settings.text, tokenizer, tokens=settings.tokens, length=min(settings.window, limit), stride=settings.stride,
-        skip=settings.skip,
-    )  # fmt: skip
+    where: dict[str, Any] = {"tokens": settings.tokens, "stride": settings.stride, "skip": settings.skip}
+    return read(settings.text, tokenizer, length=min(settings.window, limit), **where)
 
 
 def _text(settings: EvalSettings, pair: _Pair, text: MeasuredText, memo: Memo, quiet: bool) -> dict[str, Any] | None:
@@ -189,10 +186,8 @@ def _guarded(measure: Callable[[], Any], fix: str = "lower --batch or --window, 
 def _inputs(settings: EvalSettings, pair: _Pair, tokens: int) -> list[dict[str, torch.Tensor]]:
     from surgery.calibration.inputs import calibration_inputs
 
-    data = calibration_inputs(
-        settings.text, pair.original.model, pair.original.tokenizer,
-        tokens=tokens, length=settings.window, batch=settings.batch, seed=settings.seed,
-    )  # fmt: skip
+    much = {"tokens": tokens, "length": settings.window, "batch": settings.batch, "seed": settings.seed}
+    data = calibration_inputs(settings.text, pair.original.model, pair.original.tokenizer, **much)
     return list(data.batches)
 
 
@@ -289,10 +284,13 @@ def _models(settings: EvalSettings, pair: _Pair) -> dict[str, Any]:
     try:
         made = read_report(settings.twin)
         described["twin"]["conversion"] = {
-            "degree": made["recipe"]["degree"], "assume": made["recipe"]["assume"], "form": made["form"],
-            "source": made["source"], "calibration": made["calibration"],
+            "degree": made["recipe"]["degree"],
+            "assume": made["recipe"]["assume"],
+            "form": made["form"],
+            "source": made["source"],
+            "calibration": made["calibration"],
             "refined_on": (made.get("refinement") or {}).get("held_out"),
-        }  # fmt: skip
+        }
     except (OSError, KeyError, ValueError):
         described["twin"]["conversion"] = None
     return described

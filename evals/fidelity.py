@@ -99,10 +99,13 @@ def _by_position(lost: Tensor, divergence: Tensor, fresh: Tensor) -> list[dict[s
             last = min(high - 1, lost.shape[1])
             rows.append(
                 {
-                    "from": low, "to": last, "tokens": int(chosen.sum()),
-                    "nats_lost": float(lost[chosen].mean()), "divergence": float(divergence[chosen].double().mean()),
+                    "from": low,
+                    "to": last,
+                    "tokens": int(chosen.sum()),
+                    "nats_lost": float(lost[chosen].mean()),
+                    "divergence": float(divergence[chosen].double().mean()),
                 }
-            )  # fmt: skip
+            )
     return rows
 
 
@@ -115,13 +118,15 @@ def _worst_tokens(lost: Tensor, text: MeasuredText, tokenizer: Any) -> list[dict
     whole = float(values.sum())
     return [
         {
-            "token": tokenizer.decode([index]), "id": index, "count": int(counts[index]),
+            "token": tokenizer.decode([index]),
+            "id": index,
+            "count": int(counts[index]),
             "nats_lost_each": float(totals[index] / counts[index]),
             "share": float(totals[index]) / whole if whole else 0.0,
         }
         for index in totals.topk(min(WORST_TOKENS, size)).indices.tolist()
         if counts[index]
-    ]  # fmt: skip
+    ]
 
 
 def compare_outputs(original: Any, twin: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from evals.uncertainty import paired_difference
 from surgery.errors import EvaluationError, did_you_mean
 from surgery.runtime import processes
 
+SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 OWN_TASKS = Path(__file__).parent / "tasks"
 
 
@@ -47,9 +48,12 @@ class TaskResult:
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "task": self.task, "metrics": self.metrics, "samples": self.samples,
-            "documents": self.documents, "version": self.version,
-        }  # fmt: skip
+            "task": self.task,
+            "metrics": self.metrics,
+            "samples": self.samples,
+            "documents": self.documents,
+            "version": self.version,
+        }
 
 
 def task_manager(include_path: Sequence[str] = ()) -> Any:
@@ -130,10 +134,15 @@ def run_task(lm: Any, task: str, manager: Any, settings: TaskSettings) -> TaskRe
     lm.seen = set()
     try:
         found = simple_evaluate(
-            model=lm, tasks=[task], num_fewshot=settings.num_fewshot, limit=settings.limit, task_manager=manager,
-            random_seed=settings.seed, numpy_random_seed=settings.seed, torch_random_seed=settings.seed,
-            fewshot_random_seed=settings.seed, log_samples=True, bootstrap_iters=1000,
-        )  # fmt: skip
+            model=lm,
+            tasks=[task],
+            task_manager=manager,
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
+            log_samples=True,
+            bootstrap_iters=1000,
+            **dict.fromkeys(SEEDS, settings.seed),
+        )
     except (OSError, ConnectionError, ValueError) as error:
         raise EvaluationError(
             f"the task could not be run: {str(error).strip().splitlines()[0][:300]}",

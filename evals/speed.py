@@ -79,9 +79,12 @@ def _ratios(original: list[float], twin: list[float]) -> dict[str, float]:
     ratio = torch.tensor(twin) / torch.tensor(original)
     middle: Callable[[list[float]], float] = lambda values: float(torch.tensor(values).median())  # noqa: E731
     return {
-        "original": middle(original), "twin": middle(twin), "ratio": float(ratio.median()),
-        "ratio_low": float(ratio.min()), "ratio_high": float(ratio.max()),
-    }  # fmt: skip
+        "original": middle(original),
+        "twin": middle(twin),
+        "ratio": float(ratio.median()),
+        "ratio_low": float(ratio.min()),
+        "ratio_high": float(ratio.max()),
+    }
 
 
 def _flops(model: Any, prompt: Tensor) -> float:

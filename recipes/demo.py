@@ -32,9 +32,12 @@ def main(model: str, tokens: int) -> None:
     for degree, report in reports.items():
         seen = report["perplexity"]
         table.add_row(
-            f"degree {degree}", f"{seen['twin']:.2f}", f"{seen['nats']:+.4f}", report["form"],
+            f"degree {degree}",
+            f"{seen['twin']:.2f}",
+            f"{seen['nats']:+.4f}",
+            report["form"],
             f"{sum(block['seconds'] for block in report['blocks']):.0f}",
-        )  # fmt: skip
+        )
     Console().print(table)
     print(f"measured on {reports[2]['perplexity']['text']}")
 

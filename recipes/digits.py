@@ -65,8 +65,8 @@ def distributions(x, y):
 
 def draw(moments, parts):
     if parts is None:
-        return moments.draw(SAMPLES)
-    return torch.cat([part.draw(max(1, round(SAMPLES * weight)), i) for i, (weight, part) in enumerate(parts)])
+        return moments.sample(SAMPLES)
+    return torch.cat([part.sample(max(1, round(SAMPLES * weight)), i) for i, (weight, part) in enumerate(parts)])
 
 
 def approximants(network, x, y):
@@ -146,9 +146,11 @@ def main():
     def see(step):
         rows = fvu_rows(network, (x.double(), y), test)
         history.append({"step": step, "accuracy": accuracy(network(test_x), test_y), "rows": rows})
-        print(f"step {step:6}  accuracy {history[-1]['accuracy']:.3f}  FVU on samples of N(0, I): "
-              f"linear {rows[0]['on_samples']:.3f}, quadratic {rows[1]['on_samples']:.3f}; quadratic on images "
-              f"{rows[1]['on_images']:.3f}")  # fmt: skip
+        print(
+            f"step {step:6}  accuracy {history[-1]['accuracy']:.3f}  FVU on samples of N(0, I): "
+            f"linear {rows[0]['on_samples']:.3f}, quadratic {rows[1]['on_samples']:.3f}; quadratic on images "
+            f"{rows[1]['on_images']:.3f}"
+        )
 
     train(network, x, y, settings.steps, looks, see)
     network = network.double()
@@ -189,8 +191,11 @@ def draw_figures(folder, history, broken, expansion):
     grid = figure.subplots(3, CLASSES)
     for c in range(CLASSES):
         values, vectors = torch.linalg.eigh(expansion.quadratic(torch.eye(CLASSES, dtype=torch.float64)[c]).dense())
-        pictures = ((f"class {c}: β", expansion.jacobian()[c]), (f"λ = {values[-1]:+.2f}", vectors[:, -1]),
-                    (f"λ = {values[0]:+.2f}", vectors[:, 0]))  # fmt: skip
+        pictures = (
+            (f"class {c}: β", expansion.jacobian()[c]),
+            (f"λ = {values[-1]:+.2f}", vectors[:, -1]),
+            (f"λ = {values[0]:+.2f}", vectors[:, 0]),
+        )
         for axes, (title, picture) in zip(grid[:, c], pictures, strict=True):
             limit = float(picture.abs().max())
             axes.imshow(picture.reshape(side, side), cmap="RdBu", vmin=-limit, vmax=limit)

@@ -15,7 +15,7 @@ import torch
 
 import surgery
 from surgery.calibration.inputs import calibration_inputs
-from surgery.models.loading import load
+from surgery.models import loading
 
 GIB = 2**20 if sys.platform != "darwin" else 2**30  # ru_maxrss counts kilobytes on Linux
 
@@ -29,7 +29,7 @@ def forward_seconds(model, batches) -> float:
 
 
 def main(name: str, tokens: int = 32768, degree: int = 2) -> None:
-    loaded = load(name)
+    loaded = loading.loaded(name)
     data = calibration_inputs("python", loaded.model, loaded.tokenizer, tokens=tokens, length=512, batch=8)
     first = forward_seconds(loaded.model, data.batches)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

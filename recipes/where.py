@@ -14,9 +14,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import surgery
 from surgery.calibration.texts import tokens_of
 from surgery.losses import token_nats
-from surgery.models.loading import load
+from surgery.models import loading
 from surgery.saving.report import read_report
 
 POSITIONS = (1, 8, 32, 128, 512)
@@ -26,12 +27,12 @@ COUNTS = (0, 1, 10, 100, 10**9)
 def main(twin: str, model: str, text: str | None = None) -> None:
     report = read_report(twin)
     recipe, used = report["recipe"], report["calibration"]["tokens"]
-    loaded = load(model)
+    loaded = loading.loaded(model)
     ids = tokens_of(text or recipe["calibration"], loaded.tokenizer, used + recipe["measure"])
     length = recipe["length"]
     unseen = ids[used:][: (len(ids) - used) // length * length].view(-1, length)
     batches = [{"input_ids": part} for part in unseen.split(4)]
-    lost = token_nats(load(twin).model, batches) - token_nats(loaded.model, batches)
+    lost = token_nats(surgery.load(twin), batches) - token_nats(loaded.model, batches)
     counts = torch.bincount(ids[:used], minlength=int(ids.max()) + 1)[unseen[:, 1:]]
     table = Table(
         "tokens", "share", "nats lost each", "share of the loss", title=f"{twin}: {lost.mean():+.4f} nats a token"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from surgery.conversion.pipeline import convert
     from surgery.conversion.recipe import Recipe
     from surgery.errors import SurgeryError
-    from surgery.models.loading import load_model as load
+    from surgery.models.loading import load
     from surgery.publishing.card import card
     from surgery.publishing.export import export
     from surgery.publishing.hub import push
@@ -45,7 +45,7 @@ _PLACES = {
     "explain": "surgery.reading.explanation:explain",
     "export": "surgery.publishing.export:export",
     "inspect": "surgery.conversion.inspection:inspect",
-    "load": "surgery.models.loading:load_model",
+    "load": "surgery.models.loading:load",
     "push": "surgery.publishing.hub:push",
     "refine": "surgery.refining.run:refine",
     "trace": "surgery.reading.trace:trace",

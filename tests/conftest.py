@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 def verified_here(folder, probe, expected, dtype, form, on_disk=False):
     """What :func:`surgery.saving.reload.verified` does, without a fresh process."""
-    model = loading.load(str(folder)).model
+    model = loading.loaded(str(folder)).model
     with torch.no_grad():
         found = reload.main_output(model(**probe)).float()
     difference = float((found - expected.float()).norm() / expected.float().norm().clamp_min(1e-30))

@@ -135,7 +135,7 @@ def _convert(family: str, model_type: str, architecture: str, place: Path) -> _C
 
 def _survives(model: Any, folder: Path, probe: dict[str, torch.Tensor]) -> bool:
     try:
-        again: Any = loading.load(str(folder)).model
+        again: Any = loading.loaded(str(folder)).model
         with torch.no_grad():
             first, second = (main_output(one(**probe)).float() for one in (model, again))
     except (SurgeryError, RuntimeError):

@@ -161,10 +161,8 @@ class Block:
         """The entry of `polynomial_blocks` that rebuilds the modules of its polynomial, in the twin's form."""
         degree = polynomials[0].degree
         hidden = 0 if degree == 1 else max(len(one.gate.bias) for one in polynomials)
-        return {
-            "path": self.path, "kind": self.saved_kind(degree, form), "degree": degree,
-            "width": self.width, "hidden": hidden, "out": self.out,
-        }  # fmt: skip
+        sizes = {"width": self.width, "hidden": hidden, "out": self.out}
+        return {"path": self.path, "kind": self.saved_kind(degree, form), "degree": degree, **sizes}
 
     def saved_kind(self, degree: int, form: str) -> str:
         """Its polynomial's kind in `polynomial_blocks`."""

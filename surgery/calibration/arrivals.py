@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from surgery.blocks.block import Block
 from surgery.blocks.experts import Routing
 from surgery.blocks.parts import layer_of
-from surgery.closed_form.sinks import MASSIVE
+from surgery.closed_form import sinks
 from surgery.errors import CalibrationError
+from surgery.runtime.hooks import hooked
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,13 @@ class Station:
     number: int = 0  # of the first pass, among those of all processes
 
 
+def behind(arrival: Arrival, other: Arrival, rows: slice | Tensor) -> Tensor:
+    """How far the twin's residual stream is behind the original's; 0 where it is not known."""
+    if arrival.residual is None or other.residual is None:
+        return torch.zeros_like(arrival.x[rows])
+    return other.residual[rows] - arrival.residual[rows]
+
+
 def kept_rows(block: Block, batch: Mapping[str, Tensor], flat: Tensor) -> Tensor:
     """Which rows of a block's input are real tokens, bool. Raises CalibrationError where a mask does not say."""
     names = ["attention_mask", "decoder_attention_mask"]
@@ -88,14 +96,9 @@ def first_token_is_sink(model: nn.Module, batch: Mapping[str, Tensor], blocks: S
                 real = mask.bool().to(norms.device)
             first = real & (real.long().cumsum(-1) == 1)
             if bool(first.any()) and bool((real & ~first).any()):
-                found.append(bool(norms[first].median() > MASSIVE * norms[real & ~first].median()))
+                found.append(bool(norms[first].median() > sinks.MASSIVE * norms[real & ~first].median()))
 
     layers = {layer_of(block.path) for block in blocks}
-    handles = [model.get_submodule(path).register_forward_hook(hook) for path in layers]
-    try:
-        with torch.no_grad():
-            model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), hooked(model.get_submodule(path).register_forward_hook(hook) for path in layers):
+        model(**batch)
     return any(found)

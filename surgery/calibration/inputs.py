@@ -103,33 +103,38 @@ def calibration_inputs(
     length = min(length, limit)
     name = label(source) if isinstance(source, str) else "given"
     rest: Tensor | None = None
-    if isinstance(source, str) and source.endswith(".safetensors"):
-        inputs = _tensor_file(Path(source).expanduser())
-    elif isinstance(source, str):
-        plan = TextPieces(tokens, length, short, unseen)
+    if isinstance(source, str) and not source.endswith(".safetensors"):
+        pieces = TextPieces(tokens, length, short, unseen)
         if source == "samples":
-            sets, rest = plan.of_samples(model, tokenizer, seed, limit)
+            sets, rest = pieces.of_samples(model, tokenizer, seed, limit)
         else:
-            sets, rest = plan.of_text(source, tokenizer)
+            sets, rest = pieces.of_text(source, tokenizer)
         if random_tokens > 0:
             words = vocabulary(tokenizer, model)
             sets = [with_random_tokens(ids, random_tokens, *words, seed) for ids in sets]
         inputs = [_text_inputs(ids, model) for ids in sets]
-    elif isinstance(source, Tensor):
-        inputs = [_text_inputs(source if source.dim() == 2 else sequences(source.flatten(), length), model)]
-    elif isinstance(source, Mapping):
-        inputs = [dict(source)]
-    elif all(isinstance(item, Mapping) for item in source):
-        inputs = [dict(item) for item in source]
     else:
-        raise CalibrationError(
-            f"a sequence of {type(source[0]).__name__} is no calibration input",
-            fix="give token ids as one tensor, or inputs by name: {'input_ids': …}, one such dict or several",
-        )
+        inputs = _given(source, model, length)
     batches = tuple(part for item in inputs for part in _split(item, max(1, batch * length // _length(item, length))))
     _check_ids(batches, model)
     further = () if rest is None else tuple(_split(_text_inputs(rest, model), batch))
     return replace(_described(batches, name, model), unseen=further)
+
+
+def _given(source: Any, model: Any, length: int) -> list[dict[str, Tensor]]:
+    """Model inputs that are not made here: a file's, or a caller's token ids or tensors by name."""
+    if isinstance(source, str):
+        return _tensor_file(Path(source).expanduser())
+    if isinstance(source, Tensor):
+        return [_text_inputs(source if source.dim() == 2 else sequences(source.flatten(), length), model)]
+    if isinstance(source, Mapping):
+        return [dict(source)]
+    if all(isinstance(item, Mapping) for item in source):
+        return [dict(item) for item in source]
+    raise CalibrationError(
+        f"a sequence of {type(source[0]).__name__} is no calibration input",
+        fix="give token ids as one tensor, or inputs by name: {'input_ids': …}, one such dict or several",
+    )
 
 
 def _check_ids(batches: Sequence[Mapping[str, Tensor]], model: Any) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from surgery.blocks.block import Block
 from surgery.calibration.arrivals import Arrival, Station, kept_rows
 from surgery.calibration.passes import Passes
+from surgery.runtime.hooks import hooked
 
 
 def split_repeated(blocks: Sequence[Block]) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
@@ -25,24 +26,21 @@ def split_repeated(blocks: Sequence[Block]) -> tuple[tuple[Block, ...], tuple[Bl
     return tuple(b for b in blocks if b.calls == 1), tuple(b for b in blocks if b.calls > 1)
 
 
-def repeated_station(block: Block, stream: Passes) -> Station:
+def repeated_station(block: Block, passes: Passes) -> Station:
     """All that the block receives in the twin as it is now; one arrival per batch and call."""
     arrivals = [
         _arrival(block, x, batch, fitted)
-        for batch, fitted in zip(stream.batches, stream.fitted, strict=False)  # of all batches, from this process's on
-        for x in _received(stream.model, block, batch)
+        for batch, fitted in zip(passes.batches, passes.fitted, strict=False)  # of all batches, from this process's on
+        for x in _received(passes.model, block, batch)
     ]
-    return Station(block, block.modules(stream.model), tuple(arrivals), (), stream.number * block.calls)
+    return Station(block, block.modules(passes.model), tuple(arrivals), (), passes.number * block.calls)
 
 
 def _received(model: Any, block: Block, batch: Mapping[str, Tensor]) -> list[Tensor]:
     found: list[Tensor] = []
     handle = model.get_submodule(block.entry).register_forward_pre_hook(lambda _, args: found.append(args[0]))
-    try:
-        with torch.no_grad():
-            model(**batch)
-    finally:
-        handle.remove()
+    with torch.no_grad(), hooked([handle]):
+        model(**batch)
     return found
 
 

@@ -34,10 +34,9 @@ def sample(model: Any, tokenizer: Any, rows: int, length: int, batch: int = SAMP
         while len(drawn) < rows:
             prompt = torch.tensor(start, device=model.device).expand(min(batch, rows - len(drawn)), -1)
             new = length - len(start)
-            out = model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                min_new_tokens=new, max_new_tokens=new, pad_token_id=start[0],
-            )  # fmt: skip
+            how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": start[0]}
+            mask = torch.ones_like(prompt)
+            out = model.generate(prompt, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, **how)
             drawn += list(out[:, :length].cpu())
             bar.update(len(out))
     return torch.stack(drawn)

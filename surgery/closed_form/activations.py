@@ -168,7 +168,8 @@ ACTIVATIONS: dict[str, Activation] = {
     )
 }
 
-_PROBE = torch.linspace(-9.0, 9.0, 61, dtype=torch.float64)
+_FAR = torch.tensor([-80.0, -25.0, 12.0, 25.0, 80.0], dtype=torch.float64)  # where some are clipped (GELU-10)
+_PROBE = torch.cat([torch.linspace(-9.0, 9.0, 61, dtype=torch.float64), _FAR])
 
 
 def recognise(function: ScalarFunction, fallback_name: str) -> Activation | None:

@@ -6,13 +6,14 @@ identity.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgery.closed_form.least_squares import UnitPolynomials, solve_units
-from surgery.closed_form.moments import Preactivations, UnitMoments
+from surgery.closed_form.moments import UnitMoments
 
 OFFSET_LIMIT = 16.0  # |p|, in standard deviations of y: beyond it bf16 loses the product's digits to cancellation
 
@@ -93,17 +94,12 @@ def _offset(b: Tensor) -> Tensor:
 
 
 def _select(moments: UnitMoments, rows: Tensor) -> UnitMoments:
-    def pick(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value[rows]
+    """Of some units, by number or mask."""
 
-    at = Preactivations(
-        moments.at.y_mean[rows], moments.at.y_std[rows],
-        pick(moments.at.z_mean), pick(moments.at.z_std), pick(moments.at.covariance),
-    )  # fmt: skip
-    return UnitMoments(
-        moments.degree, at, moments.weight, moments.u[rows], moments.t[rows], moments.tt[rows],
-        pick(moments.vu), pick(moments.vvu), pick(moments.tvu), moments.error,
-    )  # fmt: skip
+    def picked(values: Any) -> dict[str, Any]:
+        return {name: value[rows] for name, value in vars(values).items() if isinstance(value, Tensor)}
+
+    return replace(moments, at=replace(moments.at, **picked(moments.at)), **picked(moments))
 
 
 def bilinear(a: Tensor, b: Tensor, gate: Affine, up: Affine) -> Bilinear:

@@ -67,7 +67,7 @@ class InputMoments:
     def covariance(self) -> Tensor:
         return self.square / self.count - torch.outer(self.mean, self.mean)
 
-    def draw(self, count: int, seed: int = 0) -> Tensor:
+    def sample(self, count: int, seed: int = 0) -> Tensor:
         """`count` rows of the Gaussian with these moments, (count, d)."""
         values, vectors = torch.linalg.eigh(self.covariance)
         generator = torch.Generator().manual_seed(seed)
@@ -256,10 +256,9 @@ def from_gaussian(
     vv = _plus_constant(_times(v, v), rest / at.z_std.square())
     zv = _plus_constant(_times(z, v), rest / at.z_std)
     zz = _plus_constant(_times(z, z), rest)
-    return UnitMoments(
-        n, at, weight, ladder(ones, 2 * n, flat), ladder(z, n, sigma), expect(zz, sigma2),
-        vu=ladder(v, 2 * n - 1, flat), vvu=ladder(vv, 2 * n - 2, flat), tvu=ladder(zv, n - 1, sigma), error=error,
-    )  # fmt: skip
+    crossed = {"vu": ladder(v, 2 * n - 1, flat), "vvu": ladder(vv, 2 * n - 2, flat), "tvu": ladder(zv, n - 1, sigma)}
+    own = ladder(ones, 2 * n, flat), ladder(z, n, sigma), expect(zz, sigma2)
+    return UnitMoments(n, at, weight, *own, **crossed, error=error)
 
 
 def _times(p: Tensor, q: Tensor) -> Tensor:

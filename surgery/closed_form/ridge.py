@@ -133,12 +133,12 @@ class RidgeSolution:
 
     Attributes:
         weight: shape (p, q), the constant's row last.
-        ridge: λ chosen, as a share of the mean squared feature.
+        ridge: λ chosen, as a share of the mean squared feature; None where nothing was re-solved.
         condition: of the regularised normal equations, estimated from the Cholesky factor's diagonal.
     """
 
     weight: Tensor
-    ridge: float
+    ridge: float | None
     condition: float
 
 
@@ -167,32 +167,18 @@ def ridge_path(
     size = float(fit.gram.diagonal()[:-free].mean())
     if anchor is not None:
         fit.add_rows(*anchor)
-    gram = fit.full_gram()
+    system = _Regularised(fit.full_gram(), size, free)
     sketch = _directions(prior)
     begin = prior @ sketch
-    seen = fit.cross @ sketch - gram @ begin
-    factor = torch.empty_like(gram)
+    seen = fit.cross @ sketch - system.gram @ begin
     scores: dict[int, float] = {}
-    latest = -1
-
-    def solve(index: int, right: Tensor) -> Tensor:
-        nonlocal latest
-        if latest != index:
-            factor.copy_(gram)
-            diagonal = factor.diagonal()
-            diagonal[:-free] += ordered[index] * size
-            diagonal[-free:] *= 1 + JITTER
-            latest = -1
-            factorise(factor)
-            latest = index
-        return solved(factor, right)
 
     def score(index: int) -> float:
         if not 0 <= index < len(ordered):
             return float("inf")
         if index not in scores:
             try:
-                scores[index] = held.error(begin + solve(index, seen), sketch)
+                scores[index] = held.error(begin + system.solve(ordered[index], seen), sketch)
             except LinAlgError:  # singular to rounding: fewer tokens than features, and too weak a ridge
                 scores[index] = float("inf")
         return scores[index]
@@ -204,9 +190,30 @@ def ridge_path(
     solution = prior.clone()
     parts = (matrix.split(COLUMNS, dim=1) for matrix in (solution, fit.cross, prior))
     for into, cross, start in zip(*parts, strict=True):
-        into.add_(solve(best, cross - gram @ start))
-    pivots = factor.diagonal().square()
+        into.add_(system.solve(ordered[best], cross - system.gram @ start))
+    pivots = system.factor.diagonal().square()
     return RidgeSolution(solution, ordered[best], float(pivots.max() / pivots.min()))
+
+
+class _Regularised:
+    """Fᵀ W F + λ, factorised for one λ at a time; the `free` last features are not pulled."""
+
+    def __init__(self, gram: Tensor, size: float, free: int) -> None:
+        self.gram, self.size, self.free = gram, size, free
+        self.factor = torch.empty_like(gram)
+        self.latest: float | None = None
+
+    def solve(self, ridge: float, right: Tensor) -> Tensor:
+        """(Fᵀ W F + λ)⁻¹ B. Raises LinAlgError where the matrix is singular to rounding."""
+        if self.latest != ridge:
+            self.latest = None
+            self.factor.copy_(self.gram)
+            diagonal = self.factor.diagonal()
+            diagonal[: -self.free] += ridge * self.size
+            diagonal[-self.free :] *= 1 + JITTER
+            factorise(self.factor)
+            self.latest = ridge
+        return solved(self.factor, right)
 
 
 def factorise(matrix: Tensor) -> None:

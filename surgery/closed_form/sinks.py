@@ -27,6 +27,11 @@ SHRINKAGE = 1e-3  # of the mean variance, added to Σ
 WRITER = 0.3  # share of the residual stream's norm at a sink that a block must write to get a unit for it
 
 
+def ordinary(sizes: Tensor) -> Tensor:
+    """Which of the norms (tokens,) are no sink's, bool: all up to 20 times the median."""
+    return sizes <= MASSIVE * sizes.median()
+
+
 def threshold(sizes: Tensor) -> float:
     """Norm from which on a token counts as a sink; infinite where too many would."""
     limit = MASSIVE * float(sizes.median())

@@ -12,7 +12,7 @@ measured: what sum of costs the budget stands for is learnt from what the sums t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from surgery.blocks.parts import attribute
 from surgery.calibration.held_out import fitted_sequences
 from surgery.calibration.passes import Passes
+from surgery.conversion.measures import divergence, nats
 from surgery.conversion.partial_run import PartialRun
 from surgery.conversion.replacement import replace_blocks
 from surgery.conversion.task import ConversionTask, Replacements, put_back
@@ -39,9 +40,6 @@ AIM = 0.9  # of the budget, for a choice that is to stay within it
 STEEPNESS = (0.5, 3.0)  # of what is lost against the sum of costs, both as logarithms, as far as it is believed
 
 Batches = Sequence[Mapping[str, Tensor]]
-Nats = Callable[[Any, Batches], float]
-Divergence = Callable[[Any, Batches], Callable[[Any], float]]
-"""Of a model as it is and batches: what measures how far a changed model's predictions are from it."""
 
 
 @dataclass(frozen=True)
@@ -119,102 +117,120 @@ def next_allowance(tried: Sequence[tuple[float, float]], budget: float) -> float
 
 
 def convert_within(
-    task: ConversionTask,
-    form: str,
-    allowed: float,
-    nats: Nats,
-    divergence: Divergence,
-    check: Batches,
-    workshop: PartialRun,
+    task: ConversionTask, form: str, allowed: float, partial: PartialRun
 ) -> tuple[Replacements, Budget, str]:
-    """Converts within `allowed` nats.
+    """Converts within `allowed` nats, measured on text that no fit sees (where there is none, on what costs are).
 
     Args:
         form: that a twin takes all of whose blocks are quadratic; any other is custom.
-        nats: mean loss of a model on batches.
-        divergence: see :data:`Divergence`.
-        check: batches that the whole is measured on; the tokens that costs are measured on where empty.
-        workshop: where costs and tries of an interrupted run are kept.
+        partial: where costs and tries of an interrupted run are kept.
     Returns:
         what was replaced, the account, and the twin's form.
     Raises:
         ModelError: not even one block fits into the budget.
     """
     tokens = _held_out(task)
-    costs = _known_costs(task, divergence, tokens, workshop)
-    check = check or tokens
-    before, originals = nats(task.model, check), task.originals()
-    tried: list[tuple[int, int, float, float]] = []
-    best: dict[str, int] = {}
-    now, standing, done = degrees_within(costs, allowed), {}, Replacements([], [])
-    losses: list[float] = processes.from_first(workshop.noted("losses")) or []  # of the tries of an interrupted run
-    seen: list[dict[str, int]] = []
-    while any(now.values()) and now not in seen and len(seen) < TRIES:
-        if len(seen) == len(losses):
-            put_back(task.model, originals)
-            done, standing = _converted(task, form, now), now
-            losses.append(nats(task.model, check) - before)
-            if processes.first():
-                workshop.note("losses", losses)
-        lost = losses[len(seen)] if math.isfinite(losses[len(seen)]) else math.inf  # a twin that broke down
-        seen.append(now)
-        count = list(now.values())
-        tried.append((count.count(2), count.count(3), _sum(costs, now), lost))
-        fits = lost <= allowed
-        best = now if fits and _better(now, best) else best
-        if fits and (lost >= ENOUGH * allowed or set(count) == {2}):
-            break
-        now = degrees_within(costs, next_allowance([attempt[2:] for attempt in tried], allowed))
+    costs = _known_costs(task, tokens, partial)
+    search = _Search(task, form, allowed, costs, task.data.unseen or tokens, partial)
+    best = search.best()
     if not best:
-        put_back(task.model, originals)
+        put_back(task.model, search.originals)
         cheapest = min(min(cost.divergence.values()) for cost in costs)
         raise ModelError(
             f"no choice of blocks stays within {allowed} nats",
             cause=f"the cheapest single block is {cheapest:.4f} nats from the original",
             fix="give a larger --budget, or more calibration tokens",
         )
-    if standing != best:
-        put_back(task.model, originals)
-        done = _converted(task, form, best)
-    lost = losses[seen.index(best)]
-    account = Budget(allowed, costs, best, _sum(costs, best), lost, tuple(tried), _count(tokens))
+    done = search.converted(best)
+    tried = tuple((list(now.values()).count(2), list(now.values()).count(3), *point) for now, point in search.tried)
+    measured = next(lost for now, (_, lost) in search.tried if now == best)
+    account = Budget(allowed, costs, best, _sum(costs, best), measured, tried, _count(tokens))
     return done, account, _form(form, best)
 
 
-def measured_costs(task: ConversionTask, divergence: Divergence, tokens: Batches) -> tuple[BlockCost, ...]:
+class _Search:
+    """Choices of degrees tried one after another, each from what those before it lost.
+
+    Attributes:
+        tried: (degrees by path, (sum of costs, nats lost)) of each.
+    """
+
+    def __init__(
+        self, task: ConversionTask, form: str, allowed: float, costs: Sequence[BlockCost], check: Batches,
+        partial: PartialRun,
+    ) -> None:  # fmt: skip
+        self.task, self.form, self.allowed, self.costs = task, form, allowed, costs
+        self.check, self.partial = check, partial
+        self.before, self.originals = nats(task.model, check), task.originals()
+        self.losses: list[float] = processes.from_first(partial.noted("losses")) or []  # of an interrupted run's tries
+        self.tried: list[tuple[dict[str, int], tuple[float, float]]] = []
+        self._standing: dict[str, int] = {}
+        self._done = Replacements([], [])
+
+    def converted(self, degrees: dict[str, int]) -> Replacements:
+        """The model with these degrees, and none others."""
+        if degrees != self._standing:
+            put_back(self.task.model, self.originals)
+            self._done, self._standing = _converted(self.task, self.form, degrees), degrees
+        return self._done
+
+    def lost(self, degrees: dict[str, int]) -> float:
+        """Nats that the next try loses."""
+        number = len(self.tried)
+        if number == len(self.losses):
+            self.converted(degrees)
+            self.losses.append(nats(self.task.model, self.check) - self.before)
+            if processes.first():
+                self.partial.note("losses", self.losses)
+        return self.losses[number] if math.isfinite(self.losses[number]) else math.inf  # a twin that broke down
+
+    def best(self) -> dict[str, int]:
+        """The best choice that stays within the allowance; empty where none does."""
+        best: dict[str, int] = {}
+        now = degrees_within(self.costs, self.allowed)
+        while any(now.values()) and now not in [degrees for degrees, _ in self.tried] and len(self.tried) < TRIES:
+            lost = self.lost(now)
+            self.tried.append((now, (_sum(self.costs, now), lost)))
+            fits = lost <= self.allowed
+            best = now if fits and _better(now, best) else best
+            if fits and (lost >= ENOUGH * self.allowed or set(now.values()) == {2}):
+                break
+            now = degrees_within(self.costs, next_allowance([point for _, point in self.tried], self.allowed))
+        return best
+
+
+def measured_costs(task: ConversionTask, tokens: Batches) -> tuple[BlockCost, ...]:
     """Each block alone, fitted on the original's stream, at every degree; the model is unchanged afterwards."""
     model = task.model
     like = task.like()
     apart = divergence(model, tokens)
     costs = []
     with (
-        Passes(model, task.batches(), task.blocks, False, task.first_is_sink) as stream,
+        Passes(model, task.batches(), task.blocks, False, task.first_is_sink) as passes,
         Progress(len(task.blocks), task.quiet or not processes.first(), "costs") as progress,
     ):
-        for station in stream:
+        for station in passes:
             block = station.block
             originals = {path: attribute(model, path).original for path in block.replaced_paths}
             found = {}
             for degree in DEGREES:
                 fitted = fit(station, task.settings(degree, "custom"), task.given.get(block.path))
-                stream.replace(modules_for(fitted, "custom", like)[1])
+                passes.replace(modules_for(fitted, "custom", like)[1])
                 found[degree] = apart(model)
-            stream.replace(originals)
+            passes.replace(originals)
             costs.append(BlockCost(block.path, found))
             progress.tell(f"{block.path} {found[2]:.4f} nats at degree 2, {found[3]:.4f} at 3")
     return tuple(costs)
 
 
-def _known_costs(
-    task: ConversionTask, divergence: Divergence, tokens: Batches, workshop: PartialRun
-) -> tuple[BlockCost, ...]:
+def _known_costs(task: ConversionTask, tokens: Batches, partial: PartialRun) -> tuple[BlockCost, ...]:
     """Those of an interrupted run, or measured and kept."""
-    known = processes.from_first(workshop.noted("costs"))
+    known = processes.from_first(partial.noted("costs"))
     if known is not None:
         return tuple(BlockCost(path, {int(degree): cost for degree, cost in by.items()}) for path, by in known)
-    costs = measured_costs(task, divergence, tokens)
+    costs = measured_costs(task, tokens)
     if processes.first():
-        workshop.note("costs", [[cost.path, cost.divergence] for cost in costs])
+        partial.note("costs", [[cost.path, cost.divergence] for cost in costs])
     return costs
 
 

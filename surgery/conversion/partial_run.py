@@ -131,9 +131,10 @@ class PartialRun:
         if self.folder is None:
             return
         tensors = {
-            f"{path}:{name}": value.contiguous() for path, module in modules.items()
+            f"{path}:{name}": value.contiguous()
+            for path, module in modules.items()
             for name, value in module.state_dict().items()
-        }  # fmt: skip
+        }
         try:
             with replacing(self._file(block)) as temporary:
                 save_file(tensors, temporary, metadata={"entry": json.dumps(entry), "row": json.dumps(row)})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from surgery.blocks.find import survey
 from surgery.calibration.texts import check_source, label
 from surgery.closed_form.moments import GaussianMixture
 from surgery.conversion.budget import Budget, convert_within
-from surgery.conversion.measures import compared, divergence, nats, shared_perplexity
+from surgery.conversion.measures import compared, shared_perplexity
 from surgery.conversion.partial_run import PartialRun, merged_folder, partial_folder
 from surgery.conversion.plot import plot_costs
 from surgery.conversion.preparation import Preparation, prepared
@@ -27,6 +26,7 @@ from surgery.conversion.selection import check_named, chosen_blocks
 from surgery.conversion.task import Replacements, unchanged_on_error
 from surgery.models import loading
 from surgery.runtime import processes, weights_on_disk
+from surgery.runtime.stopwatch import Stopwatch
 from surgery.saving.checkpoint import save
 from surgery.saving.folder import check_target, whole_folder
 from surgery.saving.forms import finish_custom, finish_native
@@ -68,59 +68,55 @@ def convert(
     Example:
         >>> twin, report = surgery.convert("HuggingFaceTB/SmolLM2-135M", degree=2)
     """
-    chosen = (recipe.model_dump() if recipe else {}) | settings
-    if isinstance(calibration, str):
-        chosen["calibration"] = calibration
-    if isinstance(model, str | Path):
-        chosen["model"] = str(model)
-    if output is not None:
-        chosen["output"] = str(output)
-    plan = load_recipe(None, chosen)
-    if isinstance(model, str | Path):
+    named = isinstance(model, str | Path)
+    plan = _plan(str(model) if named else None, calibration, recipe, output, settings)
+    target, watch = _claimed(plan, overwrite, restart), Stopwatch()
+    if target is not None:
+        plan = plan.model_copy(update={"output": str(target)})
+    torch.manual_seed(plan.seed)
+    with watch.timing("load"):
+        loaded = _loaded(plan, target) if named else loading.from_memory(model, tokenizer)
+    on_disk = weights_on_disk.read_when_used(loaded.source.name) if plan.offload else nullcontext()
+    with watch.timing("prepare"), on_disk:
+        ready = prepared(loaded, plan, moments, calibration, quiet)
+    task, plan = ready.task, ready.task.plan
+    partial = PartialRun.open(target, plan, ready.identity, task.data) if processes.first() else PartialRun(None)
+    partial = processes.from_first(partial)
+    with unchanged_on_error(task) if loaded.source.kind == "memory" else nullcontext():
+        with watch.timing("convert"):
+            made = _make(ready, partial)
+        report = _reported(loaded, ready, made, watch)
+        if target is not None and processes.first():
+            _store(loaded, ready, made, target, partial, report)
+        processes.from_first(None)  # nobody leaves before the twin stands
+    if plan.offload:
+        return loading.loaded(str(target), dtype=plan.dtype, device_map=weights_on_disk.ON_DISK).model, report
+    return task.model, report
+
+
+def _plan(
+    model: str | None, calibration: Any, recipe: Recipe | None, output: str | Path | None, settings: Mapping[str, Any]
+) -> Recipe:
+    """The recipe with everything on top of it, checked as far as no model is needed."""
+    chosen = (recipe.model_dump() if recipe else {}) | dict(settings)
+    given = {"model": model, "output": output, "calibration": calibration if isinstance(calibration, str) else None}
+    plan = load_recipe(None, chosen | {name: str(value) for name, value in given.items() if value is not None})
+    if model is not None:
         check_named(plan)
     if calibration is None or isinstance(calibration, str):
         check_source(plan.calibration)
-    started = time.monotonic()
-    target = Path(plan.output) if plan.output else None
-    if target is not None:
-        target = check_target(target, overwrite)
-        plan = plan.model_copy(update={"output": str(target)})
-        if processes.first():
-            shutil.rmtree(partial_folder(target) if restart else merged_folder(target), ignore_errors=True)
-        processes.from_first(None)  # nobody puts anything there before
-    torch.manual_seed(plan.seed)
-    loaded = _loaded(plan, target) if isinstance(model, str | Path) else loading.from_memory(model, tokenizer)
-    loaded_at = time.monotonic()
-    with weights_on_disk.read_when_used(loaded.source.name) if plan.offload else nullcontext():
-        ready = prepared(loaded, plan, moments, calibration, quiet)
-    task, plan, data = ready.task, ready.task.plan, ready.task.data
-    ready_at = time.monotonic()
-    workshop = PartialRun.open(target, plan, ready.identity, data) if processes.first() else PartialRun(None)
-    workshop = processes.from_first(workshop)
-    with unchanged_on_error(task) if loaded.source.kind == "memory" else nullcontext():
-        made = _make(ready, workshop)
-        made_at = time.monotonic()
-        report = Report(
-            recipe=plan.resolved() | _public(plan),
-            source=loaded.source.as_dict(),
-            calibration=data.as_dict(),
-            form=made.form,
-            blocks=tuple(made.replaced.rows),
-            left_alone=ready.left_alone,
-            perplexity=compared(ready.perplexity, shared_perplexity(task.model, data.unseen), plan),
-            budget=None if made.account is None else made.account.as_dict(),
-            seconds={
-                "load": round(loaded_at - started, 2),
-                "prepare": round(ready_at - loaded_at, 2),
-                "convert": round(made_at - ready_at, 2),
-            },
-        )
-        if target is not None and processes.first():
-            _store(loaded, ready, made, target, workshop, report)
-        processes.from_first(None)  # nobody leaves before the twin stands
-    if plan.offload:
-        return loading.load(str(target), dtype=plan.dtype, device_map=weights_on_disk.ON_DISK).model, report
-    return task.model, report
+    return plan
+
+
+def _claimed(plan: Recipe, overwrite: bool, restart: bool) -> Path | None:
+    """The output from the root, if there is one and it may be written; leftovers that nobody wants are gone."""
+    if not plan.output:
+        return None
+    target = check_target(Path(plan.output), overwrite)
+    if processes.first():
+        shutil.rmtree(partial_folder(target) if restart else merged_folder(target), ignore_errors=True)
+    processes.from_first(None)  # nobody puts anything there before
+    return target
 
 
 def _loaded(plan: Recipe, target: Path | None) -> loading.LoadedModel:
@@ -129,31 +125,30 @@ def _loaded(plan: Recipe, target: Path | None) -> loading.LoadedModel:
     if plan.blocks is not None:  # a wrong number is said before the weights are read
         chosen_blocks(survey(loading.load_meta(plan.model, plan.revision)[0]), plan)
     if target is not None and plan.offload:
-        return loading.load(
+        return loading.loaded(
             plan.model, plan.revision, plan.dtype, weights_on_disk.ON_DISK, merged=merged_folder(target)
         )
-    loaded = loading.load(plan.model, plan.revision, plan.dtype)
+    loaded = loading.loaded(plan.model, plan.revision, plan.dtype)
     loaded.model.to(where)
     return loaded
 
 
 @dataclass(frozen=True)
 class _Made:
-    """The blocks replaced, the form of the twin that `_Ready.task.model` now is, and the account of a budget."""
+    """The blocks replaced, the form of the twin that the task's model now is, and the account of a budget."""
 
     replaced: Replacements
     form: str
     account: Budget | None
 
 
-def _make(ready: Preparation, workshop: PartialRun) -> _Made:
+def _make(ready: Preparation, partial: PartialRun) -> _Made:
     """Fits the blocks one after another, puts them in, and makes of the network what its form asks for."""
     task, form, account = ready.task, ready.form, None
     if task.plan.budget is None:
-        done = replace_blocks(task, form, workshop, probe=ready.probe if task.plan.offload else None)
+        done = replace_blocks(task, form, partial, probe=ready.probe if task.plan.offload else None)
     else:
-        check = task.data.unseen
-        done, account, form = convert_within(task, form, task.plan.budget, nats, divergence, check, workshop)
+        done, account, form = convert_within(task, form, task.plan.budget, partial)
     if form == "native":
         finish_native(task.model, task.blocks)
     else:
@@ -161,22 +156,37 @@ def _make(ready: Preparation, workshop: PartialRun) -> _Made:
     return _Made(done, form, account)
 
 
+def _reported(loaded: loading.LoadedModel, ready: Preparation, made: _Made, watch: Stopwatch) -> Report:
+    task, plan = ready.task, ready.task.plan
+    return Report(
+        recipe=plan.resolved() | _public(plan),
+        source=loaded.source.as_dict(),
+        calibration=task.data.as_dict(),
+        form=made.form,
+        blocks=tuple(made.replaced.rows),
+        left_alone=ready.left_alone,
+        perplexity=compared(ready.perplexity, shared_perplexity(task.model, task.data.unseen), plan),
+        budget=None if made.account is None else made.account.as_dict(),
+        seconds=watch.seconds,
+    )
+
+
 def _store(
-    loaded: loading.LoadedModel, ready: Preparation, made: _Made, target: Path, workshop: PartialRun, report: Report
+    loaded: loading.LoadedModel, ready: Preparation, made: _Made, target: Path, partial: PartialRun, report: Report
 ) -> None:
     """Writes the twin and has it read by a fresh process."""
     network, plan = ready.task.model, ready.task.plan
     dtype = loaded.source.dtype if plan.save_dtype == "auto" else plan.save_dtype
     if plan.offload:
-        assert workshop.folder is not None
+        assert partial.folder is not None
         with whole_folder(target) as place:
-            write_shards(network, workshop.folder, ready.files, loaded.tokenizer, place, dtype)
+            write_shards(network, partial.folder, ready.files, loaded.tokenizer, place, dtype)
             answer = main_output(made.replaced.outcome)
             seen = verified(place, ready.probe, answer, dtype, made.form, on_disk=True)
             write_report(place, report.as_dict(), seen)
     else:
         save(network, loaded.tokenizer, target, report.as_dict(), ready.probe, dtype=dtype, form=made.form)
-    workshop.close()
+    partial.close()
     if made.account is not None:
         plot_costs(made.account, target / "budget.png")
 

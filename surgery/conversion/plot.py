@@ -18,9 +18,12 @@ def plot_costs(budget: Budget, file: Any) -> bool:
     place = range(len(budget.costs))
     for degree, colour, shift in ((2, "#4878a8", -0.2), (3, "#d99058", 0.2)):
         bars = axes.bar(
-            [at + shift for at in place], [cost.divergence[degree] for cost in budget.costs], 0.4,
-            color=colour, label=f"degree {degree}",
-        )  # fmt: skip
+            [at + shift for at in place],
+            [cost.divergence[degree] for cost in budget.costs],
+            0.4,
+            color=colour,
+            label=f"degree {degree}",
+        )
         for bar, cost in zip(bars, budget.costs, strict=True):
             bar.set_alpha(1.0 if budget.degrees[cost.path] == degree else 0.3)
     axes.set(xlabel="block", ylabel="KL, this block alone, nats")

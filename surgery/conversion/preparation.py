@@ -121,10 +121,8 @@ def _seen_to_run(
 def _inputs(source: Any, loaded: loading.LoadedModel, plan: Recipe, known: str) -> Calibration:
     """Calibration batches, and further ones that no fit sees, to measure perplexity on."""
     measured = plan.measure if isinstance(source, str) and is_causal(loaded.model) and not plan.offload else 0
-    settings: dict[str, Any] = {
-        "tokens": plan.tokens, "length": plan.length, "batch": plan.batch, "seed": plan.seed, "short": plan.short_share,
-        "random_tokens": plan.random_tokens, "unseen": measured,
-    }  # fmt: skip
+    settings = {name: getattr(plan, name) for name in ("tokens", "length", "batch", "seed", "random_tokens")}
+    settings |= {"short": plan.short_share, "unseen": measured}
 
     def draw() -> Calibration:
         return calibration_inputs(source, loaded.model, loaded.tokenizer, **settings)

@@ -24,7 +24,7 @@ from surgery.saving.modules import modules_for
 def replace_blocks(
     task: ConversionTask,
     form: str,
-    workshop: PartialRun,
+    partial: PartialRun,
     degrees: Mapping[str, int] | None = None,
     probe: Mapping[str, Tensor] | None = None,
 ) -> Replacements:
@@ -39,44 +39,44 @@ def replace_blocks(
     like = task.like()
     done = Replacements([], [])
     follow = task.plan.refit and task.plan.target == "stream" and any(block.additive for block in once)
-    aside = None if probe is None else workshop.folder
-    finished = processes.from_first(workshop.finished(blocks))
+    aside = None if probe is None else partial.folder
+    finished = processes.from_first(partial.finished(blocks))
     passed = [] if len(finished) == len(blocks) else task.batches()  # nothing is left to calibrate, so nothing runs
     with (
-        Passes(model, passed, once, follow, task.first_is_sink, probe, aside) as stream,
+        Passes(model, passed, once, follow, task.first_is_sink, probe, aside) as passes,
         Progress(len(blocks), task.quiet or not processes.first()) as progress,
     ):
-        for station in chain(stream, (repeated_station(block, stream) for block in repeated)):
+        for station in chain(passes, (repeated_station(block, passes) for block in repeated)):
             if station.block.path in finished:
-                entry, row, modules = workshop.load(station.block, like)
-                stream.replace(modules)
+                entry, row, modules = partial.load(station.block, like)
+                passes.replace(modules)
             else:
-                entry, row = _replace(stream, station, task, form, degrees or {}, workshop)
+                entry, row = _replace(passes, station, task, form, degrees or {}, partial)
             done.entries.append(entry)
             done.rows.append(row)
             progress.step(row)
             del station  # what waits at this block, before the next ones' arrive
-    return replace(done, outcome=stream.outcome)
+    return replace(done, outcome=passes.outcome)
 
 
 def _replace(
-    stream: Passes,
+    passes: Passes,
     station: Station,
     task: ConversionTask,
     form: str,
     degrees: Mapping[str, int],
-    workshop: PartialRun,
+    partial: PartialRun,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fits one block and puts its replacement in; its entry and its row."""
     block, begun = station.block, time.monotonic()
     fitted = fit(station, task.settings(degrees.get(block.path, task.plan.degree), form), task.given.get(block.path))
     entry, modules = modules_for(fitted, form, task.like())
-    stream.replace(modules)
+    passes.replace(modules)
     for number, output in enumerate(fitted.outputs):  # none of blocks inside which the passes wait
-        stream.answer(number, output)
+        passes.answer(number, output)
     for number, output in enumerate(fitted.written):
-        stream.answer(number, output, original=True)
+        passes.answer(number, output, original=True)
     row = fitted.row(time.monotonic() - begun)
     if processes.first():
-        workshop.keep(block, entry, row, modules)
+        partial.keep(block, entry, row, modules)
     return entry, row

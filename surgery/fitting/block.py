@@ -6,16 +6,15 @@ polynomials and the sinks. The second, over all, gives the normal equations of t
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from surgery.blocks.block import Block
 from surgery.blocks.weights import BlockWeights
-from surgery.calibration.arrivals import Arrival, Station
+from surgery.calibration.arrivals import Station
 from surgery.closed_form import sinks
 from surgery.closed_form.block_polynomial import BlockPolynomial
 from surgery.closed_form.forms import Affine, guarded
@@ -28,12 +27,10 @@ from surgery.closed_form.moments import (
     from_data,
     from_gaussian,
 )
-from surgery.errors import CalibrationError
 from surgery.fitting.features import HiddenPolynomial
-from surgery.fitting.readout import CHUNK, RefittedReadout, behind, fill_sink_columns, mistaken, refit
+from surgery.fitting.readout import CHUNK, RefittedReadout, kept_readout, mistaken, refit
+from surgery.fitting.sample import Sample, take_sample
 from surgery.runtime import processes
-
-TOKENS_PER_UNKNOWN = 20
 
 
 @dataclass(frozen=True)
@@ -112,24 +109,6 @@ class FittedBlock:
         }
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """What the first pass looks at: `rows` of each batch."""
-
-    rows: tuple[Tensor, ...]
-    x: Tensor
-    y: Tensor
-    z: Tensor | None
-    output: Tensor
-    size: Tensor
-    ordinary: Tensor
-    sink: Tensor
-    held: Tensor
-    massive: Tensor
-    limit: float
-    aim: Tensor  # what the block should write at the sinks
-
-
 def fit_block(
     station: Station,
     settings: FitSettings,
@@ -149,7 +128,7 @@ def fit_block(
     """
     block = station.block
     original = original or block.weights(station.modules)
-    sample = _take_sample(station, original, settings)
+    sample = take_sample(station, original, settings.degree, settings.unit_tokens)
     inputs = InputMoments.of(sample.x[~sample.massive])
     at = Preactivations.of(inputs, original.gate, original.up)
     moments = _moments(original, at, sample, settings, given)
@@ -159,47 +138,45 @@ def fit_block(
     writer = settings.degree > 1 and sinks.written(sample.size[sample.sink], sample.output[sample.sink])
     pointing = sinks.directions(inputs, sample.x[sample.sink if writer else []])
     prior, twin = _features(original, at, units, pointing, sample.x.dtype)
-    extra = len(pointing.bias)
-    result: RefittedReadout | None = None
     if settings.refit:
-        sink_boost = float(sample.ordinary.sum()) / max(1, int(sample.sink.sum()))
-        result = refit(
-            station, original, twin, prior,
-            sink_limit=sample.limit, sink_boost=sink_boost, sink_units=extra, cache_bytes=cache_bytes,
-            units=max(1, round(settings.units * block.hidden)) if settings.degree > 1 else None,
-        )  # fmt: skip
-        solution = result.choice.weight
+        wanted = max(1, round(settings.units * block.hidden)) if settings.degree > 1 else None
+        readout = refit(station, original, twin, prior, sample, len(pointing.bias), cache_bytes, wanted)
     else:
-        solution = fill_sink_columns(prior, twin(sample.x[sample.sink]), sample.aim, extra)
+        readout = kept_readout(prior, twin(sample.x[sample.sink]), sample.aim, len(pointing.bias))
     del prior
     hidden = HiddenPolynomial.of(original, at, units).with_sink_units(pointing)
-    if result and result.kept is not None:
-        hidden = hidden.keep_units(result.kept[:-1])
+    if readout.kept is not None:
+        hidden = hidden.keep_units(readout.kept[:-1])
         twin = hidden.to(sample.x.dtype)
-    readout = Affine(solution[:-1].T.contiguous(), solution[-1])
-    if result and result.outputs:
-        predicted = torch.cat([part[rows] for part, rows in zip(result.outputs, sample.rows, strict=True)])
-        predicted = processes.together(predicted)
-    else:
-        predicted = torch.cat([twin(part) @ solution.to(part) for part in sample.x.split(CHUNK)])
+    predicted = _predicted(readout, twin, sample)
     ordinary = sample.ordinary & ~mistaken(pointing.to(sample.x.dtype)(sample.x).square())
+    solution = readout.choice.weight
     return FittedBlock(
         block=block,
-        polynomial=hidden.with_readout(readout),
+        polynomial=hidden.with_readout(Affine(solution[:-1].T.contiguous(), solution[-1])),
         r2_fit=_r2(predicted, sample.output, ordinary & ~sample.held),
         r2_held=_r2(predicted, sample.output, ordinary & sample.held),
         r2_units=float(hidden.units.r2.median()),
-        ridge=result.choice.ridge if result else None,
-        condition=max(hidden.units.condition, result.choice.condition if result else 0.0),
+        ridge=readout.choice.ridge,
+        condition=max(hidden.units.condition, readout.choice.condition),
         sink_tokens=int(sample.sink.sum()),
         sink_error=_sink_error(sample, predicted, writer),
-        sink_units=extra,
+        sink_units=len(pointing.bias),
         mistaken=int((sample.ordinary & ~ordinary).sum()),
         quadrature_error=hidden.units.error,
         tokens=int(processes.sum_number(sum(int(arrival.keep.sum()) for arrival in station.twin))),
-        outputs=result.outputs if result else (),
-        written=result.written if result else (),
+        outputs=readout.outputs,
+        written=readout.written,
     )
+
+
+def _predicted(readout: RefittedReadout, twin: HiddenPolynomial, sample: Sample) -> Tensor:
+    """What the polynomial writes at the sample's rows, (tokens, out)."""
+    if readout.outputs:
+        own = [part[rows] for part, rows in zip(readout.outputs, sample.rows, strict=True)]
+        return processes.together(torch.cat(own))
+    solution = readout.choice.weight.to(sample.x)
+    return torch.cat([twin(part) @ solution for part in sample.x.split(CHUNK)])
 
 
 def _features(
@@ -211,60 +188,8 @@ def _features(
     return hidden.prior_readout(original.down), hidden.to(dtype)
 
 
-def _take_sample(station: Station, original: BlockWeights, settings: FitSettings) -> _Sample:
-    """Tokens drawn from all batches alike, enough for the units (always several per input dimension)."""
-    rows = _drawn(station, max(settings.unit_tokens, 4 * station.block.width))
-
-    def gathered(name: str, arrivals: tuple[Arrival, ...] = station.twin) -> Tensor:
-        return processes.together(
-            torch.cat([getattr(arrival, name)[at] for arrival, at in zip(arrivals, rows, strict=True)])
-        )
-
-    x, size, held = gathered("x"), gathered("size"), gathered("held")
-    unknowns = 2 * settings.degree + 1
-    if len(x) < TOKENS_PER_UNKNOWN * unknowns:
-        raise CalibrationError(
-            f"{len(x)} tokens are too few for the {unknowns} coefficients of a unit",
-            where=station.block.path,
-            cause=f"at least {TOKENS_PER_UNKNOWN} tokens per coefficient are needed",
-            fix="give more calibration text or tokens, or a lower degree",
-        )
-    y, z = original.preactivations(x)
-    output = nn.functional.linear(original.hidden(y, z), *original.down)
-    if not bool(torch.isfinite(output).all()):
-        raise CalibrationError("the block's output holds NaN or infinite values", where=station.block.path)
-    norm = output.float().norm(dim=-1)
-    total = (size.square() + norm.square()).sqrt()
-    limit = sinks.threshold(total)
-    truly = gathered("size", station.original or station.twin)
-    sink = ((truly.square() + norm.square()).sqrt() > limit) | gathered("known_sink")
-    aim = output[sink]
-    if station.original and station.block.additive:
-        own = [len(at) for at in rows]
-        before = sum(processes.gather(sum(own))[: processes.rank()])
-        parts = sink[before : before + sum(own)].split(own)
-        triples = zip(
-            station.twin, station.original, (at[part] for at, part in zip(rows, parts, strict=True)), strict=True
-        )
-        aim = processes.together(
-            torch.cat([original(other.x[at]) + behind(twin, other, at) for twin, other, at in triples])
-        )
-    return _Sample(rows, x, y, z, output, size, ~sink, sink, held, total > limit, limit, aim)
-
-
-def _drawn(station: Station, wanted: int) -> tuple[Tensor, ...]:
-    """Row numbers, ascending, of about `wanted` real tokens: the same share of every batch, the same in every run."""
-    real = [arrival.keep.nonzero()[:, 0] for arrival in station.twin]
-    share = min(1.0, wanted / max(1, processes.sum_number(sum(len(rows) for rows in real))))
-    drawn = []
-    for number, rows in enumerate(real, start=station.number):
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(number))
-        drawn.append(rows[order[: math.ceil(share * len(rows))].sort().values.to(rows.device)])
-    return tuple(drawn)
-
-
 def _moments(
-    original: BlockWeights, at: Preactivations, sample: _Sample, settings: FitSettings, given: GaussianMixture | None
+    original: BlockWeights, at: Preactivations, sample: Sample, settings: FitSettings, given: GaussianMixture | None
 ) -> UnitMoments:
     degree = settings.degree
 
@@ -290,10 +215,12 @@ def _moments(
         return measured
     wide = settings.tail_width**2
     spread = Preactivations(
-        at.y_mean, at.y_std * settings.tail_width, at.z_mean,
+        at.y_mean,
+        at.y_std * settings.tail_width,
+        at.z_mean,
         None if at.z_std is None else at.z_std * settings.tail_width,
         None if at.covariance is None else at.covariance * wide,
-    )  # fmt: skip
+    )
     return measured + from_gaussian(original.activation, at, spread, degree, measured.weight * settings.tail_weight)
 
 
@@ -302,7 +229,7 @@ def _r2(predicted: Tensor, truth: Tensor, rows: Tensor) -> float:
     return float(1 - (p - t).square().sum() / (t - t.mean(0)).square().sum().clamp_min(1e-300))
 
 
-def _sink_error(sample: _Sample, predicted: Tensor, writer: bool) -> float:
+def _sink_error(sample: Sample, predicted: Tensor, writer: bool) -> float:
     if not len(sample.aim):
         return 0.0
     truth = (sample.aim if writer else sample.output[sample.sink]).double()

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from surgery.blocks import experts
 from surgery.blocks.block import Block, ExpertsBlock
-from surgery.calibration.arrivals import Arrival, Station
+from surgery.calibration.arrivals import Arrival, Station, behind
 from surgery.closed_form.block_polynomial import BlockPolynomial
 from surgery.errors import CalibrationError
-from surgery.fitting.block import TOKENS_PER_UNKNOWN, FitSettings, FittedBlock, fit_block
-from surgery.fitting.readout import behind
+from surgery.fitting.block import FitSettings, FittedBlock, fit_block
+from surgery.fitting.sample import TOKENS_PER_UNKNOWN
 from surgery.runtime import processes
 
 HELD_TOKENS = 8  # fewer held-out tokens choose no ridge
@@ -151,10 +151,8 @@ def _mixture(station: Station) -> ExpertsBlock:
 
 
 def _rows(arrival: Arrival, rows: Tensor, weight: Tensor | None) -> Arrival:
-    return Arrival(
-        arrival.x[rows], arrival.keep[rows], None, arrival.size[rows], arrival.held[rows], arrival.known_sink[rows],
-        weight=weight,
-    )  # fmt: skip
+    parts = {name: getattr(arrival, name)[rows] for name in ("x", "keep", "size", "held", "known_sink")}
+    return Arrival(**parts, residual=None, weight=weight)
 
 
 def _layer_sample(station: Station, wanted: int) -> Station:

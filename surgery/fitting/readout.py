@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from surgery.blocks.weights import BlockWeights
-from surgery.calibration.arrivals import Arrival, Station
+from surgery.calibration.arrivals import Arrival, Station, behind
 from surgery.closed_form.ridge import HeldRows, RidgeSolution, RidgeSums, most_useful, ridge_path
 from surgery.errors import CalibrationError
 from surgery.fitting.features import HiddenPolynomial
+from surgery.fitting.sample import Sample
 from surgery.runtime import processes
 
 CHUNK = 2048  # tokens whose hidden vectors are held at once
@@ -74,8 +75,10 @@ class _Sums:
         """The sums, the held-out rows and the sinks of all processes."""
         for part in self.fit.parts():
             processes.total(part)
-        held, sinks = ([processes.together(torch.cat(rows)) for rows in zip(*kept, strict=True)]
-                       for kept in (self.held, self.sinks))  # fmt: skip
+        held, sinks = (
+            [processes.together(torch.cat(rows)) for rows in zip(*kept, strict=True)]
+            for kept in (self.held, self.sinks)
+        )
         return self.fit, HeldRows(held[0], held[1]), (sinks[0], sinks[1])
 
 
@@ -133,11 +136,9 @@ def refit(
     original: BlockWeights,
     twin: HiddenPolynomial,
     prior: Tensor,
-    *,
-    sink_limit: float,
-    sink_boost: float,
+    sample: Sample,
     sink_units: int,
-    cache_bytes: int,
+    cache_bytes: int = 0,
     units: int | None = None,
 ) -> RefittedReadout:
     """Ridge regression of what the block should write (:class:`_Aim`) on the polynomial's hidden vector.
@@ -147,32 +148,18 @@ def refit(
 
     Args:
         prior: readout that the ridge pulls towards, (p, out).
-        sink_limit, sink_boost: see :class:`_Aim`.
+        sample: says from which norm on a token is a sink, and how much the sinks weigh.
         sink_units: how many features before the constant belong to sinks.
         cache_bytes: memory that may be spent on keeping hidden vectors until the answer is known.
         units: how many units to keep beside the sink units, the most useful ones; all where None.
     """
     block = station.block
     tokens = sum(len(arrival.x) for arrival in station.twin)
-    whole = block.whole  # else the passes wait inside the block and finish it themselves
-    hold = whole and tokens * prior.shape[0] * station.twin[0].x.element_size() <= cache_bytes
+    hold = block.whole and tokens * prior.shape[0] * station.twin[0].x.element_size() <= cache_bytes
     typical = processes.together(torch.cat([arrival.size[arrival.keep] for arrival in station.twin])).median()
-    aim = _Aim(original, block.additive, typical, sink_limit, sink_boost, writer=sink_units > 0)
+    aim = _Aim(original, block.additive, typical, sample.limit, sample.sink_boost, writer=sink_units > 0)
     sums = _Sums.zeros(prior, station)
-    hidden: list[list[Tensor]] = [[] for _ in station.twin]
-    written: list[list[Tensor]] = [[] for _ in station.twin]
-    for number, arrival in enumerate(station.twin):
-        other = station.original[number] if station.original else arrival
-        for rows, held in _pieces(arrival):
-            features, output = twin(arrival.x[rows]), original(other.x[rows])
-            if hold:
-                hidden[number].append(features)
-            if whole and other is not arrival:
-                written[number].append(output)
-            target, weight, sink = aim.of(arrival, other, rows, output)
-            root = weight.sqrt().to(features)[:, None]
-            real = arrival.keep[rows] & ~(mistaken(features[:, -1 - sink_units : -1]) & ~sink)
-            sums.add(features * root, target * root, real, sink, held)
+    hidden, written = _summed(station, twin, aim, sums, sink_units, hold)
     fit, held_rows, anchor = sums.over_processes()
     if not (float(fit.weight) and len(held_rows.features)):
         raise CalibrationError("no tokens are left to fit on", where=block.path, fix="give more text")
@@ -181,16 +168,32 @@ def refit(
         kept = most_useful(fit, prior, units, free)
         fit, held_rows, prior = fit.at(kept), held_rows.at(kept), prior[kept]
         anchor = (anchor[0][:, kept], anchor[1])
+        hidden = [[part[:, kept] for part in parts] for parts in hidden]
     choice = ridge_path(fit, held_rows, prior, anchor=anchor, free=free)
     solution = choice.weight.to(station.twin[0].x)
-    if kept is not None:
-        hidden = [[part[:, kept] for part in parts] for parts in hidden]
-    return RefittedReadout(
-        choice,
-        tuple(torch.cat([part @ solution for part in parts]) for parts in hidden if parts),
-        tuple(torch.cat(parts) for parts in written if parts),
-        kept,
-    )
+    outputs = (torch.cat([part @ solution for part in parts]) for parts in hidden if parts)
+    return RefittedReadout(choice, tuple(outputs), tuple(torch.cat(parts) for parts in written if parts), kept)
+
+
+def _summed(
+    station: Station, twin: HiddenPolynomial, aim: _Aim, sums: _Sums, sink_units: int, hold: bool
+) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    """Adds all tokens to the sums; by batch: hidden vectors where they are to be held, and what the original writes."""
+    hidden: list[list[Tensor]] = [[] for _ in station.twin]
+    written: list[list[Tensor]] = [[] for _ in station.twin]
+    for number, arrival in enumerate(station.twin):
+        other = station.original[number] if station.original else arrival
+        for rows, held in _pieces(arrival):
+            features, output = twin(arrival.x[rows]), aim.original(other.x[rows])
+            if hold:
+                hidden[number].append(features)
+            if station.block.whole and other is not arrival:  # else the passes wait inside and finish it themselves
+                written[number].append(output)
+            target, weight, sink = aim.of(arrival, other, rows, output)
+            root = weight.sqrt().to(features)[:, None]
+            real = arrival.keep[rows] & ~(mistaken(features[:, -1 - sink_units : -1]) & ~sink)
+            sums.add(features * root, target * root, real, sink, held)
+    return hidden, written
 
 
 def _pieces(arrival: Arrival) -> Iterator[tuple[slice, bool]]:
@@ -210,19 +213,11 @@ def mistaken(answers: Tensor) -> Tensor:
     return (answers > MISTAKEN).any(-1)
 
 
-def behind(arrival: Arrival, other: Arrival, rows: slice | Tensor) -> Tensor:
-    """How far the twin's residual stream is behind the original's; 0 where it is not known."""
-    if arrival.residual is None or other.residual is None:
-        return torch.zeros_like(arrival.x[rows])
-    return other.residual[rows] - arrival.residual[rows]
-
-
-def fill_sink_columns(prior: Tensor, features: Tensor, output: Tensor, extra: int) -> Tensor:
-    """The kept readout, with the sink units' columns set to what is missing at the sinks (least squares)."""
-    if not extra:
-        return prior
-    missing = output.double() - features.double() @ prior
-    columns = torch.linalg.lstsq(features[:, -1 - extra : -1].double(), missing, driver="gelsd").solution
-    result = prior.clone()
-    result[-1 - extra : -1] = columns
-    return result
+def kept_readout(prior: Tensor, features: Tensor, output: Tensor, extra: int) -> RefittedReadout:
+    """The original's map, with the sink units' columns set to what is missing at the sinks (least squares)."""
+    solution = prior.clone()
+    if extra:
+        missing = output.double() - features.double() @ prior
+        at_sinks = features[:, -1 - extra : -1].double()
+        solution[-1 - extra : -1] = torch.linalg.lstsq(at_sinks, missing, driver="gelsd").solution
+    return RefittedReadout(RidgeSolution(solution, None, 0.0), (), ())

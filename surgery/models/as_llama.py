@@ -19,6 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SHARED = """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+    max_position_embeddings initializer_range rms_norm_eps pad_token_id bos_token_id eos_token_id rope_parameters
+    attention_dropout tie_word_embeddings dtype
+"""
 TOLERANCE, TOLERANCE_HALF = 1e-4, 2e-2
 """Relative norm of the difference in logits, computed in float32 or in half precision: Gemma's 1 + w is rounded at
 another place."""
@@ -35,12 +40,7 @@ def llama_config(model: Any, stored: str) -> Any | None:
         return None
     from transformers import LlamaConfig
 
-    names = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "max_position_embeddings", "initializer_range", "rms_norm_eps", "pad_token_id",
-        "bos_token_id", "eos_token_id", "rope_parameters", "attention_dropout", "tie_word_embeddings", "dtype",
-    )  # fmt: skip
-    values = {name: copy.deepcopy(getattr(config, name)) for name in names if hasattr(config, name)}
+    values = {name: copy.deepcopy(getattr(config, name)) for name in SHARED.split() if hasattr(config, name)}
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     bias = config.model_type == "qwen2" or getattr(config, "attention_bias", False)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import shutil
-import tempfile
 import weakref
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import ModelError
+from surgery.runtime import weights_on_disk
 
 if TYPE_CHECKING:
     from torch import nn
-
-M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -114,7 +108,7 @@ def load_meta(name: str, revision: str | None = None) -> tuple[nn.Module, Any]:
         return model_class(config)._from_config(config), config
 
 
-def load_model(
+def load(
     name: str | Path,
     *,
     revision: str | None = None,
@@ -132,10 +126,10 @@ def load_model(
     Raises:
         ModelError: nothing there, not a transformer, or weights missing from the checkpoint.
     """
-    return load(str(name), revision, dtype, device_map, base).model
+    return loaded(str(name), revision, dtype, device_map, base).model
 
 
-def load(
+def loaded(
     name: str,
     revision: str | None = None,
     dtype: str = "float32",
@@ -166,24 +160,41 @@ def load(
     if hasattr(config, delta.KEY):
         return _load_delta(name, revision, dtype, device_map, base, config)
     stored = stored_dtype(Path(path), config) if kind != "gguf" else "float32"
-    wanted = stored if dtype == "auto" else dtype
-    cls = modeling_polynomial.PolynomialModel if config.model_type == modeling_polynomial.MODEL_TYPE else None
-    options = dict(extra, revision=revision, dtype=getattr(torch, wanted))
+    options = dict(extra, revision=revision, dtype=getattr(torch, stored if dtype == "auto" else dtype))
     if device_map is not None:
         options["device_map"] = device_map
-    ours: list[Path] = []
-    if isinstance(device_map, dict) and "disk" in device_map.values():
-        options["offload_folder"] = _fresh(merged)
-        ours = [options["offload_folder"], *([] if merged is None else [merged, merged.parent])]
-        _give_memory_back()
+    model = _weights(name, path, config, options, merged)
+    if kind == "gguf":
+        _forget_quantization(model)
     try:
-        model, info = (cls or model_class(config)).from_pretrained(path, output_loading_info=True, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=revision, **extra)
+    except Exception:
+        tokenizer = None
+    model.eval()
+    revision = getattr(model.config, "_commit_hash", None)
+    return LoadedModel(model, tokenizer, Source(public_name(name, kind), kind, revision, type(model).__name__, stored))
+
+
+def _weights(name: str, path: str, config: Any, options: dict[str, Any], merged: Path | None) -> Any:
+    """The model with its weights; what it keeps on disk of its own goes with it."""
+    from surgery.models import modeling_polynomial
+
+    twin = config.model_type == modeling_polynomial.MODEL_TYPE
+    cls = modeling_polynomial.PolynomialModel if twin else model_class(config)
+    ours: list[Path] = []
+    device_map = options.get("device_map")
+    if isinstance(device_map, dict) and "disk" in device_map.values():
+        options["offload_folder"] = weights_on_disk.fresh_folder(merged)
+        ours = [options["offload_folder"], *([] if merged is None else [merged, merged.parent])]
+        weights_on_disk.give_memory_back()
+    try:
+        model, info = cls.from_pretrained(path, output_loading_info=True, **options)
     except BaseException as error:
-        _remove(ours)
+        weights_on_disk.remove_folders(ours)
         if not isinstance(error, Exception):
             raise
         raise _unreadable(name, error) from error
-    weakref.finalize(model, _remove, ours)
+    weakref.finalize(model, weights_on_disk.remove_folders, ours)
     missing = sorted(info.get("missing_keys", ()))
     if missing or info.get("mismatched_keys"):
         raise ModelError(
@@ -192,22 +203,7 @@ def load(
             where=name,
             cause="the checkpoint is incomplete, or was saved for another class",
         )
-    if kind == "gguf":
-        _forget_quantization(model)
-    tokenizer = None
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=revision, **extra)
-    except Exception:
-        tokenizer = None
-    model.eval()
-    source = Source(
-        name=public_name(name, kind),
-        kind=kind,
-        revision=getattr(model.config, "_commit_hash", None),
-        architecture=type(model).__name__,
-        dtype=stored,
-    )
-    return LoadedModel(model, tokenizer, source)
+    return model
 
 
 def placed(device: str) -> Any:
@@ -261,7 +257,7 @@ def _load_delta(
         raise _unreadable(name, error) from error
     name_of_base = base or described["base"]
     pinned = described["revision"] if name_of_base == described["base"] else None
-    original = load(name_of_base, pinned, described["dtype"], device_map)
+    original = loaded(name_of_base, pinned, described["dtype"], device_map)
     twin = delta.apply_delta(original.model, config, tensors)
     twin.to(dtype=getattr(torch, described["dtype"] if dtype == "auto" else dtype)).eval()
     kind = locate(name)[2]
@@ -314,29 +310,6 @@ def _forget_quantization(model: Any) -> None:
         for name in names:
             if hasattr(holder, name):
                 delattr(holder, name)
-
-
-def _fresh(folder: Path | None) -> Path:
-    """A new folder in this one: a model that is gone, but not collected yet, removes its own only."""
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(dir=folder))
-
-
-def _remove(folders: Sequence[Path]) -> None:
-    """The first folder, and those it is in that are empty then."""
-    if folders:
-        shutil.rmtree(folders[0], ignore_errors=True)
-    with suppress(OSError):
-        for empty in folders[1:]:
-            empty.rmdir()
-
-
-def _give_memory_back() -> None:
-    """Lets the C library (glibc; no other is asked) return freed matrices at once instead of keeping those of up to
-    32 MB for later: with weights read and let go of all the time, what it keeps grows with the number of layers."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _unreadable(name: str, error: Exception) -> ModelError:

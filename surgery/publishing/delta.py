@@ -34,22 +34,20 @@ def export_delta(folder: Path, out: Path, base: str | None = None, overwrite: bo
             where=str(folder),
             fix="name the original with --base",
         )
-    twin = loading.load(str(folder), dtype="auto")
+    twin = loading.loaded(str(folder), dtype="auto")
     stored = twin.source.dtype
-    original = loading.load(base or source["name"], None if base else source["revision"], stored)
+    original = loading.loaded(base or source["name"], None if base else source["revision"], stored)
     network: Any = twin.model
     found = delta.difference(network, original.model)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config[delta.KEY] = {
-        "format": delta.FORMAT, "base": original.source.name, "kind": original.source.kind,
-        "revision": original.source.revision, "sha256": delta.weights_sha256(original.model), "dtype": stored,
-        "derived": found.derived,
-    }  # fmt: skip
+    origin = {"base": original.source.name, "kind": original.source.kind, "revision": original.source.revision}
+    weights = {"sha256": delta.weights_sha256(original.model), "dtype": stored, "derived": found.derived}
+    config[delta.KEY] = {"format": delta.FORMAT, **origin, **weights}
     with whole_folder(out) as place:
         save_file(found.tensors, place / delta.WEIGHTS)
         write_json(place / "config.json", config)
         shutil.copy(folder / "modeling_polynomial.py", place)
-        again: Any = loading.load(str(place), dtype="auto", base=base).model
+        again: Any = loading.loaded(str(place), dtype="auto", base=base).model
         ours, theirs = network.state_dict(), again.state_dict()
         if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
             raise ModelError("the delta does not give the twin back", where=str(folder))
@@ -65,7 +63,7 @@ def export_full(folder: Path, out: Path, base: str | None = None, overwrite: boo
     if report["form"] != "delta":
         raise ModelError("not a delta", where=str(folder), cause="it is a whole twin already")
     out = check_target(out, overwrite)
-    loaded = loading.load(str(folder), dtype="auto", base=base)
+    loaded = loading.loaded(str(folder), dtype="auto", base=base)
     probe = probe_ids(loaded.model)
     described = {key: value for key, value in report.items() if key != "exported_from"} | {"form": "custom"}
     return save(loaded.model, loaded.tokenizer, out, described, probe, dtype=loaded.source.dtype)

@@ -108,10 +108,8 @@ def upload(planned: PushPlan, *, private: bool = False, revision: str | None = N
         ModelCard(planned.card.text).validate()
         if revision and not create_pr:
             api.create_branch(planned.repository, branch=revision, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=planned.repository, folder_path=planned.folder, revision=revision, create_pr=create_pr,
-            commit_message="Polynomial twin", ignore_patterns=list(IGNORED),
-        )  # fmt: skip
+        what = {"folder_path": planned.folder, "ignore_patterns": list(IGNORED), "commit_message": "Polynomial twin"}
+        done = api.upload_folder(repo_id=planned.repository, revision=revision, create_pr=create_pr, **what)
         landed = api.get_paths_info(planned.repository, [name for name, _ in planned.files], revision=done.oid)
     except Exception as error:
         raise _explained(error, planned.repository) from error

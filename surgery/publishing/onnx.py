@@ -52,7 +52,7 @@ def export_onnx(folder: Path, out: Path, base: str | None = None, overwrite: boo
         raise SurgeryError(f"{error.name} is not installed", fix="pip install 'polysurgery[onnx]'") from error
     report = read_verified_report(folder)
     out = check_target(out, overwrite)
-    loaded = loading.load(str(folder), base=base)
+    loaded = loading.loaded(str(folder), base=base)
     model: Any = loaded.model
     if getattr(model.config, "is_encoder_decoder", False) or model.main_input_name != "input_ids":
         raise ModelError("only models that read one text have an ONNX form here", where=str(folder))
@@ -63,19 +63,12 @@ def export_onnx(folder: Path, out: Path, base: str | None = None, overwrite: boo
     free = {"input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}}
     with whole_folder(out) as place:
         with _quiet():
-            program = torch.onnx.export(
-                network, (probes[0],), dynamo=True, dynamic_shapes=free, input_names=["input_ids"],
-                output_names=["logits"], verbose=False,
-            )  # fmt: skip
+            names: dict[str, Any] = {"input_names": ["input_ids"], "output_names": ["logits"], "verbose": False}
+            program = torch.onnx.export(network, (probes[0],), dynamo=True, dynamic_shapes=free, **names)
             assert program is not None
             program.save(place / GRAPH)
         session = onnxruntime.InferenceSession(place / GRAPH, providers=["CPUExecutionProvider"])
-        difference = 0.0
-        for probe in probes:
-            found = torch.from_numpy(session.run(None, {"input_ids": probe.numpy()})[0])
-            with torch.no_grad():
-                expected = network(probe)
-            difference = max(difference, float((found - expected).norm() / expected.norm()))
+        difference = max(_difference(session, network, probe) for probe in probes)
         if not difference < TOLERANCE:
             raise ModelError(
                 f"onnxruntime computes something else: relative difference {difference:.1e}", where=str(out)
@@ -88,6 +81,14 @@ def export_onnx(folder: Path, out: Path, base: str | None = None, overwrite: boo
         seen = {"verified": True, "form": "onnx", "difference": difference, "operators": operators}
         write_report(place, {**report, "form": "onnx", "exported_from": folder.name}, seen)
     return seen
+
+
+def _difference(session: Any, network: nn.Module, probe: Tensor) -> float:
+    """Of the graph's output from the network's, relative norm."""
+    found = torch.from_numpy(session.run(None, {"input_ids": probe.numpy()})[0])
+    with torch.no_grad():
+        expected = network(probe)
+    return float((found - expected).norm() / expected.norm())
 
 
 @contextlib.contextmanager

@@ -73,7 +73,7 @@ def export_silu(folder: Path, out: Path, overwrite: bool = False) -> dict[str, A
     """Saves the SiLU form of a twin, verified in a fresh process; what the verification saw."""
     report = read_verified_report(folder)
     out = check_target(out, overwrite)
-    loaded = loading.load(str(folder))
+    loaded = loading.loaded(str(folder))
     model: Any = loaded.model
     wide = as_silu(model)
     probe = probe_ids(model)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.closed_form.sinks import MASSIVE
+from surgery.closed_form import sinks
 
 BEFORE, AFTER = 18, 5  # tokens shown around the one that drives a direction most
 APART = 12  # tokens between two examples
@@ -34,7 +34,7 @@ class Activity:
     @staticmethod
     def of(ids: Tensor, x: Tensor, size: Tensor) -> Activity:
         """From inputs (tokens, d), and norms (tokens,) that are massive at attention sinks."""
-        ordinary = size <= MASSIVE * size.median()
+        ordinary = sinks.ordinary(size)
         ordinary &= torch.arange(len(size)) % ids.shape[1] != 0
         x = x.double()
         mean = x[ordinary].mean(0)

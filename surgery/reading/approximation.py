@@ -70,7 +70,7 @@ def approximations(
 ) -> dict[str, dict[str, float]]:
     """R² by degree and setting, from rows to fit on and held-out rows, (tokens, d) each."""
     inputs = InputMoments.of(fit)
-    drawn = inputs.draw(SAMPLES).to(fit)
+    drawn = inputs.sample(SAMPLES).to(fit)
     found: dict[str, dict[str, float]] = {}
     for degree in degrees:
         gaussian = under_gaussian(original, inputs, degree)

@@ -87,7 +87,7 @@ def explained(settings: ExplainSettings) -> dict[str, Any]:
     started = time.monotonic()
     if settings.minus and not settings.output:
         raise RecipeError("--minus needs an --output to be subtracted from")
-    loaded = loading.load(settings.twin, settings.revision, settings.dtype)
+    loaded = loading.loaded(settings.twin, settings.revision, settings.dtype)
     place, inputs = _place(settings, loaded)
     model: Any = loaded.model
     if not all("input_ids" in batch for batch in inputs.batches):
@@ -126,10 +126,8 @@ def _place(settings: ExplainSettings, loaded: loading.LoadedModel) -> tuple[Bloc
     model: Any = loaded.model
 
     def inputs() -> Calibration:
-        return calibration_inputs(
-            settings.text, model, loaded.tokenizer,
-            tokens=settings.tokens, length=settings.window, batch=8, seed=settings.seed,
-        )  # fmt: skip
+        much = {"tokens": settings.tokens, "length": settings.window, "batch": 8, "seed": settings.seed}
+        return calibration_inputs(settings.text, model, loaded.tokenizer, **much)
 
     try:
         found = find_block(model, settings.block)
@@ -141,10 +139,13 @@ def _place(settings: ExplainSettings, loaded: loading.LoadedModel) -> tuple[Bloc
             raise
     from surgery.conversion.pipeline import convert
 
-    convert(
-        model, tokenizer=loaded.tokenizer, calibration=settings.text, degree=settings.fit, blocks=str(settings.block),
-        tokens=max(FIT_TOKENS, settings.tokens), measure=0, form="custom", seed=settings.seed,
-    )  # fmt: skip
+    recipe: dict[str, Any] = {
+        "degree": settings.fit,
+        "blocks": str(settings.block),
+        "tokens": max(FIT_TOKENS, settings.tokens),
+    }
+    recipe |= {"calibration": settings.text, "measure": 0, "form": "custom", "seed": settings.seed}
+    convert(model, tokenizer=loaded.tokenizer, **recipe)
     return find_block(model, settings.block), inputs()
 
 
@@ -187,18 +188,21 @@ class _Reader:
         found = spectrum(self.expansion.quadratic(w, root), self.settings.pairs)
         return {
             "direction": {
-                "name": direction.name, "norm": float(direction.vector.norm()),
+                "name": direction.name,
+                "norm": float(direction.vector.norm()),
                 "promotes": None if self.vocabulary is None else self.vocabulary.promoted(w, self.settings.words),
             },
             "parts": self._shares(linear, quadratic, higher) | {"constant": float(self.expansion.constant @ w)},
             "contexts": examples(self.seen, whole, self.tokenizer, self.settings.contexts),
             "linear": self._linear(w, linear),
             "spectrum": {
-                "effective_rank": found.effective_rank, "square": found.square, "trace": found.trace,
+                "effective_rank": found.effective_rank,
+                "square": found.square,
+                "trace": found.trace,
                 "explained": float(found.shares.sum()),
             },
             "eigenpairs": [self._pair(found, inverse, number) for number in range(len(found.values))],
-        }  # fmt: skip
+        }
 
     def _shares(self, *parts: Tensor) -> dict[str, Any]:
         """Standard deviation of the whole, and each part's covariance with it as a share of its variance."""

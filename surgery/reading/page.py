@@ -73,11 +73,13 @@ def page(report: dict[str, Any], plot: bytes | None) -> str:
     environment.filters["shown"] = _shown
     template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8"))
     return template.render(
-        report=report, title=title(report),
+        report=report,
+        title=title(report),
         plot=None if plot is None else base64.b64encode(plot).decode(),
-        details=json.dumps({key: report[key] for key in ("settings", "model", "block", "text", "spectrum")
-                            if key in report}, indent=2),
-    )  # fmt: skip
+        details=json.dumps(
+            {key: report[key] for key in ("settings", "model", "block", "text", "spectrum") if key in report}, indent=2
+        ),
+    )
 
 
 def title(report: dict[str, Any]) -> str:

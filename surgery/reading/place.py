@@ -16,6 +16,7 @@ from surgery.closed_form.block_polynomial import BlockPolynomial
 from surgery.errors import ModelError, RecipeError
 from surgery.models import modeling_polynomial
 from surgery.models.saved_blocks import SavedBlock, saved_block, saved_blocks
+from surgery.runtime.hooks import hooked
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,8 @@ def surroundings(model: Any, place: BlockInModel, probe: Mapping[str, Tensor]) -
         handles.append(
             head.register_forward_pre_hook(lambda _, args: seen.update(final_norm=written.get(args[0].data_ptr())))
         )
-    try:
-        with torch.no_grad():
-            model(**probe)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), hooked(handles):
+        model(**probe)
     return replace(place, **seen)
 
 
@@ -150,11 +147,8 @@ def _recorded(place: BlockInModel, rows: list[tuple[Tensor, Tensor, Tensor]]) ->
     handles = [place.entry.register_forward_pre_hook(note("x")), place.exit.register_forward_hook(leave)]
     if place.norm is not None:
         handles.append(place.norm.register_forward_pre_hook(note("stream")))
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def activity(model: Any, place: BlockInModel, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,11 +19,12 @@ from surgery.blocks.find import survey
 from surgery.blocks.parts import attribute
 from surgery.blocks.verify import verify_all
 from surgery.calibration.inputs import calibration_inputs
-from surgery.closed_form.sinks import MASSIVE
+from surgery.closed_form import sinks
 from surgery.errors import CheckpointError, ModelError, RecipeError, SurgeryError, checked_settings
 from surgery.models import loading
 from surgery.reading.approximation import approximations
 from surgery.runtime.files import write_bytes, write_json
+from surgery.runtime.hooks import hooked
 
 FORMAT = 1
 JSON, PLOT = "trace.json", "trace.png"
@@ -133,8 +134,11 @@ def traced(
 
     for step in tqdm(steps, desc="tracing", unit="checkpoint", disable=quiet):
         row = known.pop(step.key, None) or {
-            "key": step.key, "label": step.label, "step": step.step, **measure(step, settings),
-        }  # fmt: skip
+            "key": step.key,
+            "label": step.label,
+            "step": step.step,
+            **measure(step, settings),
+        }
         report["checkpoints"].append(row)
         if folder is not None:
             _write(folder, {**report, "others": list(known.values())})
@@ -150,9 +154,10 @@ def _known(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     found = json.loads(file.read_text(encoding="utf-8"))
     if found.get("settings") != wanted:
         raise CheckpointError(
-            "an earlier trace with other settings is here", where=str(folder),
+            "an earlier trace with other settings is here",
+            where=str(folder),
             fix="repeat its command, choose another -o, or give --restart to discard it",
-        )  # fmt: skip
+        )
     return {row["key"]: row for row in (*found["checkpoints"], *found["others"])}
 
 
@@ -166,12 +171,10 @@ def _write(folder: Path, report: dict[str, Any]) -> None:
 def measure(step: TrainingStep, settings: TraceSettings) -> dict[str, Any]:
     """One checkpoint: a row per block, in one forward pass over the text; no hidden states are kept."""
     started = time.monotonic()
-    loaded = loading.load(step.name, step.revision)
+    loaded = loading.loaded(step.name, step.revision)
     model: Any = loaded.model
-    data = calibration_inputs(
-        settings.text, model, loaded.tokenizer,
-        tokens=settings.tokens, length=settings.window, batch=1 << 30, seed=settings.seed,
-    )  # fmt: skip
+    much = {"tokens": settings.tokens, "length": settings.window, "batch": 1 << 30, "seed": settings.seed}
+    data = calibration_inputs(settings.text, model, loaded.tokenizer, **much)
     batch = {name: value.to(model.device) for name, value in data.batches[0].items()}
     found = survey(model)
     if not found.blocks:
@@ -194,20 +197,16 @@ def _rows(
         even = torch.arange(x.shape[:-1].numel(), device=x.device) // max(1, x.shape[:-1].numel() // sequences) % 2 == 0
         flat = x.flatten(0, -2)
         size = original(flat).float().norm(dim=-1)
-        ordinary = size <= MASSIVE * size.median()
+        ordinary = sinks.ordinary(size)
         found = approximations(original, flat[even & ordinary], flat[~even & ordinary], settings.degrees)
         rows.append({"path": block.path, "sinks": int((~ordinary).sum()), "r2": found})
 
     def hook(block: Block) -> Any:
         return lambda _, args: look(block, args[0].detach())
 
-    handles = [attribute(model, block.entry).register_forward_pre_hook(hook(block)) for block in blocks]
-    try:
-        with torch.no_grad():
-            model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    entries = ((attribute(model, block.entry), block) for block in blocks)
+    with torch.no_grad(), hooked(entry.register_forward_pre_hook(hook(block)) for entry, block in entries):
+        model(**batch)
     return rows
 
 

@@ -12,8 +12,8 @@ one block's activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from surgery.errors import ModelError
 from surgery.refining.losses import kl
 from surgery.refining.packing import PackedWindows
+from surgery.runtime.hooks import hooked
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 """The precision the network computes in."""
@@ -61,7 +62,7 @@ def _mixed(twin: nn.Module, teacher: nn.Module, blocks: Blocks, share: float) ->
 
         def leave(
             _: nn.Module, __: Any, output: Tensor, entered: list[Tensor] = entered, paths: tuple[str, ...] = paths
-        ) -> Tensor:  # fmt: skip
+        ) -> Tensor:
             value = entered.pop()
             for path in paths:
                 value = teacher.get_submodule(path)(value)
@@ -70,15 +71,6 @@ def _mixed(twin: nn.Module, teacher: nn.Module, blocks: Blocks, share: float) ->
         handles.append(twin.get_submodule(paths[0]).register_forward_pre_hook(enter))
         handles.append(twin.get_submodule(paths[-1]).register_forward_hook(leave))
     return handles
-
-
-@contextmanager
-def _hooked(handles: list[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def block_error(found: Tensor, goal: Tensor) -> Tensor:
@@ -105,12 +97,12 @@ class EndToEnd:
         goals: dict[str, Tensor] = {}
         found: dict[str, Tensor] = {}
         given = part.inputs(self.accelerator.device)
-        with torch.no_grad(), self.autocast(), _hooked(_written(self.teacher, self.paths, goals)):
+        with torch.no_grad(), self.autocast(), hooked(_written(self.teacher, self.paths, goals)):
             goal = self.teacher(**given, use_cache=False).logits
         share = 1.0 if self.done >= self.blend else self.done / self.blend
         mixing = _mixed(self.twin, self.teacher, self.blocks, share) if share < 1 else []
-        with _hooked(mixing):  # through the backward pass, in which checkpointed layers run again
-            with self.autocast(), _hooked(_written(self.twin, self.paths, found)):
+        with hooked(mixing):  # through the backward pass, in which checkpointed layers run again
+            with self.autocast(), hooked(_written(self.twin, self.paths, found)):
                 logits = self.network(**given, use_cache=False).logits
             loss = kl(goal, logits, self.temperature)
             if self.match:
@@ -134,7 +126,7 @@ class Local:
         losses: list[Tensor] = []
         given = part.inputs(self.accelerator.device)
         last = [paths[-1] for paths in self.blocks]
-        with torch.no_grad(), self.autocast(), _hooked(_written(self.teacher, last, goals)):
+        with torch.no_grad(), self.autocast(), hooked(_written(self.teacher, last, goals)):
             self.teacher.base_model(**given, use_cache=False)  # with a cache, documents are not kept apart
 
         def at(paths: tuple[str, ...]) -> Any:
@@ -151,7 +143,7 @@ class Local:
 
             return modules[0].register_forward_pre_hook(hook)
 
-        with torch.no_grad(), self.autocast(), _hooked([at(paths) for paths in self.blocks]):
+        with torch.no_grad(), self.autocast(), hooked([at(paths) for paths in self.blocks]):
             self.twin.base_model(**given, use_cache=False)
         if len(losses) != len(self.blocks):
             raise ModelError(

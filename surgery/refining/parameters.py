@@ -11,22 +11,22 @@ from surgery.errors import RecipeError, did_you_mean
 from surgery.models.saved_blocks import saved_blocks
 
 SETS = ("coefficients", "readout", "block", "all")
+BlockPaths = list[tuple[tuple[str, ...], str]]
+"""For every polynomial block: paths of its modules, and what the names of its last map begin with."""
 
 
-def twin_block_paths(twin: Any) -> list[tuple[tuple[str, ...], str]]:
+def twin_block_paths(twin: Any) -> BlockPaths:
     """For every polynomial block: paths of its modules, and what the names of its last map begin with."""
     found = [(saved.paths, saved.readout) for saved in saved_blocks(twin)]
     return found or [((block.path,), f"{block.last}.") for block in survey(twin).blocks]
 
 
-def names_inside(blocks: list[tuple[tuple[str, ...], str]]) -> tuple[str, ...]:
+def names_inside(blocks: BlockPaths) -> tuple[str, ...]:
     """Beginnings of the names of what is in the replaced blocks, as :func:`replaced_modules` gives them."""
     return tuple(f"{path}." for paths, _ in blocks for path in paths)
 
 
-def named_trainable(
-    twin: Any, which: str, blocks: list[tuple[tuple[str, ...], str]] | None = None
-) -> dict[str, nn.Parameter]:
+def named_trainable(twin: Any, which: str, blocks: BlockPaths | None = None) -> dict[str, nn.Parameter]:
     """The parameters to train, by name; all others are frozen.
 
     Args:

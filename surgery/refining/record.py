@@ -18,10 +18,13 @@ from surgery.refining.training import Training
 def run_key(settings: RefineSettings, report: dict[str, Any], windows: PackedWindows, processes: int) -> dict[str, Any]:
     """What an interrupted run must share with this one to be gone on with: settings, the twin's weights, the text."""
     return {
-        **asdict(settings), "report_to": None, "checkpointing": None, "processes": processes,
+        **asdict(settings),
+        "report_to": None,
+        "checkpointing": None,
+        "processes": processes,
         "weights": report["verification"]["weights"],
         "windows": hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest(),
-    }  # fmt: skip
+    }
 
 
 def record_of(

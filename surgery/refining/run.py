@@ -26,13 +26,14 @@ from surgery.errors import RecipeError, SurgeryError, checked_settings
 from surgery.models import loading
 from surgery.refining import sharding
 from surgery.refining.objectives import EndToEnd, Local, NextToken, Objective
-from surgery.refining.packing import PackedWindows
 from surgery.refining.parameters import named_trainable, twin_block_paths
+from surgery.refining.plot import plot_refinement
 from surgery.refining.record import record_of, run_key
-from surgery.refining.settings import LORA, RefineSettings, autocast, check_refinement, schedule_of
-from surgery.refining.student import checkpoint_activations, load_teacher, prepared, whole_student, with_lora
+from surgery.refining.schedule import Schedule
+from surgery.refining.settings import LORA, RefineSettings, autocast, check_refinement
+from surgery.refining.student import Trainee, checkpoint_activations, load_teacher, prepared, whole_student, with_lora
 from surgery.refining.text import training_windows
-from surgery.refining.training import Schedule, Training
+from surgery.refining.training import Training
 from surgery.saving.checkpoint import save
 from surgery.saving.folder import check_target
 from surgery.saving.reload import probe_inputs
@@ -87,134 +88,148 @@ def refined(
         SurgeryError: teacher and twin do not match, too little text, values not finite, a folder of another run, or
             too little memory.
     """
-    out = Path(settings.output)
     report = read_verified_report(Path(settings.twin))
-    out = check_target(out, overwrite)
+    out = check_target(Path(settings.output), overwrite)
     with _out_of_memory():
-        return _refine(settings, out, report, restart, quiet)
-
-
-def _refine(settings: RefineSettings, out: Path, report: dict[str, Any], restart: bool, quiet: bool) -> dict[str, Any]:
-    from accelerate import Accelerator, InitProcessGroupKwargs
-
-    patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # the others wait while one draws samples
-    accelerator = Accelerator(
-        gradient_accumulation_steps=settings.accumulate, mixed_precision="no", kwargs_handlers=[patient],
-        log_with=list(settings.report_to) or None, project_dir=str(out.parent),
-    )  # fmt: skip
-    sharded = sharding.wanted(accelerator, settings.shard)
-    if sharded and (settings.objective == "local" or settings.blend):
-        raise RecipeError("sharded blocks cannot be run by themselves", fix="leave --objective and --blend, or --shard")
-    loaded = loading.load(settings.twin)
-    student: Any = loaded.model
-    teacher = load_teacher(settings, student)
-    if not sharded or "samples" in settings.text:
-        teacher.to(accelerator.device)
-    twin, replaced = student, twin_block_paths(student)
-    if settings.train == LORA:
-        student, trainable = with_lora(student, settings)
-    else:
-        trainable = named_trainable(student, settings.train)
-    place = out.with_name(out.name + ".refining")
-    if restart and accelerator.is_main_process:
-        shutil.rmtree(place, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    held, windows, ranges = training_windows(settings, loaded.tokenizer, report, teacher, accelerator, place)
-    if settings.checkpointing:
-        checkpoint_activations(student)
-    network, optimizer, trainable, saved = prepared(settings, accelerator, student, twin, teacher, trainable, replaced)
-    objective = _objective(settings, accelerator, network, teacher, twin, [paths for paths, _ in replaced])
-    if settings.report_to:
-        accelerator.init_trackers("polysurgery", config={k: str(v) for k, v in asdict(settings).items()})
-    log = (lambda values, step: accelerator.log(values, step=step)) if settings.report_to else None
-    schedule = schedule_of(settings, accelerator.num_processes)
-    key = run_key(settings, report, windows, accelerator.num_processes)
-    run = Training(
-        accelerator, network, teacher, objective, trainable, optimizer, schedule, held, windows, key, log
-    )  # fmt: skip
-    _run(run, place, quiet)
-    after = run.restore_best(torch.float32 if settings.train == LORA else getattr(torch, loaded.source.dtype))
-    record = record_of(settings, run, ranges, after) | {"shared_bytes": saved, "sharded": sharded, "control": None}
-    if settings.control:
-        optimizer.state.clear()
-        record["control"] = _control(settings, accelerator, replaced, held, windows, schedule, key, place, quiet)
-    state = sharding.whole_state(student) if sharded else None
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        student = student if state is None else whole_student(settings, state)
-        _save(settings, student, loaded, report, record, windows.ids[:2], out)
-        shutil.rmtree(place, ignore_errors=True)
-    accelerator.end_training()
+        run = _Refinement(settings, report, out, restart, quiet)
+        record = run.train()
+        if settings.control:
+            record["control"] = run.control()
+        run.save(record)
     return record
 
 
-def _save(
-    settings: RefineSettings, student: Any, loaded: loading.LoadedModel, report: dict[str, Any],
-    record: dict[str, Any], ids: torch.Tensor, out: Path,
-) -> None:  # fmt: skip
-    if settings.train == LORA:
-        student = student.merge_and_unload()
-    if "refinement" in report:
-        report.setdefault("earlier_refinements", []).append(report["refinement"])
-    form = "native" if report["form"] == "native" else "custom"  # a delta is whole now
-    report |= {"refinement": record, "form": form}
-    report.pop("exported_from", None)
-    probe = probe_inputs({"input_ids": ids.to(student.device)})
-    save(student, loaded.tokenizer, out, report, probe, dtype=loaded.source.dtype, form=form)
-    _draw(record, out)
+class _Refinement:
+    """Teacher and student, and the text that the student is trained on.
 
-
-def _objective(
-    settings: RefineSettings, accelerator: Any, network: Any, teacher: Any, twin: Any, blocks: list[tuple[str, ...]]
-) -> Objective:
-    precision = autocast(settings.precision, accelerator.device)
-    if settings.objective == "local":
-        return Local(accelerator, teacher, precision, twin, blocks)
-    return EndToEnd(
-        accelerator, network, teacher, precision, twin, blocks, settings.temperature, settings.match, settings.blend
-    )
-
-
-def _run(run: Training, place: Path, quiet: bool, label: str = "refining") -> None:
-    run.resume(place)
-    before, begun = run.seconds, time.monotonic()
-    for _ in run.steps(quiet, label):
-        run.seconds = before + time.monotonic() - begun
-        run.keep(place)
-
-
-def _control(
-    settings: RefineSettings, accelerator: Any, replaced: list[tuple[tuple[str, ...], str]],
-    held: dict[str, PackedWindows], windows: PackedWindows, schedule: Schedule, key: dict[str, Any], place: Path,
-    quiet: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """The original trained alike on the text itself: same parameters, windows, steps and rates.
-
-    By its own divergence it has nothing to learn, so this is what the text alone would teach an original.
+    Attributes:
+        student, twin: what is trained, LoRA's wrapper included, and the twin inside it.
+        replaced, trainable: the twin's blocks, and its parameters to train, by name.
+        held, windows, ranges: see :func:`surgery.refining.text.training_windows`.
+        place: where the state is kept.
     """
-    original: Any = loading.load(settings.teacher, settings.teacher_revision).model
-    still = copy.deepcopy(original).requires_grad_(False)
-    which = "block" if settings.train in (LORA, "coefficients") else settings.train
-    trainable = named_trainable(original, which, replaced)
-    if settings.checkpointing:
-        checkpoint_activations(original)
-    if not sharding.wanted(accelerator, settings.shard):
-        still.to(accelerator.device)
-    network, optimizer, trainable, _ = prepared(settings, accelerator, original, original, still, trainable, replaced)
-    objective = NextToken(accelerator, network, autocast(settings.precision, accelerator.device))
-    run = Training(
-        accelerator, network, still, objective, trainable, optimizer, schedule, held, windows, key | {"control": True}
+
+    def __init__(self, settings: RefineSettings, report: dict[str, Any], out: Path, restart: bool, quiet: bool) -> None:
+        self.settings, self.report, self.out, self.quiet = settings, report, out, quiet
+        self.accelerator = accelerator = _accelerator(settings, out)
+        self.sharded = sharding.wanted(accelerator, settings.shard)
+        if self.sharded and (settings.objective == "local" or settings.blend):
+            raise RecipeError(
+                "sharded blocks cannot be run by themselves", fix="leave --objective and --blend, or --shard"
+            )
+        self.loaded = loading.loaded(settings.twin)
+        self.twin: Any = self.loaded.model
+        self.teacher = load_teacher(settings, self.twin)
+        if not self.sharded or "samples" in settings.text:
+            self.teacher.to(accelerator.device)
+        self.replaced = twin_block_paths(self.twin)
+        if settings.train == LORA:
+            self.student, self.trainable = with_lora(self.twin, settings)
+        else:
+            self.student, self.trainable = self.twin, named_trainable(self.twin, settings.train)
+        self.place = out.with_name(out.name + ".refining")
+        if restart and accelerator.is_main_process:
+            shutil.rmtree(self.place, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        self.held, self.windows, self.ranges = training_windows(
+            settings, self.loaded.tokenizer, report, self.teacher, accelerator, self.place
+        )
+        self.schedule = Schedule.of(settings, accelerator.num_processes)
+        self.key = run_key(settings, report, self.windows, accelerator.num_processes)
+        self.precision = autocast(settings.precision, accelerator.device)
+
+    def train(self) -> dict[str, Any]:
+        """Trains the student to the end and puts its best state in place; the record."""
+        settings, accelerator = self.settings, self.accelerator
+        if settings.checkpointing:
+            checkpoint_activations(self.student)
+        pair = self.student, self.twin, self.teacher
+        self.trainee = prepared(settings, accelerator, pair, set(self.trainable), self.replaced)
+        log = None
+        if settings.report_to:
+            accelerator.init_trackers("polysurgery", config={k: str(v) for k, v in asdict(settings).items()})
+            log = lambda values, step: accelerator.log(values, step=step)  # noqa: E731
+        run = self._run(self.trainee, self.teacher, self._objective(self.trainee.network), log=log)
+        stored = getattr(torch, self.loaded.source.dtype)
+        after = run.restore_best(torch.float32 if settings.train == LORA else stored)
+        more = {"shared_bytes": self.trainee.shared_bytes, "sharded": self.sharded, "control": None}
+        return record_of(settings, run, self.ranges, after) | more
+
+    def _objective(self, network: Any) -> Objective:
+        settings, blocks = self.settings, [paths for paths, _ in self.replaced]
+        if settings.objective == "local":
+            return Local(self.accelerator, self.teacher, self.precision, self.twin, blocks)
+        weights = settings.temperature, settings.match, settings.blend
+        return EndToEnd(self.accelerator, network, self.teacher, self.precision, self.twin, blocks, *weights)
+
+    def _run(
+        self, student: Trainee, teacher: Any, objective: Objective, control: bool = False, log: Any = None
+    ) -> Training:
+        """From where an earlier run stopped to the end; the state is kept after every look at held-out text."""
+        key = self.key | ({"control": True} if control else {})
+        text = self.held, self.windows
+        run = Training(self.accelerator, student, teacher, objective, self.schedule, *text, key, log)
+        place = self.place / "control" if control else self.place
+        run.resume(place)
+        before, begun = run.seconds, time.monotonic()
+        for _ in run.steps(self.quiet, "control" if control else "refining"):
+            run.seconds = before + time.monotonic() - begun
+            run.keep(place)
+        return run
+
+    def control(self) -> dict[str, Any]:
+        """The original trained alike on the text itself: same parameters, windows, steps and rates.
+
+        By its own divergence it has nothing to learn, so this is what the text alone would teach an original.
+        """
+        settings, accelerator = self.settings, self.accelerator
+        self.trainee.optimizer.state.clear()
+        original: Any = loading.loaded(settings.teacher, settings.teacher_revision).model
+        still = copy.deepcopy(original).requires_grad_(False)
+        which = "block" if settings.train in (LORA, "coefficients") else settings.train
+        trainable = named_trainable(original, which, self.replaced)
+        if settings.checkpointing:
+            checkpoint_activations(original)
+        if not self.sharded:
+            still.to(accelerator.device)
+        pair = original, original, still
+        trainee = prepared(settings, accelerator, pair, set(trainable), self.replaced)
+        run = self._run(trainee, still, NextToken(accelerator, trainee.network, self.precision), control=True)
+        nats = [row["nats"] for row in run.curve]
+        return {"nats_before": nats[0], "nats_after": nats[-1], "least": min(nats), "curve": run.curve}
+
+    def save(self, record: dict[str, Any]) -> None:
+        """Writes the refined twin, verified, on the first process; ends the others' waiting."""
+        state = sharding.whole_state(self.student) if self.sharded else None
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            student = self.student if state is None else whole_student(self.settings, state)
+            if self.settings.train == LORA:
+                student = student.merge_and_unload()
+            report, dtype = self.report, self.loaded.source.dtype
+            if "refinement" in report:
+                report.setdefault("earlier_refinements", []).append(report["refinement"])
+            form = "native" if report["form"] == "native" else "custom"  # a delta is whole now
+            report |= {"refinement": record, "form": form}
+            report.pop("exported_from", None)
+            probe = probe_inputs({"input_ids": self.windows.ids[:2].to(student.device)})
+            save(student, self.loaded.tokenizer, self.out, report, probe, dtype=dtype, form=form)
+            plot_refinement(record, self.out / "refinement.png")
+            shutil.rmtree(self.place, ignore_errors=True)
+        self.accelerator.end_training()
+
+
+def _accelerator(settings: RefineSettings, out: Path) -> Any:
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # the others wait while one draws samples
+    return Accelerator(
+        gradient_accumulation_steps=settings.accumulate,
+        mixed_precision="no",
+        kwargs_handlers=[patient],
+        log_with=list(settings.report_to) or None,
+        project_dir=str(out.parent),
     )
-    _run(run, place / "control", quiet, "control")
-    nats = [row["nats"] for row in run.curve]
-    return {"nats_before": nats[0], "nats_after": nats[-1], "least": min(nats), "curve": run.curve}
-
-
-def _draw(record: dict[str, Any], out: Path) -> None:
-    """refinement.png beside the weights, where matplotlib is there."""
-    from surgery.refining.plot import plot_refinement
-
-    plot_refinement(record, out / "refinement.png")
 
 
 @contextmanager
@@ -252,7 +267,7 @@ def _planned(settings: RefineSettings, processes: int) -> dict[str, Any]:
     inside = set(named_trainable(twin, "block"))
     trainable = with_lora(twin, settings)[1] if settings.train == LORA else named_trainable(twin, settings.train)
     count = sum(value.numel() for value in trainable.values())
-    schedule = schedule_of(settings, processes)
+    schedule = Schedule.of(settings, processes)
     a_step = settings.batch * settings.accumulate * processes * settings.length
     parameters = sum(value.numel() for value in twin.parameters())
     originals = sum(value.numel() for name, value in twin.named_parameters() if name in inside)

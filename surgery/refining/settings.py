@@ -16,12 +16,13 @@ from surgery.errors import ModelError, RecipeError, did_you_mean
 from surgery.models import loading
 from surgery.models.saved_blocks import saved_blocks
 from surgery.refining.parameters import SETS
-from surgery.refining.training import Schedule
 from surgery.saving.report import read_verified_report
 
 OBJECTIVES, PRECISIONS = ("kl", "local"), ("auto", "bf16", "float32")
 LORA = "lora"
 SHORTEST = 8  # tokens of a window
+COUNTS = ("tokens", "length", "batch", "accumulate", "validate_tokens", "validate_every", "lora_rank")
+ABOVE_ZERO = (*COUNTS, "rate", "clip", "temperature")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class RefineSettings:
         blend: share of the steps in which the blocks still write part of what the original's would.
         rate, warmup, clip: peak learning rate, the share of the steps to reach it, the bound on the gradient's norm.
         average: decay of the running mean of the weights, which is what is measured and saved; 0: the last weights.
-        anchor: norm penalty, the pull towards the weights the run started from.
+        anchor: norm penalty, the pull towards the weights the run started from, λ/2 ‖θ − θ₀‖², decoupled from the
+            gradient as in AdamW (Loshchilov & Hutter, arXiv 1711.05101): θ ← θ − rate·λ·(θ − θ₀).
         temperature: T of the loss.
         precision: of the forward passes in training; weights and measurements stay in float32.
         checkpointing: compute activations again in the backward pass instead of keeping them.
@@ -82,44 +84,38 @@ class RefineSettings:
     teacher_revision: str | None = None
 
 
-def schedule_of(settings: RefineSettings, processes: int) -> Schedule:
-    a_step = settings.batch * settings.accumulate * processes * settings.length
-    return Schedule(
-        steps=max(1, settings.tokens // a_step), batch=settings.batch, accumulate=settings.accumulate,
-        rate=settings.rate, warmup=settings.warmup, clip=settings.clip, average=settings.average,
-        anchor=settings.anchor,
-        every=settings.validate_every, patience=settings.patience, seed=settings.seed,
-    )  # fmt: skip
-
-
 def check_refinement(settings: RefineSettings) -> None:
-    """What can be wrong before a model is loaded."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
+    """Raises SurgeryError for what can be wrong before a model is loaded."""
     report = read_verified_report(Path(settings.twin))
     if report["form"] in ("silu", "onnx"):
         raise RecipeError(f"the {report['form']} form cannot be refined", where=settings.twin, fix="refine its twin")
     loading.load_config(settings.teacher, settings.teacher_revision)
     twin: Any = loading.load_meta(settings.twin)[0]
-    config = twin.config.get_text_config()
-    if not twin.can_generate() or twin.config.is_encoder_decoder:
+    if not loading.is_causal(twin):
         raise ModelError("only causal language models can be refined", where=type(twin).__name__)
-    most = getattr(config, "max_position_embeddings", None) or settings.length
+    most = getattr(twin.config.get_text_config(), "max_position_embeddings", None) or settings.length
     if not SHORTEST <= settings.length <= most:
         raise RecipeError(
             f"{settings.length} is not from {SHORTEST} to {most}, the model's positions", where="--length"
         )
+    if any(saved.routed for saved in saved_blocks(twin)) and (settings.objective == "local" or settings.blend):
+        raise RecipeError("experts cannot be refined block by block, or blended", fix="leave --objective and --blend")
+    _check_texts(settings)
+    _check_values(settings)
+    _check_trackers(settings)
+
+
+def _check_texts(settings: RefineSettings) -> None:
     if len({Path(source).name for source in settings.text}) < len(settings.text):
         raise RecipeError("two texts of one name", where="--text", cause="the report tells them apart by their names")
     for source in settings.text:
         check_source(source)
         if source == "auto" or source.endswith(".safetensors"):
             raise RecipeError(f"{source!r} is no text", where="--text", fix="python, samples, hub:NAME or a text file")
-    positive = (
-        "tokens", "length", "batch", "accumulate", "rate", "clip", "temperature", "validate_tokens", "validate_every",
-        "lora_rank",
-    )  # fmt: skip
-    for name in positive:
+
+
+def _check_values(settings: RefineSettings) -> None:
+    for name in ABOVE_ZERO:
         if not getattr(settings, name) > 0:
             raise RecipeError(f"{getattr(settings, name)} is not positive", where=f"--{name.replace('_', '-')}")
     for name in ("average", "blend"):
@@ -127,17 +123,17 @@ def check_refinement(settings: RefineSettings) -> None:
             raise RecipeError(f"{getattr(settings, name)} is not from 0 up to, not including, 1", where=f"--{name}")
     if settings.anchor < 0:
         raise RecipeError(f"{settings.anchor} is below 0", where="--anchor")
-    if any(saved.routed for saved in saved_blocks(twin)) and (settings.objective == "local" or settings.blend):
-        raise RecipeError("experts cannot be refined block by block, or blended", fix="leave --objective and --blend")
-    choices = {"train": (*SETS, LORA), "objective": OBJECTIVES, "precision": PRECISIONS}
-    for name, known in choices.items():
+    for name, known in {"train": (*SETS, LORA), "objective": OBJECTIVES, "precision": PRECISIONS}.items():
         value = getattr(settings, name)
         if value not in known:
             raise RecipeError(f"no {name} {value!r}{did_you_mean(value, known)}", fix=f"one of {', '.join(known)}")
-    if settings.train == LORA and settings.objective == "local":
-        raise RecipeError("local refinement trains blocks, not LoRA", fix="--train block, or --objective kl")
-    if settings.train == "all" and settings.objective == "local":
+    if settings.objective == "local" and settings.train in (LORA, "all"):
         raise RecipeError("local refinement trains what is in blocks", fix="--train block, or --objective kl")
+
+
+def _check_trackers(settings: RefineSettings) -> None:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
     available = {str(name) for name in get_available_trackers()}
     for tracker in settings.report_to:
         if tracker not in available:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,13 +11,13 @@ from torch import Tensor, nn
 from surgery.errors import ModelError, RecipeError
 from surgery.models import loading
 from surgery.refining import sharding
-from surgery.refining.parameters import names_inside
+from surgery.refining.parameters import BlockPaths, names_inside
 from surgery.refining.settings import LORA, RefineSettings
 
 
 def load_teacher(settings: RefineSettings, student: Any) -> Any:
     """The original; as a Llama where the twin was made from it as one."""
-    teacher: Any = loading.load(settings.teacher, settings.teacher_revision).model
+    teacher: Any = loading.loaded(settings.teacher, settings.teacher_revision).model
     if type(student).__name__ == "LlamaForCausalLM" and type(teacher).__name__ != "LlamaForCausalLM":
         from surgery.models.as_llama import as_llama
 
@@ -33,10 +34,11 @@ def with_lora(student: Any, settings: RefineSettings) -> tuple[Any, dict[str, nn
         adapted = get_peft_model(
             student,
             LoraConfig(
-                r=settings.lora_rank, lora_alpha=2 * settings.lora_rank,
+                r=settings.lora_rank,
+                lora_alpha=2 * settings.lora_rank,
                 target_modules=names if names == "all-linear" else names.split(","),
             ),
-        )  # fmt: skip
+        )
     except ValueError as error:
         raise RecipeError(str(error).splitlines()[0], where="--lora-modules") from error
     return adapted, {name: value for name, value in adapted.named_parameters() if value.requires_grad}
@@ -44,7 +46,7 @@ def with_lora(student: Any, settings: RefineSettings) -> tuple[Any, dict[str, nn
 
 def whole_student(settings: RefineSettings, state: dict[str, Any]) -> Any:
     """The student in one piece, from the tensors of a sharded one."""
-    model: Any = loading.load(settings.twin).model
+    model: Any = loading.loaded(settings.twin).model
     if settings.train == LORA:
         model, _ = with_lora(model, settings)
     model.load_state_dict(state)
@@ -71,22 +73,43 @@ def _optimizer(settings: RefineSettings, trainable: dict[str, nn.Parameter]) -> 
     return torch.optim.AdamW(trainable.values(), lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.0)
 
 
+@dataclass(frozen=True)
+class Trainee:
+    """A model ready to be trained.
+
+    Attributes:
+        network: what is called: the model, or accelerate's wrapper around it.
+        trainable: its parameters to train, by name.
+        shared_bytes: of the tensors that it shares with its teacher.
+    """
+
+    network: Any
+    trainable: dict[str, nn.Parameter]
+    optimizer: Any
+    shared_bytes: int
+
+
 def prepared(
-    settings: RefineSettings, accelerator: Any, student: Any, twin: Any, teacher: Any,
-    trainable: dict[str, nn.Parameter], replaced: list[tuple[tuple[str, ...], str]],
-) -> tuple[Any, Any, dict[str, nn.Parameter], int]:  # fmt: skip
-    """The student as it is called, its optimiser, what is trained, and the bytes that it shares with the teacher."""
-    inside = names_inside(replaced)
+    settings: RefineSettings, accelerator: Any, pair: tuple[Any, Any, Any], trained: set[str], blocks: BlockPaths
+) -> Trainee:
+    """A student with what it needs to be trained, sharing or sharded.
+
+    Args:
+        pair: the student as it is called, the model inside it, and its teacher.
+        trained: names of the parameters to train; `blocks`: as :func:`twin_block_paths` gives them.
+    """
+    student, model, teacher = pair
+    trainable = {name: value for name, value in student.named_parameters() if name in trained}
     if not sharding.wanted(accelerator, settings.shard):
         network, optimizer = accelerator.prepare(student, _optimizer(settings, trainable))
         # Only now, since moving to a device copies.
-        return network, optimizer, trainable, share_tensors(student, teacher, set(trainable), inside)
+        return Trainee(network, trainable, optimizer, share_tensors(student, teacher, trained, names_inside(blocks)))
     teacher.to("cpu")
-    share_tensors(student, teacher, set(trainable), inside)  # one model in memory until each process has its parts
-    for network, model in ((student, twin), (teacher, teacher)):
-        sharding.shard(network, model, (paths[0] for paths, _ in replaced), accelerator)
-    trainable = {name: value for name, value in student.named_parameters() if name in trainable}
-    return student, _optimizer(settings, trainable), trainable, 0
+    share_tensors(student, teacher, trained, names_inside(blocks))  # one model until each process has its parts
+    for network, inside in ((student, model), (teacher, teacher)):
+        sharding.shard(network, inside, (paths[0] for paths, _ in blocks), accelerator)
+    trainable = {name: value for name, value in student.named_parameters() if name in trained}
+    return Trainee(student, trainable, _optimizer(settings, trainable), 0)
 
 
 def _rounded_alike(own: Tensor, other: Tensor) -> bool:

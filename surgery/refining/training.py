@@ -6,62 +6,28 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from surgery.errors import CalibrationError, CheckpointError
 from surgery.refining import sharding
 from surgery.refining.losses import kl, sum_dtype
 from surgery.refining.objectives import Objective
 from surgery.refining.packing import PackedWindows
+from surgery.refining.schedule import Schedule
 from surgery.refining.sharding import local_part
+from surgery.refining.student import Trainee
 from surgery.runtime import processes
 from surgery.runtime.files import replacing, write_json
 
 MOST_SKIPPED = 10  # steps in a row that may be skipped for not being finite
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How long, how fast, and how often to look.
-
-    Attributes:
-        steps, batch, accumulate: optimiser steps; windows a forward pass and process; forward passes a step.
-        rate, warmup, clip: peak learning rate, share of the steps to reach it, bound on the gradient's norm.
-        average: decay of the running mean of the weights; 0 keeps the last weights.
-        anchor: pull towards the weights the run started from, a norm penalty λ/2 ‖θ − θ₀‖² decoupled from the
-            gradient as in AdamW (Loshchilov & Hutter, arXiv 1711.05101): θ ← θ − rate·λ·(θ − θ₀).
-        every, patience: steps between two looks, and looks without improvement after which to stop (0: never).
-        seed: order of the windows.
-    """
-
-    steps: int
-    batch: int
-    accumulate: int
-    rate: float
-    warmup: float
-    clip: float
-    average: float
-    anchor: float
-    every: int
-    patience: int
-    seed: int
-
-    def rate_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine to a tenth."""
-        warm = max(1, round(self.warmup * self.steps))
-        done = (step - warm) / max(1, self.steps - warm)
-        share: float = (step + 1) / warm if done < 0 else 0.1 + 0.45 * (1 + math.cos(math.pi * done))
-        return self.rate * share
-
-    def decay_at(self, step: int) -> float:
-        """Short memory at first, so that the start does not stay in the mean."""
-        return min(self.average, (1 + step) / (10 + step))
+STATE = ("key", "step", "skipped", "in_a_row", "stale", "losses", "curve", "seconds", "best_divergence")
 
 
 def _means(sums: Tensor) -> dict[str, float]:
@@ -73,9 +39,9 @@ class Training:
     """One run; everything in it is restored by `resume`.
 
     Args:
-        objective: one batch forward and backward.
+        student: what is trained, ready to be.
         teacher: what held-out divergence is measured from.
-        trainable: the parameters, by name.
+        objective: one batch forward and backward.
         held: held-out windows by the name of their text; each is measured by itself and all together.
         key: settings that an interrupted run must share to be gone on with.
         log: called with what a tracker records, and the step.
@@ -83,22 +49,31 @@ class Training:
     """
 
     def __init__(
-        self, accelerator: Any, network: nn.Module, teacher: Any, objective: Objective,
-        trainable: dict[str, nn.Parameter], optimizer: Any, schedule: Schedule, held: dict[str, PackedWindows],
-        windows: PackedWindows, key: dict[str, Any], log: Callable[[dict[str, float], int], None] | None = None,
-    ) -> None:  # fmt: skip
-        self.accelerator, self.network, self.teacher, self.objective = accelerator, network, teacher, objective
-        self.trainable, self.optimizer, self.schedule = trainable, optimizer, schedule
+        self,
+        accelerator: Any,
+        student: Trainee,
+        teacher: Any,
+        objective: Objective,
+        schedule: Schedule,
+        held: dict[str, PackedWindows],
+        windows: PackedWindows,
+        key: dict[str, Any],
+        log: Callable[[dict[str, float], int], None] | None = None,
+    ) -> None:
+        self.accelerator, self.teacher, self.objective, self.schedule = accelerator, teacher, objective, schedule
+        self.network, self.trainable, self.optimizer = student.network, student.trainable, student.optimizer
         self.held, self.windows, self.key, self.log = held, windows, key, log
-        self.sharded = sharding.is_sharded(network)
-        self.rows = schedule.batch * schedule.accumulate * accelerator.num_processes  # windows a step
+        self.sharded = sharding.is_sharded(self.network)
+        self.rows = schedule.settings.batch * schedule.settings.accumulate * accelerator.num_processes  # windows a step
         self.step, self.skipped, self.in_a_row, self.stale, self.seconds = 0, 0, 0, 0, 0.0
         self.losses: list[float] = []
         self.curve: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
         self.best_divergence = math.inf
         self.mean: dict[str, Tensor] = {}
-        self.start = {name: local_part(p).clone() for name, p in trainable.items()} if schedule.anchor else {}
+        self.start = (
+            {name: local_part(p).clone() for name, p in self.trainable.items()} if schedule.settings.anchor else {}
+        )
         self.orders: dict[int, Tensor] = {}
 
     @property
@@ -115,14 +90,15 @@ class Training:
             if not self.curve:
                 self._look()
                 yield
-            while self.step < schedule.steps and not (schedule.patience and self.stale >= schedule.patience):
+            patience = schedule.settings.patience
+            while self.step < schedule.steps and not (patience and self.stale >= patience):
                 self.losses.append(self._one_step())
                 self.step += 1
                 if self.log is not None:
                     self.log({"loss": self.losses[-1], "rate": schedule.rate_at(self.step - 1)}, self.step)
                 bar.set_postfix_str(f"loss {self.losses[-1]:.4f}, held out {self.curve[-1]['lost']:+.4f} nats")
                 bar.update(1)
-                if self.step % schedule.every == 0 or self.step == schedule.steps:
+                if self.step % schedule.settings.validate_every == 0 or self.step == schedule.steps:
                     self._look()
                     yield
 
@@ -133,7 +109,7 @@ class Training:
         for place in wanted:
             epoch = place // count
             if epoch not in self.orders:
-                generator = torch.Generator().manual_seed(self.schedule.seed + epoch)
+                generator = torch.Generator().manual_seed(self.schedule.settings.seed + epoch)
                 self.orders = {epoch: torch.randperm(count, generator=generator)} | (
                     {epoch - 1: self.orders[epoch - 1]} if epoch - 1 in self.orders else {}
                 )
@@ -148,12 +124,12 @@ class Training:
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = self.schedule.rate_at(self.step)
         losses = []
-        for part in mine.split(self.schedule.batch):
+        for part in mine.split(self.schedule.settings.batch):
             with accelerator.accumulate(self.network):
                 losses.append(self.objective(part))
                 if accelerator.sync_gradients:
                     self._share_gradients()
-                    norm = accelerator.clip_grad_norm_(list(self.trainable.values()), self.schedule.clip)
+                    norm = accelerator.clip_grad_norm_(list(self.trainable.values()), self.schedule.settings.clip)
                     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
                     mean = accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
                     if bool(torch.isfinite(norm)) and bool(torch.isfinite(mean)):
@@ -175,7 +151,7 @@ class Training:
                     parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
 
     def _average(self) -> None:
-        if not self.schedule.average:
+        if not self.schedule.settings.average:
             return
         now = {name: local_part(value) for name, value in self.trainable.items()}
         if not self.mean:
@@ -185,7 +161,7 @@ class Training:
             self.mean[name].lerp_(value, share)
 
     def _pull_back(self) -> None:
-        share = min(1.0, self.schedule.anchor * self.schedule.rate_at(self.step))
+        share = min(1.0, self.schedule.settings.anchor * self.schedule.rate_at(self.step))
         with torch.no_grad():
             for name, value in self.start.items():
                 local_part(self.trainable[name]).lerp_(value, share)
@@ -244,9 +220,9 @@ class Training:
         model: Any = accelerator.unwrap_model(self.network)
         sums = torch.zeros(4, dtype=sum_dtype(accelerator.device), device=accelerator.device)
         mine = held[accelerator.process_index :: accelerator.num_processes]
-        parts = [(part, 1.0) for part in mine.split(self.schedule.batch)]
+        parts = [(part, 1.0) for part in mine.split(self.schedule.settings.batch)]
         if self.sharded:  # all processes put a layer together at once, so that all must run as many passes
-            most = len(held[:: accelerator.num_processes].split(self.schedule.batch))
+            most = len(held[:: accelerator.num_processes].split(self.schedule.settings.batch))
             parts += [(held[:1], 0.0)] * (most - len(parts))
         with torch.no_grad():
             for part, counts in parts:
@@ -277,15 +253,14 @@ class Training:
         accelerator = self.accelerator
         if not (accelerator.is_main_process or self.sharded):
             return
-        state = {
-            "key": self.key, "step": self.step, "skipped": self.skipped, "in_a_row": self.in_a_row,
-            "stale": self.stale, "losses": self.losses, "curve": self.curve, "seconds": self.seconds,
-            "best_divergence": self.best_divergence,
-        }  # fmt: skip
+        state = {name: getattr(self, name) for name in STATE}
         tensors = {
-            "state": state, "best": self.best, "optimizer": sharding.own_state(self.optimizer), "mean": self.mean,
+            "state": state,
+            "best": self.best,
+            "optimizer": sharding.own_state(self.optimizer),
+            "mean": self.mean,
             "now": {name: local_part(value).cpu() for name, value in self.trainable.items()},
-        }  # fmt: skip
+        }
         file = self._file(place, self.step)
         with replacing(file) as temporary:
             torch.save(tensors, temporary)
@@ -323,9 +298,9 @@ class Training:
                 where=str(place),
                 fix="repeat the earlier command to finish it, or give --restart to discard it",
             )
-        self.step, self.skipped, self.in_a_row = state["step"], state["skipped"], state["in_a_row"]
-        self.stale, self.losses, self.curve = state["stale"], state["losses"], state["curve"]
-        self.best, self.best_divergence, self.seconds = kept["best"], state["best_divergence"], state["seconds"]
+        for name in set(STATE) - {"key"}:
+            setattr(self, name, state[name])
+        self.best = kept["best"]
         sharding.load_own_state(self.optimizer, kept["optimizer"])
         self.mean = {name: value.to(self.trainable[name].device) for name, value in kept["mean"].items()}
         self._put(kept["now"])

@@ -13,10 +13,8 @@ class Progress:
     def __init__(self, total: int, quiet: bool, doing: str = "converting") -> None:
         from tqdm import tqdm
 
-        self.bar = tqdm(
-            total=total, disable=quiet, desc=doing, unit="block", file=sys.stderr, smoothing=0.1,
-            bar_format="{desc}: {n_fmt}/{total_fmt} {bar:20} {elapsed} (left {remaining}){postfix}",
-        )  # fmt: skip
+        shape = "{desc}: {n_fmt}/{total_fmt} {bar:20} {elapsed} (left {remaining}){postfix}"
+        self.bar = tqdm(total=total, disable=quiet, desc=doing, file=sys.stderr, smoothing=0.1, bar_format=shape)
 
     def __enter__(self) -> Progress:
         return self

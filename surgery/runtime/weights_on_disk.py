@@ -6,10 +6,12 @@ let them go afterwards.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from surgery.errors import ModelError
 
 ON_DISK = {"": "disk"}
+M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def device_of(model: Any) -> torch.device:
@@ -89,3 +92,26 @@ def in_file(tensor: Tensor, folder: Path) -> None:
     mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
     os.unlink(name)
     tensor.data = mapped.copy_(tensor)
+
+
+def fresh_folder(folder: Path | None) -> Path:
+    """A new folder in this one: a model that is gone, but not collected yet, removes its own only."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(dir=folder))
+
+
+def remove_folders(folders: Sequence[Path]) -> None:
+    """The first folder, and those it is in that are empty then."""
+    if folders:
+        shutil.rmtree(folders[0], ignore_errors=True)
+    with suppress(OSError):
+        for empty in folders[1:]:
+            empty.rmdir()
+
+
+def give_memory_back() -> None:
+    """Lets the C library (glibc; no other is asked) return freed matrices at once instead of keeping those of up to
+    32 MB for later: with weights read and let go of all the time, what it keeps grows with the number of layers."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)

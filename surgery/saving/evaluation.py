@@ -16,9 +16,12 @@ def headline_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
         span = f" [{lost['low']:+.4f}, {lost['high']:+.4f}]" if lost["low"] is not None else ""
         rows += [
             ("perplexity", f"{perplexity['original']:.3f}", f"{perplexity['twin']:.3f}", ""),
-            ("nats per token", *(f"{nats[name]['value']:.4f}" for name in ("original", "twin")),
-             f"{lost['value']:+.4f}{span}"),
-        ]  # fmt: skip
+            (
+                "nats per token",
+                *(f"{nats[name]['value']:.4f}" for name in ("original", "twin")),
+                f"{lost['value']:+.4f}{span}",
+            ),
+        ]
         if bits := text.get("bits_per_byte"):
             change = bits["twin"] - bits["original"]
             rows.append(("bits per byte", f"{bits['original']:.4f}", f"{bits['twin']:.4f}", f"{change:+.4f}"))

@@ -39,8 +39,10 @@ def native_config(model: Any, blocks: Sequence[Block], hidden: int) -> Any | Non
             if name.startswith(block.path + "."):
                 del expected[name]
         for part, shape in (
-            ("gate_proj", (hidden, block.width)), ("up_proj", (hidden, block.width)), ("down_proj", (block.out, hidden))
-        ):  # fmt: skip
+            ("gate_proj", (hidden, block.width)),
+            ("up_proj", (hidden, block.width)),
+            ("down_proj", (block.out, hidden)),
+        ):
             expected[f"{block.path}.{part}.weight"] = shape
             expected[f"{block.path}.{part}.bias"] = shape[:1]
     try:

@@ -92,10 +92,8 @@ def reload_elsewhere(checks: Sequence[tuple[Path, Path, str]], on_disk: bool = F
         environment = {**os.environ, "HF_MODULES_CACHE": place, "HF_HUB_OFFLINE": "1"}
         if on_disk:  # glibc, too, should give freed matrices back, as `loading` has it do here
             environment["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
-        done = subprocess.run(
-            [sys.executable, str(script), *arguments],
-            check=False, capture_output=True, text=True, env=environment, cwd=place,
-        )  # fmt: skip
+        command = [sys.executable, str(script), *arguments]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=place)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     seen: list[dict[str, Any]] = [json.loads(line) for line in lines]
     if len(seen) < len(checks):

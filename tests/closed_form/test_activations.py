@@ -57,11 +57,30 @@ def test_rows_are_recognised_by_value(name):
     assert recognise(ACTIVATIONS[name].function, "?").name == name
 
 
-def test_every_transformers_activation_is_recognised_or_named():
+ROWS = {  # by transformers' name: ours
+    "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "linear": "linear",
+    "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": "gelu_tanh", "gelu_accurate": "gelu_tanh", "mish": "mish",
+    "quick_gelu": "quick_gelu", "relu": "relu", "relu2": "relu2", "sigmoid": "sigmoid", "silu": "silu",
+    "swish": "silu", "tanh": "tanh",
+}  # fmt: skip
+
+
+def transformers_activations():
     from transformers.activations import ACT2FN
 
-    for key in ("relu", "relu2", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "quick_gelu", "mish", "linear"):
-        assert recognise(ACT2FN[key], "?").name != "?", key
+    return sorted(ACT2FN)
+
+
+@pytest.mark.parametrize("key", transformers_activations())
+def test_every_activation_of_transformers_is_recognised_or_keeps_its_name(key):
+    from transformers.activations import ACT2FN
+
+    function = ACT2FN[key].double() if isinstance(ACT2FN[key], torch.nn.Module) else ACT2FN[key]
+    found = recognise(function, key)
+    assert found.name == ROWS.get(key, key)
+    x = torch.linspace(-5, 5, 101, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(found.function(x), function(x), rtol=1e-5, atol=1e-6)
 
 
 def test_unknown_elementwise_function_is_kept_and_softmax_is_refused():

@@ -64,7 +64,7 @@ def test_what_the_whole_loses_beyond_the_sum_is_learnt(monkeypatch):
     costs = tuple(BlockCost(str(index), {2: 0.001, 3: 0.0002}) for index in range(16))
     state = {}
 
-    def converted(task, native, degrees):
+    def converted(task, form, degrees):
         state["lost"] = sum({0: 0.0, 2: 0.011, 3: 0.0022}[degree] for degree in degrees.values())
         return Replacements([], [])
 
@@ -72,10 +72,9 @@ def test_what_the_whole_loses_beyond_the_sum_is_learnt(monkeypatch):
     monkeypatch.setattr(budget, "_held_out", lambda _: [])
     monkeypatch.setattr(budget, "_converted", converted)
     monkeypatch.setattr(budget, "put_back", lambda *_: state.update(lost=0.0))
-    task = SimpleNamespace(model=None, originals=dict)
-    _, account, _ = convert_within(
-        task, True, 0.05, lambda *_: state.get("lost", 0.0), lambda *_: None, [{}], PartialRun(None)
-    )
+    task = SimpleNamespace(model=None, originals=dict, data=SimpleNamespace(unseen=()))
+    monkeypatch.setattr(budget, "nats", lambda *_: state.get("lost", 0.0))
+    _, account, _ = convert_within(task, "native", 0.05, PartialRun(None))
     assert 0.8 * 0.05 <= account.measured <= 0.05
     assert list(account.degrees.values()).count(2) >= 3
     assert account.tried[0][3] > 0.05

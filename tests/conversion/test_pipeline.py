@@ -201,8 +201,9 @@ def test_a_partial_twin_can_be_converted_further(ids, tmp_path):
     assert [row["path"] for row in report.blocks] == ["model.layers.0.mlp"]
     whole = surgery.load(str(tmp_path / "whole"))
     assert {entry["path"]: entry["degree"] for entry in whole.config.polynomial_blocks} == {
-        "model.layers.1.mlp": 2, "model.layers.0.mlp": 3,
-    }  # fmt: skip
+        "model.layers.1.mlp": 2,
+        "model.layers.0.mlp": 3,
+    }
 
 
 def test_samples_are_not_drawn_again_after_an_interruption(tmp_path, monkeypatch):

@@ -69,15 +69,19 @@ def test_a_delta_is_small_and_gives_every_bit_of_the_twin(kept, tmp_path, name):
     twin, base, out = kept / f"{name}-twin", kept / name, tmp_path / "delta"
     done = subprocess.run(
         [sys.executable, "-m", "surgery", "export", twin, "-o", out, "--form", "delta", "--base", base],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert (out / "delta.safetensors").stat().st_size < (twin / "model.safetensors").stat().st_size / 5
     assert not list(out.glob("model*.safetensors"))
     again = subprocess.run(
         [sys.executable, "-m", "surgery", "export", out, "-o", tmp_path / "full", "--form", "full", "--base", base],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert again.returncode == 0, again.stderr
     from safetensors.torch import load_file
 
@@ -128,8 +132,10 @@ def test_onnxruntime_computes_the_twin_without_a_nonlinearity_in_its_blocks(twin
     onnx = pytest.importorskip("onnx")
     done = subprocess.run(
         [sys.executable, "-m", "surgery", "export", twins / name, "-o", tmp_path / "out", "--form", "onnx"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     operators = {node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node}
     assert not operators & {"Sigmoid", "Tanh", "Erf", "Relu", "Gelu", "HardSigmoid", "Swish"}

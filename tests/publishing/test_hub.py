@@ -109,9 +109,12 @@ def test_a_delta_is_published_and_applied_to_its_original(twins, server, tmp_pat
     code = "import surgery, sys, torch; m = surgery.load('me/delta', base=sys.argv[1]); "
     code += "print(m(input_ids=torch.arange(3, 19)[None]).logits.double().abs().sum().item())"
     got = subprocess.run(
-        [sys.executable, "-c", code, twins / "base"], capture_output=True, text=True, check=False,
+        [sys.executable, "-c", code, twins / "base"],
+        capture_output=True,
+        text=True,
+        check=False,
         env=environment(server, tmp_path),
-    )  # fmt: skip
+    )
     assert got.returncode == 0, got.stderr
     assert float(got.stdout.split()[-1]) == pytest.approx(expected(tmp_path / "kept"), rel=1e-9)
 
@@ -287,7 +290,7 @@ def test_a_twin_does_what_models_do(twins, ids, tmp_path):
 def test_pipelines_device_maps_and_compiling(twins, ids, name):
     import transformers
 
-    twin = loading.load(str(twins / name), device_map="auto")
+    twin = loading.loaded(str(twins / name), device_map="auto")
     with torch.no_grad():
         plain = surgery.load(str(twins / name))(input_ids=ids[:2]).logits
         assert torch.equal(twin.model(input_ids=ids[:2]).logits, plain)

@@ -106,7 +106,7 @@ def test_a_direction_behind_a_norm_is_read_off_the_stream_before_it(kind, width)
 
 def test_a_tokens_direction_is_the_derivative_of_its_logit(folders):
     """d(logit − mean logit)/d(what the last block writes), up to the final norm's own scale (and its share along r)."""
-    loaded = loading.load(folders["twin"])
+    loaded = loading.loaded(folders["twin"])
     model, tokenizer = loaded.model, loaded.tokenizer
     ids = torch.arange(3, 11)[None]
     place = surroundings(model, find_block(model, 1), {"input_ids": ids})
@@ -140,7 +140,7 @@ def test_coordinates_agree_with_dense_linear_algebra(folders, report):
     data = explained(ExplainSettings(folders["twin"], 1, "coordinate:3", pairs=32, coordinates="data", **TEXT))
     assert data["spectrum"]["square"] != pytest.approx(raw["spectrum"]["square"])
     calibration = calibration_inputs(
-        "python", model, loading.load(folders["twin"]).tokenizer, tokens=1024, length=32, batch=8
+        "python", model, loading.loaded(folders["twin"]).tokenizer, tokens=1024, length=32, batch=8
     )
     x, _, size = activity(model, place, calibration.batches)
     seen = Activity.of(torch.cat([batch["input_ids"] for batch in calibration.batches]), x, size)
@@ -165,7 +165,7 @@ def test_a_cubic_twin_has_a_higher_part_and_unconverted_blocks_are_named(folders
 
 
 def test_contexts_show_the_token_that_drives_them(folders):
-    tokenizer = loading.load(folders["twin"]).tokenizer
+    tokenizer = loading.loaded(folders["twin"]).tokenizer
     ids = torch.randint(3, 90, (4, 32), generator=torch.Generator().manual_seed(0))
     values = torch.zeros(128)
     values[40], values[44], values[100], values[7] = 5.0, 4.0, 3.0, 9.0
@@ -180,7 +180,7 @@ def test_contexts_show_the_token_that_drives_them(folders):
 
 
 def test_vocabulary_ends_are_ordered(folders):
-    loaded = loading.load(folders["twin"])
+    loaded = loading.loaded(folders["twin"])
     model = loaded.model
     place = surroundings(model, find_block(model, 1), {"input_ids": torch.arange(3, 11)[None]})
     words = Vocabulary.of(model, loaded.tokenizer, place)

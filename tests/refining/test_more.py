@@ -12,9 +12,10 @@ import surgery
 from surgery.errors import RecipeError, SurgeryError
 from surgery.refining.packing import PackedWindows
 from surgery.refining.run import refined
+from surgery.refining.schedule import Schedule
 from surgery.refining.settings import RefineSettings, check_refinement
 from surgery.refining.student import checkpoint_activations
-from surgery.refining.training import Schedule, Training
+from surgery.refining.training import Training
 from tests import tiny
 
 
@@ -130,15 +131,16 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients(place, name):
 
 @pytest.mark.parametrize("name", ["native", "plain"])
 def test_blending_goes_from_the_original_to_the_twin(place, name):
-    from surgery.refining.objectives import _hooked, _mixed
+    from surgery.refining.objectives import _mixed
     from surgery.refining.parameters import twin_block_paths
+    from surgery.runtime.hooks import hooked
 
     twin, original = surgery.load(place / name), surgery.load(place / BASES[name])
     ids = torch.arange(3, 35)[None]
     blocks = [paths for paths, _ in twin_block_paths(twin)]
 
     def logits(share):
-        with torch.no_grad(), _hooked(_mixed(twin, original, blocks, share)):
+        with torch.no_grad(), hooked(_mixed(twin, original, blocks, share)):
             return twin(ids).logits
 
     with torch.no_grad():
@@ -181,7 +183,7 @@ def test_an_anchor_keeps_the_weights_near_their_start(place, unverified, tmp_pat
 
 def test_the_mean_of_the_weights_is_what_is_kept(place, unverified, tmp_path):
     """With one step from a fresh mean, the mean is the step's weights; with decay it lags behind."""
-    schedule = Schedule(10, 1, 1, 1.0, 0.0, 1.0, 0.9, 0.0, 1, 0, 0)
+    schedule = Schedule(RefineSettings("", "", "", rate=1.0, warmup=0.0, average=0.9), 10)
     assert [round(schedule.decay_at(step), 3) for step in (0, 8, 1000)] == [0.1, 0.5, 0.9]
     sharp = refined(settings_of(place, tmp_path / "sharp", average=0.0))
     mean = refined(settings_of(place, tmp_path / "mean", average=0.9))
@@ -259,7 +261,7 @@ def test_a_dry_run_writes_nothing(place, tmp_path):
 
 def test_what_is_refused(place, tmp_path):
     for more, words in (
-        ({"train": "lora", "objective": "local"}, "not LoRA"),
+        ({"train": "lora", "objective": "local"}, "what is in blocks"),
         ({"text": ("nowhere.txt",)}, "no calibration source"),
         ({"precision": "float8"}, "no precision"),
         ({"train": "all", "objective": "local"}, "what is in blocks"),

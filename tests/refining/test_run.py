@@ -94,9 +94,11 @@ def test_what_is_trained_is_what_was_asked_for(place, which):
     chosen = named_trainable(twin, which)
     assert {name for name, p in twin.named_parameters() if p.requires_grad} == set(chosen)
     expected = {
-        "coefficients": lambda name: name.endswith("coefficients"), "readout": lambda name: "down_proj" in name,
-        "block": lambda name: ".mlp." in name, "all": lambda name: True,
-    }[which]  # fmt: skip
+        "coefficients": lambda name: name.endswith("coefficients"),
+        "readout": lambda name: "down_proj" in name,
+        "block": lambda name: ".mlp." in name,
+        "all": lambda name: True,
+    }[which]
     assert set(chosen) == {name for name, _ in twin.named_parameters() if expected(name)}
 
 

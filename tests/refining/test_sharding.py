@@ -70,11 +70,13 @@ def both(*command):
     shared |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, *command], stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, *command],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     said = [rank.communicate()[1].decode()[-3000:] for rank in ranks]
     return [rank.returncode for rank in ranks], said
 
@@ -98,10 +100,12 @@ def assert_alike(one, two):
 @pytest.mark.parametrize(
     ("twin", "more"),
     [
-        ("native", []), ("native", ["--shard", "--train", "all", "--checkpointing"]),
-        ("native", ["--shard", "--train", "lora"]), ("plain", ["--shard", "--control"]),
+        ("native", []),
+        ("native", ["--shard", "--train", "all", "--checkpointing"]),
+        ("native", ["--shard", "--train", "lora"]),
+        ("plain", ["--shard", "--control"]),
     ],
-)  # fmt: skip
+)
 def test_two_processes_refine_as_one_does(place, tmp_path, twin, more):
     """The same global batch: 8 windows in one process, 4 in each of two; an odd number of held-out windows."""
     same = [word for word in more if word != "--shard"]

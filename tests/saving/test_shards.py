@@ -155,7 +155,7 @@ def test_a_model_that_is_gone_removes_only_its_own(tmp_path):
     tiny_of(transformers.MixtralForCausalLM, "mixtral").save_pretrained(tmp_path / "original")
     merged = tmp_path / "twin.partial" / "merged"
     given = {"name": str(tmp_path / "original"), "device_map": weights_on_disk.ON_DISK, "merged": merged}
-    first, second = loading.load(**given).model, loading.load(**given).model
+    first, second = loading.loaded(**given).model, loading.loaded(**given).model
     assert len(list(merged.iterdir())) == 2
     del first
     gc.collect()
@@ -222,7 +222,7 @@ def test_a_model_that_does_not_fit_into_memory_is_told_so(folder, monkeypatch):
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", fails)
     with pytest.raises(ModelError, match=r"more memory than there is\s.*\s.*--offload"):
-        loading.load(str(folder / "llama"))
+        loading.loaded(str(folder / "llama"))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

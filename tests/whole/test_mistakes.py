@@ -166,9 +166,11 @@ def test_a_bfloat16_model_with_sinks_is_converted_to_finite_weights(ids):
 def test_what_a_collator_gives_is_calibrated_on(ids, tmp_path):
     ids = torch.cat([ids, ids[:, :8]], dim=1)  # longer than the probe
     batch = {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids,
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": ids,
         "position_ids": torch.arange(40).expand(64, -1),
-    }  # fmt: skip
+    }
     twin, _ = surgery.convert(tiny.make("llama"), calibration=batch, output=tmp_path / "twin")
     plain, _ = surgery.convert(tiny.make("llama"), calibration={"input_ids": ids})
     with torch.no_grad():

@@ -1,0 +1,106 @@
+"""The tokens that a block's units are fitted on, and what is known of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from surgery.blocks.weights import BlockWeights
+from surgery.calibration.arrivals import Arrival, Station, behind
+from surgery.closed_form import sinks
+from surgery.errors import CalibrationError
+from surgery.runtime import processes
+
+TOKENS_PER_UNKNOWN = 20
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the first pass looks at.
+
+    Attributes:
+        rows: of each batch, by number; all else is of these rows of all processes, (tokens, …).
+        x, y, z: the block's input and its units' preactivations; z is None in a plain block.
+        output, size: what the original writes there, and the norm of the residual stream before it.
+        ordinary, sink, held, massive: which rows are no sinks, are sinks in the original, are held out, and are
+            massive in the twin.
+        limit: norm from which on a token is a sink.
+        aim: what the block should write at the sinks, (sinks, out).
+    """
+
+    rows: tuple[Tensor, ...]
+    x: Tensor
+    y: Tensor
+    z: Tensor | None
+    output: Tensor
+    size: Tensor
+    ordinary: Tensor
+    sink: Tensor
+    held: Tensor
+    massive: Tensor
+    limit: float
+    aim: Tensor
+
+    @property
+    def sink_boost(self) -> float:
+        """Ordinary tokens per sink."""
+        return float(self.ordinary.sum()) / max(1, int(self.sink.sum()))
+
+
+def take_sample(station: Station, original: BlockWeights, degree: int, tokens: int) -> Sample:
+    """About `tokens` tokens, drawn from all batches alike (always several per input dimension).
+
+    Raises:
+        CalibrationError: too few for a unit of this degree, or an output that is not finite.
+    """
+    rows = _drawn(station, max(tokens, 4 * station.block.width))
+
+    def gathered(name: str, arrivals: tuple[Arrival, ...] = station.twin) -> Tensor:
+        return processes.together(
+            torch.cat([getattr(arrival, name)[at] for arrival, at in zip(arrivals, rows, strict=True)])
+        )
+
+    x, size, held = gathered("x"), gathered("size"), gathered("held")
+    unknowns = 2 * degree + 1
+    if len(x) < TOKENS_PER_UNKNOWN * unknowns:
+        raise CalibrationError(
+            f"{len(x)} tokens are too few for the {unknowns} coefficients of a unit",
+            where=station.block.path,
+            cause=f"at least {TOKENS_PER_UNKNOWN} tokens per coefficient are needed",
+            fix="give more calibration text or tokens, or a lower degree",
+        )
+    y, z = original.preactivations(x)
+    output = nn.functional.linear(original.hidden(y, z), *original.down)
+    if not bool(torch.isfinite(output).all()):
+        raise CalibrationError("the block's output holds NaN or infinite values", where=station.block.path)
+    norm = output.float().norm(dim=-1)
+    total = (size.square() + norm.square()).sqrt()
+    limit = sinks.threshold(total)
+    truly = gathered("size", station.original or station.twin)
+    sink = ((truly.square() + norm.square()).sqrt() > limit) | gathered("known_sink")
+    aim = output[sink]
+    if station.original and station.block.additive:
+        own = [len(at) for at in rows]
+        before = sum(processes.gather(sum(own))[: processes.rank()])
+        parts = sink[before : before + sum(own)].split(own)
+        triples = zip(
+            station.twin, station.original, (at[part] for at, part in zip(rows, parts, strict=True)), strict=True
+        )
+        aim = processes.together(
+            torch.cat([original(other.x[at]) + behind(twin, other, at) for twin, other, at in triples])
+        )
+    return Sample(rows, x, y, z, output, size, ~sink, sink, held, total > limit, limit, aim)
+
+
+def _drawn(station: Station, wanted: int) -> tuple[Tensor, ...]:
+    """Row numbers, ascending, of about `wanted` real tokens: the same share of every batch, the same in every run."""
+    real = [arrival.keep.nonzero()[:, 0] for arrival in station.twin]
+    share = min(1.0, wanted / max(1, processes.sum_number(sum(len(rows) for rows in real))))
+    drawn = []
+    for number, rows in enumerate(real, start=station.number):
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(number))
+        drawn.append(rows[order[: math.ceil(share * len(rows))].sort().values.to(rows.device)])
+    return tuple(drawn)
