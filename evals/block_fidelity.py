@@ -99,12 +99,15 @@ def _watched(
 
 
 def block_sums(
-    original: Any, twin: Any, blocks: Sequence[Block], batches: Iterable[Mapping[str, Tensor]]
+    original: Any, twin: Any, blocks: Sequence[Block], batches: Iterable[Mapping[str, Tensor]], begin: int = 0
 ) -> dict[str, BlockSums]:
-    """Runs the original over `batches`, and each block's replacement on what the block receives; by block path."""
+    """Runs the original over `batches`, and each block's replacement on what the block receives; by block path.
+
+    Args:
+        begin: number of the first window among those of all processes.
+    """
     sums = {block.path: BlockSums.zeros(block.width, block.out) for block in blocks}
     functions = {block.path: block.function(twin) for block in blocks}
-    begin = 0
 
     def see(block: Block, given: tuple[Tensor, ...], output: Tensor) -> None:
         rows = len(next(iter(batch.values())))

@@ -217,7 +217,9 @@ def _blocks(settings: EvalSettings, pair: _Pair, text: MeasuredText | None, memo
         inputs = list(batches(spread, min(settings.batch, max(1, len(spread) // (2 * processes.count())))))
     else:
         inputs = _inputs(settings, pair, settings.block_tokens)
-    shares = processes.gather(_guarded(lambda: block_sums(first, second, blocks, processes.own_part(inputs)[1])))
+    number, own = processes.own_part(inputs)
+    begin = sum(len(next(iter(batch.values()))) for batch in inputs[:number])
+    shares = processes.gather(_guarded(lambda: block_sums(first, second, blocks, own, begin)))
     if not processes.first():
         return None
     total: dict[str, BlockSums] = shares[0]

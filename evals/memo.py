@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,13 +49,6 @@ class Memo:
         if self.folder is None:
             return
         write_text(self._file([name, key]), json.dumps(value, default=str))
-
-    def get(self, name: str, key: Any, measure: Callable[[], Any]) -> Any:
-        found = self.find(name, key)
-        if found is None:
-            found = measure()
-            self.keep(name, key, found)
-        return found
 
 
 def model_fingerprint(name: str, revision: str | None) -> str:

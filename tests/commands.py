@@ -1,4 +1,4 @@
-"""The command line in this process: a real process for each call costs seconds that most tests have no use for."""
+"""The command line, in this process: one of its own costs seconds that most tests have no use for."""
 
 import contextlib
 import io
@@ -7,6 +7,12 @@ import sys
 from unittest import mock
 
 from surgery.cli.main import main
+
+
+def process(*arguments, **more) -> subprocess.CompletedProcess:
+    """The same in a process of its own, as users have it; `--nproc` needs that."""
+    command = [sys.executable, "-m", "surgery", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **more)
 
 
 def surgery(*arguments) -> subprocess.CompletedProcess:

@@ -131,7 +131,7 @@ class Passes:
         self._probing: _Pass | None = None
 
     def __enter__(self) -> Passes:
-        if not self.batches and self.total:
+        if processes.count() > self.total > 0:  # known to all, so that all say it
             raise CalibrationError(
                 f"{processes.count()} processes, but {self.total} calibration batches",
                 cause="every process needs one",

@@ -20,15 +20,16 @@ T = TypeVar("T")
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Inside, this process belongs to the group that a launcher started; it leaves only a group that it joined here."""
+    """Inside, this process belongs to the group that a launcher started; it leaves only a group that it joined here.
+
+    On an error it stays: the others would take its leaving for an error of their own, and tell that one.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _together():
         yield
         return
     joining = accelerator()
-    try:
-        yield
-    finally:
-        joining.end_training()
+    yield
+    joining.end_training()
 
 
 def accelerator() -> Any:

@@ -66,6 +66,7 @@ def test_one_call_that_differs_is_enough_to_refuse(ids):
         confirmed(model, ids)
 
 
+@pytest.mark.fresh_process
 @pytest.mark.parametrize("make", [albert, hrm])
 def test_a_shared_block_is_fitted_on_all_its_calls(make, ids, tmp_path):
     model = make()
@@ -132,6 +133,7 @@ def test_a_budget_refuses_what_runs_several_times(ids):
         surgery.convert(hrm(), calibration=ids, length=32, budget=0.5)
 
 
+@pytest.mark.fresh_process
 @pytest.mark.parametrize("degree", [1, 3])
 def test_a_half_is_replaced_as_a_whole(degree, ids, tmp_path):
     """ESM calls its activation as a function inside the module of the first map."""

@@ -10,12 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from tests.commands import surgery
-
-
-def process(*arguments, **more):
-    command = [sys.executable, "-m", "surgery", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **more)
+from tests.commands import process, surgery
 
 
 @pytest.fixture(scope="module")

@@ -1,54 +1,17 @@
 """Whole conversions at tiny size: every architecture, saved, reloaded in a fresh process and compared."""
 
 import copy
-import json
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import surgery
 from surgery.closed_form.moments import GaussianMixture
-from surgery.errors import CalibrationError, CheckpointError, ModelError, RecipeError, SurgeryError
+from surgery.errors import CalibrationError, ModelError, RecipeError, SurgeryError
 from tests import tiny
-
-
-def outputs(model, name, ids):
-    with torch.no_grad():
-        if name == "vit":
-            return model(pixel_values=tiny.inputs_for("vit", ids)["pixel_values"][:4]).logits
-        extra = {"decoder_input_ids": ids[:4]} if name.startswith("t5") else {}
-        return model(input_ids=ids[:4], **extra).logits
-
-
-@pytest.mark.parametrize("name", sorted(tiny.MAKERS))
-def test_saved_twins_give_the_same_outputs_in_a_fresh_process(name, ids, tmp_path):
-    """`convert` reloads what it saved in another process, without this package, and compares keys and outputs."""
-    model = tiny.make(name)
-    before = outputs(model, name, ids)
-    model.save_pretrained(tmp_path / "base")  # loading may rename weights, which a twin must not rename again
-    twin, report = surgery.convert(
-        tmp_path / "base", calibration=tiny.inputs_for(name, ids), output=tmp_path / "twin", batch=16
-    )
-    saved = json.loads((tmp_path / "twin" / "surgery.json").read_text())
-    assert saved["verification"]["verified"] is True
-    assert saved["verification"]["difference"] < 1e-4
-    assert report.form == ("native" if name in ("llama", "mistral", "qwen2", "gemma") else "custom")
-    assert len(saved["blocks"]) == tiny.BLOCKS.get(name, tiny.LAYERS)
-    assert all(row["r2_held"] > 0.5 for row in saved["blocks"])
-    after = outputs(twin, name, ids)
-    assert 1e-3 < (after - before).norm() / before.norm() < 0.8, "changed, and not beyond recognition"
-    again = surgery.load(str(tmp_path / "twin"))
-    torch.testing.assert_close(outputs(again, name, ids), after, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("degree", [1, 3, 4])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-def test_other_degrees_save_and_load(name, degree, ids, tmp_path):
-    _, report = surgery.convert(tiny.make(name), calibration=ids, output=tmp_path / "twin", degree=degree)
-    assert report.form == "custom"
-    assert json.loads((tmp_path / "twin" / "surgery.json").read_text())["verification"]["verified"]
+from tests.conversion.support import outputs
 
 
 def test_higher_degrees_come_closer(ids):
@@ -92,14 +55,6 @@ def test_native_equals_custom(ids):
     a, b = outputs(native, "llama", ids), outputs(custom, "llama", ids)
     # The guard moves ill-conditioned units a little; all else is rounding.
     assert (a - b).norm() < 2e-2 * b.norm()
-
-
-def test_same_seed_same_file(ids, tmp_path):
-    for place in ("one", "two"):
-        surgery.convert(tiny.make("llama"), calibration=ids, output=tmp_path / place)
-    one, two = (load_file(tmp_path / place / "model.safetensors") for place in ("one", "two"))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_padding_never_counts(ids):
@@ -157,43 +112,6 @@ def test_a_mixture_can_be_given(ids):
     assert len(report.blocks) == tiny.LAYERS
 
 
-def test_dtype_and_ties_are_kept(ids, tmp_path):
-    config = transformers.LlamaConfig(**tiny.COMMON, num_key_value_heads=2, tie_word_embeddings=True)
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
-    surgery.convert(str(tmp_path / "model"), calibration=ids, output=tmp_path / "twin", measure=0)
-    tensors = load_file(tmp_path / "twin" / "model.safetensors")
-    assert {value.dtype for value in tensors.values()} == {torch.bfloat16}
-    assert "lm_head.weight" not in tensors
-    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "twin")
-    assert plain.dtype == torch.bfloat16
-    assert plain.lm_head.weight is plain.model.embed_tokens.weight
-
-
-def test_a_custom_twin_refuses_loudly_without_trust(ids, tmp_path):
-    import subprocess
-    import sys
-
-    surgery.convert(tiny.make("gpt2"), calibration=ids, output=tmp_path / "twin")
-    code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "twin")], capture_output=True, text=True, input="n\n", check=False
-    )
-    assert done.returncode != 0
-    assert "trust_remote_code" in done.stderr
-
-
-def test_twins_generate_and_save_again(ids, tmp_path):
-    twin, _ = surgery.convert(tiny.make("gpt2"), calibration=ids, output=tmp_path / "twin")
-    long = twin.generate(ids[:2, :5], max_new_tokens=8, do_sample=False, attention_mask=torch.ones(2, 5).long())
-    again = surgery.load(str(tmp_path / "twin"))
-    again.save_pretrained(tmp_path / "again")
-    surgery.register()
-    third = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
-    short = third.generate(ids[:2, :5], max_new_tokens=8, do_sample=False, attention_mask=torch.ones(2, 5).long())
-    assert torch.equal(long, short)
-
-
 def test_a_partial_twin_can_be_converted_further(ids, tmp_path):
     surgery.convert(tiny.make("llama"), calibration=ids, output=tmp_path / "half", blocks="1")
     half = surgery.load(str(tmp_path / "half"))
@@ -204,74 +122,6 @@ def test_a_partial_twin_can_be_converted_further(ids, tmp_path):
         "model.layers.1.mlp": 2,
         "model.layers.0.mlp": 3,
     }
-
-
-def test_samples_are_not_drawn_again_after_an_interruption(tmp_path, monkeypatch):
-    from surgery.calibration import windows
-    from surgery.fitting import either
-
-    tiny.save_with_tokenizer("llama", tmp_path / "model")
-    settings = {"output": tmp_path / "twin", "tokens": 2048, "length": 32, "measure": 64}
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(either, "fit_block", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            surgery.convert(tmp_path / "model", **settings)
-    with monkeypatch.context() as patch:
-        patch.setattr(windows, "sample", interrupted)
-        with pytest.raises(KeyboardInterrupt):  # negative control: other settings need other samples
-            surgery.convert(tmp_path / "model", **settings, seed=1)
-        _, report = surgery.convert(tmp_path / "model", **settings)
-    assert report.calibration["source"] == "samples"
-    assert report.perplexity["tokens"] == 62
-    assert not (tmp_path / "twin.partial").exists()
-
-
-def test_interrupted_runs_resume_and_do_not_redo_finished_blocks(ids, tmp_path, monkeypatch):
-    from surgery.conversion import pipeline
-    from surgery.fitting import either
-
-    real, calls = either.fit_block, []
-
-    def counting(station, *rest):
-        calls.append(station.block.path)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(station, *rest)
-
-    model = tiny.make("llama")
-    state = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr(either, "fit_block", counting)
-    with pytest.raises(KeyboardInterrupt):
-        surgery.convert(model, calibration=ids, output=tmp_path / "twin")
-    assert not (tmp_path / "twin").exists()
-    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items()), "put back as it was"
-    with pytest.raises(CheckpointError, match="other settings"):
-        surgery.convert(model, calibration=ids, output=tmp_path / "twin", degree=3)
-    surgery.convert(model, calibration=ids, output=tmp_path / "twin")
-    assert calls == ["model.layers.0.mlp", "model.layers.1.mlp", "model.layers.1.mlp"]
-    assert not (tmp_path / "twin.partial").exists()
-    monkeypatch.undo()
-
-    def failing(*_, **__):
-        raise CheckpointError("no space")
-
-    monkeypatch.setattr(pipeline, "save", failing)
-    with pytest.raises(CheckpointError, match="no space"):
-        surgery.convert(tiny.make("llama"), calibration=ids, output=tmp_path / "late")
-    monkeypatch.undo()
-    monkeypatch.setattr(either, "fit_block", None)  # all blocks are done: only saving is left
-    surgery.convert(tiny.make("llama"), calibration=ids, output=tmp_path / "late")
-    monkeypatch.undo()
-    surgery.convert(tiny.make("llama"), calibration=ids, output=tmp_path / "straight")
-    one, two = (load_file(tmp_path / place / "model.safetensors") for place in ("twin", "straight"))
-    three = load_file(tmp_path / "late" / "model.safetensors")
-    for key in one:
-        torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(three[key], two[key], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -313,60 +163,3 @@ def test_nothing_to_convert_is_an_error(ids):
     )
     with pytest.raises(ModelError, match="mixture of experts"):
         surgery.convert(transformers.JetMoeForCausalLM(config), calibration=ids)
-
-
-def test_a_foreign_folder_is_not_overwritten(ids, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    for overwrite in (False, True):
-        with pytest.raises(CheckpointError, match="not made by this tool"):
-            surgery.convert(tiny.make("llama"), calibration=ids, output=tmp_path / "mine", overwrite=overwrite)
-    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
-
-
-def test_a_damaged_save_is_noticed_and_leaves_nothing(ids, tmp_path, monkeypatch):
-    """Negative control of the verification: a weight changed on its way to disk must not pass."""
-    from surgery.saving import checkpoint
-    from surgery.saving.checkpoint import _write
-
-    real = _write
-
-    def damaging(model, tokenizer, folder, dtype):
-        real(model, tokenizer, folder, dtype)
-        tensors = load_file(folder / "model.safetensors")
-        tensors["model.layers.0.mlp.up_proj.weight"].mul_(1.5)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-    monkeypatch.setattr(checkpoint, "_write", damaging)
-    with pytest.raises(CheckpointError, match="differs"):
-        surgery.convert(tiny.make("llama"), calibration=ids, output=tmp_path / "twin")
-    assert [p.name for p in tmp_path.iterdir()] == ["twin.partial"]
-
-
-def test_half_the_units_stay_a_native_twin_of_half_the_width(ids, tmp_path):
-    whole, _ = surgery.convert(tiny.make("llama"), calibration=ids, length=24)
-    half, report = surgery.convert(tiny.make("llama"), calibration=ids, length=24, units=0.5, output=tmp_path / "half")
-    assert report.form == "native"
-    assert whole.config.intermediate_size == tiny.HIDDEN
-    assert half.config.intermediate_size == tiny.HIDDEN // 2
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half")
-    with torch.no_grad():
-        original, mine, theirs = (model(ids[:8]).logits for model in (tiny.make("llama"), half, whole))
-        assert torch.allclose(again(ids[:8]).logits, mine, atol=1e-5)
-    assert (mine - original).norm() >= 0.999 * (theirs - original).norm()
-
-
-def test_the_units_kept_are_better_than_others(ids):
-    """Negative control: the same number of units, drawn at random."""
-    kept, _ = surgery.convert(tiny.make("llama"), calibration=ids, length=24, units=0.25)
-
-    def drawn(fit, prior, count, free=1):
-        order = torch.randperm(len(prior) - free, generator=torch.Generator().manual_seed(1))[:count]
-        return torch.cat([order.sort().values, torch.arange(len(prior) - free, len(prior))])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("surgery.fitting.readout.most_useful", drawn)
-        random, _ = surgery.convert(tiny.make("llama"), calibration=ids, length=24, units=0.25)
-    with torch.no_grad():
-        original, mine, theirs = (model(ids[:16]).logits for model in (tiny.make("llama"), kept, random))
-    assert (mine - original).norm() < 0.95 * (theirs - original).norm()

@@ -1,8 +1,6 @@
 """Llamas under another name: written as one where that is exact, and never where it is not."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ import transformers as T
 
 import surgery
 from surgery.models.as_llama import as_llama
-from tests import tiny
+from tests import commands, tiny
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma"])
@@ -54,14 +52,12 @@ def test_gemma_in_half_precision_stays_gemma(tmp_path):
         assert seen.forms(seen.survey.blocks[0]) == forms
 
 
+@pytest.mark.fresh_process
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma"])
 def test_their_twins_load_with_plain_transformers(name, tmp_path):
     tiny.save_with_tokenizer(name, tmp_path / "base")
-    done = subprocess.run(
-        [sys.executable, "-m", "surgery", "convert", tmp_path / "base", "-o", tmp_path / "twin", "--calibration",
-         "python", "--tokens", "4096", "--length", "32", "--measure", "512", "--json"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = ["convert", tmp_path / "base", "-o", tmp_path / "twin", "--calibration", "python", "--json"]
+    done = commands.surgery(*command, "--tokens", 4096, "--length", 32, "--measure", 512)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["form"] == "native"

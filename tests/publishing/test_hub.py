@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +12,7 @@ import yaml
 import surgery
 from surgery.errors import CheckpointError
 from surgery.models import loading
-from surgery.publishing.card import card, render_card
 from surgery.publishing.hub import plan_push
-from tests import tiny
 from tests.hub_server import Hub
 
 LOAD = """
@@ -30,17 +27,6 @@ ids = torch.arange(3, 19)[None]
 with torch.no_grad():
     print(model(input_ids=ids).logits.double().abs().sum().item())
 """
-
-
-@pytest.fixture(scope="module")
-def twins(tmp_path_factory):
-    """A native and a custom twin of a tiny Llama."""
-    folder = tmp_path_factory.mktemp("publish")
-    tiny.save_with_tokenizer("llama", folder / "base")
-    settings = {"calibration": "python", "tokens": 4096, "length": 32, "measure": 512}
-    for name, degree in (("native", 2), ("custom", 3)):
-        surgery.convert(folder / "base", output=folder / name, degree=degree, **settings)
-    return folder
 
 
 @pytest.fixture
@@ -211,51 +197,6 @@ def test_only_finished_verified_twins_are_pushed(twins, tmp_path):
     report.write_text(json.dumps(known))
     with pytest.raises(CheckpointError, match="never reloaded"):
         plan_push(tmp_path / "changed", "me/twin")
-
-
-def test_the_card_tells_what_the_reports_say(twins, tmp_path):
-    import shutil
-
-    folder = tmp_path / "twin"
-    shutil.copytree(twins / "native", folder)
-    bare = render_card(folder)
-    assert "No evaluation was run" in bare.text
-    assert len(bare.missing) == 3
-    from evals.evaluation import measure
-    from evals.memo import Memo
-    from evals.report import write_evaluation
-    from evals.settings import EvalSettings
-
-    given = {"twin": str(folder), "original": str(twins / "base"), "tokens": 1024, "window": 32, "speed": False}
-    found = measure(EvalSettings(**given), Memo(None))
-    write_evaluation(found, folder / "evaluation")
-    made = card(folder, base_model="them/base", licence="apache-2.0")
-    assert made.missing == ()
-    assert f"{found['text']['perplexity']['twin']:.3f}" in made.text
-    assert "evaluation/blocks.png" in made.text
-    assert (folder / "evaluation" / "blocks.png").read_bytes().startswith(b"\x89PNG")
-    assert "silently wrong" in made.text
-    assert (folder / "README.md").read_text() == made.text
-    from huggingface_hub import ModelCard
-
-    assert ModelCard(made.text).data.to_dict()["base_model"] == "them/base"
-    recipe = made.text.split("```yaml\n")[1].split("```")[0]
-    from surgery.conversion.recipe import load_recipe
-
-    assert load_recipe(None, yaml.safe_load(recipe)).degree == 2
-
-
-GOLDEN = Path(__file__).parents[1] / "data" / "twin-format-1"
-
-
-def test_twins_of_format_1_keep_loading():
-    """A checkpoint written by version 0.1.0, with the outputs it had then."""
-    from safetensors.torch import load_file
-
-    probe = load_file(GOLDEN / "probe" / "probe.safetensors")
-    with torch.no_grad():
-        found = surgery.load(str(GOLDEN))(input_ids=probe["input_ids"]).logits
-    torch.testing.assert_close(found, probe["logits"], rtol=1e-4, atol=1e-5)
 
 
 def test_a_twin_does_what_models_do(twins, ids, tmp_path):

@@ -12,10 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import surgery
 from surgery.errors import ModelError, RecipeError
 from surgery.refining import sharding
-from tests import tiny
 
 STOPS = """
 import os, sys
@@ -30,20 +28,6 @@ def keep(self, place):
 training.Training.keep = keep
 main()
 """
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "(1,", "2)", "[3:", "4];", "=", "fox."]
-    order = torch.randint(len(words), (4000,), generator=torch.Generator().manual_seed(1)).tolist()
-    (folder / "text.txt").write_text(" ".join(words[index] for index in order))
-    for base, twin in (("llama", "native"), ("gpt2", "plain")):
-        tiny.save_with_tokenizer(base, folder / base)
-        surgery.convert(
-            folder / base, output=folder / twin, tokens=1024, length=32, measure=0, readout="keep", calibration="python"
-        )
-    return folder
 
 
 def arguments(place, twin, out, *more):

@@ -1,0 +1,50 @@
+"""What can be told, and what is refused."""
+
+import pytest
+
+import surgery
+from surgery.errors import RecipeError, SurgeryError
+from surgery.refining.settings import RefineSettings, check_refinement
+from tests import commands, tiny
+from tests.refining.support import settings_of
+
+
+def test_a_dry_run_writes_nothing(place, tmp_path):
+    command = ["refine", place / "native", "--teacher", place / "llama", "-o",
+               tmp_path / "out", "--tokens", "20k", "--length", "32", "--train", "lora", "--dry-run"]  # fmt: skip
+    done = commands.surgery(*command)
+    assert done.returncode == 0, done.stderr
+    assert "78 steps of 256 tokens" in done.stdout
+    assert "trained: lora" in done.stdout
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_is_refused(place, tmp_path):
+    for more, words in (
+        ({"train": "lora", "objective": "local"}, "what is in blocks"),
+        ({"text": ("nowhere.txt",)}, "no calibration source"),
+        ({"precision": "float8"}, "no precision"),
+        ({"train": "all", "objective": "local"}, "what is in blocks"),
+        ({"length": 4}, "not from 8 to 128"),
+        ({"length": 256}, "not from 8 to 128"),
+        ({"text": (str(place / "text.txt"), "elsewhere/text.txt")}, "two texts of one name"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            check_refinement(settings_of(place, tmp_path / "out", **more))
+
+
+def test_only_whole_twins_of_causal_models_are_refined(place, tmp_path):
+    from surgery.publishing.silu import export_silu
+
+    export_silu(place / "native", tmp_path / "silu")
+    settings = vars(settings_of(place, tmp_path / "out"))
+    with pytest.raises(RecipeError, match="silu form"):
+        check_refinement(RefineSettings(**{**settings, "twin": str(tmp_path / "silu")}))
+    tiny.save_with_tokenizer("bert", tmp_path / "bert")
+    surgery.convert(
+        tmp_path / "bert", output=tmp_path / "masked", calibration="python", tokens=1024, length=32, measure=0
+    )
+    with pytest.raises(SurgeryError, match="only causal"):
+        check_refinement(
+            RefineSettings(**{**settings, "twin": str(tmp_path / "masked"), "teacher": str(tmp_path / "bert")})
+        )
