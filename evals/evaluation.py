@@ -6,11 +6,11 @@ Every process runs the same story on its share of the documents; the first one g
 from __future__ import annotations
 
 import contextlib
-import platform
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from surgery.errors import EvaluationError
 from surgery.models import loading
 from surgery.runtime import processes, weights_on_disk
 from surgery.runtime.stopwatch import Stopwatch
-from surgery.saving.report import read_report
+from surgery.saving.report import read_report, versions
 
 FORMAT = 1
 CHUNK_WINDOWS = 64  # windows per kept piece: what a kill can cost
@@ -299,13 +299,7 @@ def _models(settings: EvalSettings, pair: _Pair) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    from importlib import metadata
-
-    import transformers
-
-    from surgery.version import __version__
-
-    versions = {"polysurgery": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    found = versions()
     with contextlib.suppress(metadata.PackageNotFoundError):
-        versions["lm_eval"] = metadata.version("lm_eval")
-    return versions | {"python": platform.python_version(), "platform": sys.platform}
+        found["lm_eval"] = metadata.version("lm_eval")
+    return {**found, "platform": sys.platform}

@@ -111,6 +111,12 @@ class Preactivations:
         z_mean, z_std, _ = one(*second)
         return Preactivations(y_mean, y_std, z_mean, z_std, (spread * second[0].double()).sum(-1))
 
+    def widened(self, by: float) -> Preactivations:
+        """The same means, with standard deviations `by` times as large."""
+        z_std = None if self.z_std is None else self.z_std * by
+        covariance = None if self.covariance is None else self.covariance * by**2
+        return replace(self, y_std=self.y_std * by, z_std=z_std, covariance=covariance)
+
 
 @dataclass(frozen=True)
 class UnitMoments:

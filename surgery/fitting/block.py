@@ -47,6 +47,13 @@ class FitSettings:
     units: float = 1.0
 
 
+MEASURES = (
+    *("r2_fit", "r2_held", "r2_units_median", "ridge", "condition", "sink_tokens", "sink_units", "sink_mistaken"),
+    *("sink_error", "quadrature_error", "tokens"),
+)
+"""What the report says of a block, by the names of :class:`FittedBlock`'s fields."""
+
+
 @dataclass(frozen=True)
 class FittedBlock:
     """A block's polynomial and how good it is.
@@ -55,13 +62,13 @@ class FittedBlock:
         polynomial: what takes its place; sink units are its last.
         r2_fit, r2_held: share of the block's own output variance (on the twin's stream, sinks aside) explained on
             tokens used and not used for fitting.
-        r2_units: median over units of the share explained by the unit's own polynomial.
+        r2_units_median: over units of the share explained by the unit's own polynomial.
         ridge: chosen λ; None where the readout was kept.
         condition: largest condition number met.
         sink_tokens, sink_error: how many tokens of the sample were sinks, and the median error there relative to the
             residual stream after the block.
         sink_units: how many units point at sinks.
-        mistaken: ordinary tokens of the sample that these units take for sinks; left out of the fit and of R².
+        sink_mistaken: ordinary tokens of the sample that these units take for sinks; left out of the fit and of R².
         quadrature_error: relative, 0 for data.
         tokens: used for fitting, held out included.
         outputs, written: what the twin's and the original's block write to each batch, where computed on the way.
@@ -71,13 +78,13 @@ class FittedBlock:
     polynomial: BlockPolynomial
     r2_fit: float
     r2_held: float
-    r2_units: float
+    r2_units_median: float
     ridge: float | None
     condition: float
     sink_tokens: int
     sink_error: float
     sink_units: int
-    mistaken: int
+    sink_mistaken: int
     quadrature_error: float
     tokens: int
     outputs: tuple[Tensor, ...] = ()
@@ -89,24 +96,9 @@ class FittedBlock:
 
     def row(self, seconds: float = 0.0) -> dict[str, Any]:
         """Its line in the report."""
-        return {
-            "path": self.block.path,
-            "kind": self.block.kind,
-            "activation": self.block.activation,
-            "degree": self.polynomial.degree,
-            "r2_fit": self.r2_fit,
-            "r2_held": self.r2_held,
-            "r2_units_median": self.r2_units,
-            "ridge": self.ridge,
-            "condition": self.condition,
-            "sink_tokens": self.sink_tokens,
-            "sink_units": self.sink_units,
-            "sink_mistaken": self.mistaken,
-            "sink_error": self.sink_error,
-            "quadrature_error": self.quadrature_error,
-            "tokens": self.tokens,
-            "seconds": round(seconds, 3),
-        }
+        block, degree = self.block, self.polynomial.degree
+        about = {"path": block.path, "kind": block.kind, "activation": block.activation, "degree": degree}
+        return {**about, **{name: getattr(self, name) for name in MEASURES}, "seconds": round(seconds, 3)}
 
 
 def fit_block(
@@ -156,13 +148,13 @@ def fit_block(
         polynomial=hidden.with_readout(Affine(solution[:-1].T.contiguous(), solution[-1])),
         r2_fit=_r2(predicted, sample.output, ordinary & ~sample.held),
         r2_held=_r2(predicted, sample.output, ordinary & sample.held),
-        r2_units=float(hidden.units.r2.median()),
+        r2_units_median=float(hidden.units.r2.median()),
         ridge=readout.choice.ridge,
         condition=max(hidden.units.condition, readout.choice.condition),
         sink_tokens=int(sample.sink.sum()),
         sink_error=_sink_error(sample, predicted, writer),
         sink_units=len(pointing.bias),
-        mistaken=int((sample.ordinary & ~ordinary).sum()),
+        sink_mistaken=int((sample.ordinary & ~ordinary).sum()),
         quadrature_error=hidden.units.error,
         tokens=int(processes.sum_number(sum(int(arrival.keep.sum()) for arrival in station.twin))),
         outputs=readout.outputs,
@@ -213,14 +205,7 @@ def _moments(
     measured = from_data(original.activation, at, sample.y[rows], None if sample.z is None else sample.z[rows], degree)
     if settings.tail_weight == 0:
         return measured
-    wide = settings.tail_width**2
-    spread = Preactivations(
-        at.y_mean,
-        at.y_std * settings.tail_width,
-        at.z_mean,
-        None if at.z_std is None else at.z_std * settings.tail_width,
-        None if at.covariance is None else at.covariance * wide,
-    )
+    spread = at.widened(settings.tail_width)
     return measured + from_gaussian(original.activation, at, spread, degree, measured.weight * settings.tail_weight)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from surgery.errors import CheckpointError
 from surgery.runtime.files import sha256, write_json
 from surgery.saving.folder import REPORT
+from surgery.version import __version__
 
 
 @dataclass(frozen=True)
@@ -37,29 +38,21 @@ class Report:
     budget: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        import torch
-        import transformers
+        """What `surgery.json` holds, beside the verification."""
+        names = ("calibration", "form", "perplexity", "seconds", *(() if self.budget is None else ("budget",)))
+        left = [{"path": path, "reason": reason} for path, reason in self.left_alone]
+        about = {"format": 1, "recipe": self.recipe, "source": self.source, "versions": versions()}
+        rest = {name: getattr(self, name) for name in names}
+        return {**about, **rest, "left_alone": left, "blocks": list(self.blocks)}
 
-        from surgery.version import __version__
 
-        return {
-            "format": 1,
-            "recipe": self.recipe,
-            "source": self.source,
-            "versions": {
-                "polysurgery": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
-            "calibration": self.calibration,
-            "form": self.form,
-            "perplexity": self.perplexity,
-            "seconds": self.seconds,
-            **({} if self.budget is None else {"budget": self.budget}),
-            "left_alone": [{"path": path, "reason": reason} for path, reason in self.left_alone],
-            "blocks": list(self.blocks),
-        }
+def versions() -> dict[str, str]:
+    """Of this package and what its figures hang on."""
+    import torch
+    import transformers
+
+    found = {"polysurgery": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {**found, "python": platform.python_version()}
 
 
 def read_report(folder: str | Path) -> dict[str, Any]:
