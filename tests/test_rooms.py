@@ -4,6 +4,7 @@ import ast
 import importlib
 import os
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -105,3 +106,36 @@ def test_every_module_can_be_imported():
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if not module.name.endswith("__main__"):
                 importlib.import_module(module.name)
+
+
+REFERENCE = re.compile(r":(?:func|class|mod|meth|data):`~?([\w.]+)`")
+
+
+def resolves(name, module):
+    """Whether a reference in this module's docstrings is a name in it, a member of one of its classes, or a path."""
+    classes = [value for value in vars(module).values() if isinstance(value, type)]
+    for root in (module, *classes):
+        value = root
+        for part in name.split("."):
+            value = getattr(value, part, None)
+        if value is not None:
+            return True
+    try:
+        return pkgutil.resolve_name(name) is not None
+    except (ImportError, AttributeError, ValueError):
+        return False
+
+
+def test_every_reference_in_a_docstring_names_something():
+    lost, found = [], 0
+    for package in (surgery, evals):
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if info.name.endswith("__main__"):
+                continue
+            module = importlib.import_module(info.name)
+            for name in REFERENCE.findall(Path(module.__file__).read_text()):
+                found += 1
+                lost += [] if resolves(name, module) else [f"{info.name}: {name}"]
+    assert lost == []
+    assert found > 40
+    assert not resolves("no_such_thing", surgery)

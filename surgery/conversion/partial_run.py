@@ -93,7 +93,7 @@ class PartialRun:
 
     @staticmethod
     def open(target: Path | None, recipe: Recipe, model: str, data: Calibration) -> PartialRun:
-        """Of the model with this :func:`identity`. Raises CheckpointError if the folder belongs to another run."""
+        """Of the model with that :func:`model_identity`. Raises CheckpointError if the folder is of another run."""
         if target is None:
             return PartialRun(None)
         folder = partial_folder(target)

@@ -28,7 +28,7 @@ def replace_blocks(
     degrees: Mapping[str, int] | None = None,
     probe: Mapping[str, Tensor] | None = None,
 ) -> Replacements:
-    """Fits and installs one block after another; use it inside :func:`unchanged_on_error`.
+    """Fits and installs one block after another; use it inside :func:`surgery.conversion.task.unchanged_on_error`.
 
     Args:
         degrees: by path, where they are not all the recipe's.

@@ -22,7 +22,7 @@ def twin_block_paths(twin: Any) -> BlockPaths:
 
 
 def names_inside(blocks: BlockPaths) -> tuple[str, ...]:
-    """Beginnings of the names of what is in the replaced blocks, as :func:`replaced_modules` gives them."""
+    """Beginnings of the names of what is in the replaced blocks, as :func:`twin_block_paths` gives them."""
     return tuple(f"{path}." for paths, _ in blocks for path in paths)
 
 
@@ -30,7 +30,7 @@ def named_trainable(twin: Any, which: str, blocks: BlockPaths | None = None) -> 
     """The parameters to train, by name; all others are frozen.
 
     Args:
-        blocks: as :func:`replaced_modules` gives them, where `twin` is the original of the twin they are of.
+        blocks: as :func:`twin_block_paths` gives them, where `twin` is the original of the twin they are of.
     Raises:
         RecipeError: an unknown set, or one that this twin does not have.
     """

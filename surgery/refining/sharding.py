@@ -2,7 +2,7 @@
 
 A layer is put together when it runs and let go of afterwards; gradients, the optimiser's state and the running mean
 stay in parts. Teacher and twin are sharded alike and do not share tensors, so each of N processes holds 2 ÷ N of a
-model, and 5 ÷ N of what is trained. Elementwise work (means, saved states) is done on :func:`own` parts, without
+model, and 5 ÷ N of what is trained. Elementwise work (means, saved states) is done on each :func:`local_part`, without
 communication.
 """
 

@@ -96,7 +96,7 @@ def prepared(
 
     Args:
         pair: the student as it is called, the model inside it, and its teacher.
-        trained: names of the parameters to train; `blocks`: as :func:`twin_block_paths` gives them.
+        trained: names of the parameters to train; `blocks`: as `twin_block_paths` gives them.
     """
     student, model, teacher = pair
     trainable = {name: value for name, value in student.named_parameters() if name in trained}

@@ -63,7 +63,7 @@ def write_shards(
     Args:
         model: the twin's structure; its weights are not looked at.
         blocks: folder of the finished blocks' files.
-        originals: see :func:`places`.
+        originals: see :func:`stored_tensors`.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
