@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from evals.evaluation import evaluate
     from evals.settings import EvalSettings
 
-_PLACES = {"evaluate": "evals.evaluation", "EvalSettings": "evals.settings"}
+_PLACES = {"EvalSettings": "evals.settings:EvalSettings", "evaluate": "evals.evaluation:evaluate"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _PLACES:
         import importlib
 
-        return getattr(importlib.import_module(_PLACES[name]), name)
+        module, _, inside = _PLACES[name].partition(":")
+        return getattr(importlib.import_module(module), inside)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

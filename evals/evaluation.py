@@ -24,6 +24,7 @@ from evals.report import write_evaluation
 from evals.settings import EvalSettings, plan_evaluation
 from evals.text import MeasuredText, batches, read
 from surgery.blocks.find import survey
+from surgery.calibration.inputs import calibration_inputs
 from surgery.errors import EvaluationError
 from surgery.models import loading
 from surgery.runtime import processes, weights_on_disk
@@ -68,25 +69,32 @@ def evaluate(
         SurgeryError: a mistake that can be mended, among them models whose tokenizers differ and too little text.
     """
     planned = plan_evaluation(twin, against=against, output=output, **settings)
-    with processes.joined():
-        found = measure(planned, Memo(None if cache is None else Path(cache).expanduser()), quiet)
+    return evaluated(planned, output, cache, quiet)
+
+
+def evaluated(
+    settings: EvalSettings, output: str | Path | None, cache: str | Path | None = None, quiet: bool = True
+) -> dict[str, Any] | None:
+    """What :func:`evaluate` does, for settings that were checked."""
+    processes.join()
+    found = measure(settings, Memo(None if cache is None else Path(cache).expanduser()), quiet)
     if found is not None and output is not None:
         write_evaluation(found, Path(output))
     return found
 
 
 def measure(settings: EvalSettings, memo: Memo, quiet: bool = True) -> dict[str, Any] | None:
-    """What :func:`evaluate` gives back, for settings that were checked."""
+    """The report itself, on the first process."""
     watch = Stopwatch()
-    manager = harness.task_manager(settings.task_settings.include_path) if settings.tasks else None
-    tasks = harness.resolve_tasks(manager, settings.tasks) if manager else []
     with watch.timing("load"):
+        manager = harness.task_manager(settings.task_settings.include_path) if settings.tasks else None
+        tasks = harness.resolve_tasks(manager, settings.tasks) if manager else []
         pair = _guarded(lambda: _load(settings), "--dtype bfloat16, or --device-map auto or disk")
-    if tasks and not pair.causal:
-        raise EvaluationError(
-            "lm-eval tasks need a causal language model", where=settings.twin, fix="leave --tasks out"
-        )
-    text = _read(settings, pair) if pair.causal else None
+        if tasks and not pair.causal:
+            raise EvaluationError(
+                "lm-eval tasks need a causal language model", where=settings.twin, fix="leave --tasks out"
+            )
+        text = _read(settings, pair) if pair.causal else None
     report: dict[str, Any] = {"format": FORMAT}
 
     def stage(name: str, measured: Callable[[], Any]) -> None:
@@ -156,18 +164,18 @@ def _text(settings: EvalSettings, pair: _Pair, text: MeasuredText, memo: Memo, q
     with tqdm(total=len(text.windows), desc="text", unit="window", disable=quiet or not processes.first()) as bar:
         for number, windows in enumerate(chunks):
             key = [pair.keys, settings.dtype, text.fingerprint, text.length, text.stride, CHUNK_WINDOWS, number]
-            kept = processes.from_first(memo.find("text", key) if processes.first() else None)
+            kept = processes.looked_up(partial(memo.find, "text", key))
             if kept is not None:
                 parts.append(TokenFidelity(**{name: torch.tensor(value) for name, value in kept.items()}))
                 bar.update(len(windows))
             else:
                 mine = []
-                begin, own = processes.own_part(windows)
-                for part in windows[begin : begin + len(own)].split(settings.batch) if len(own) else ():
+                own: Any = processes.own_part(windows)[1]
+                for part in own.split(settings.batch) if len(own) else ():
                     mine.append(_guarded(partial(compare_tokens, first, second, part)))
                     bar.update(len(part) * processes.count())
-                shares = processes.gather(mine)
-                if processes.first():
+                shares = processes.gather_to_first(mine)
+                if shares is not None:
                     whole = TokenFidelity.join([part for share in shares for part in share])
                     memo.keep("text", key, {name: value.tolist() for name, value in vars(whole).items()})
                     parts.append(whole)
@@ -184,8 +192,6 @@ def _guarded(measure: Callable[[], Any], fix: str = "lower --batch or --window, 
 
 
 def _inputs(settings: EvalSettings, pair: _Pair, tokens: int) -> list[dict[str, torch.Tensor]]:
-    from surgery.calibration.inputs import calibration_inputs
-
     much = {"tokens": tokens, "length": settings.window, "batch": settings.batch, "seed": settings.seed}
     data = calibration_inputs(settings.text, pair.original.model, pair.original.tokenizer, **much)
     return list(data.batches)
@@ -195,20 +201,20 @@ def _outputs(settings: EvalSettings, pair: _Pair) -> dict[str, Any] | None:
     first, second = pair.original.model, pair.twin.model
     _, batches_here = processes.own_part(_inputs(settings, pair, settings.tokens))
     mine = [compare_outputs(first, second, batch) for batch in batches_here]
-    shares = [part for share in processes.gather(mine) for part in share]
-    return outputs_summary(shares) if processes.first() else None
+    shares = processes.gather_to_first(mine)
+    return None if shares is None else outputs_summary([part for share in shares for part in share])
 
 
 def _blocks(settings: EvalSettings, pair: _Pair, text: MeasuredText | None, memo: Memo) -> list[dict[str, Any]] | None:
     first, second = pair.original.model, pair.twin.model
-    listed = _converted(settings.twin)
+    listed = _converted_paths(settings.twin)
     blocks = [block for block in survey(first).blocks if listed is None or block.path in listed]
     if not blocks:
         return [] if processes.first() else None
     data = settings.text if text is None else text.fingerprint
     key = [pair.keys, settings.dtype, data, settings.window, settings.stride, settings.block_tokens, settings.batch]
     key += [AFFINE_RIDGES]
-    kept = processes.from_first(memo.find("blocks", [*key, settings.seed]) if processes.first() else None)
+    kept = processes.looked_up(lambda: memo.find("blocks", [*key, settings.seed]))
     if kept is not None:
         return list(kept)
     if text is not None:
@@ -219,8 +225,8 @@ def _blocks(settings: EvalSettings, pair: _Pair, text: MeasuredText | None, memo
         inputs = _inputs(settings, pair, settings.block_tokens)
     number, own = processes.own_part(inputs)
     begin = sum(len(next(iter(batch.values()))) for batch in inputs[:number])
-    shares = processes.gather(_guarded(lambda: block_sums(first, second, blocks, own, begin)))
-    if not processes.first():
+    shares = processes.gather_to_first(_guarded(lambda: block_sums(first, second, blocks, own, begin)))
+    if shares is None:
         return None
     total: dict[str, BlockSums] = shares[0]
     for share in shares[1:]:
@@ -230,7 +236,7 @@ def _blocks(settings: EvalSettings, pair: _Pair, text: MeasuredText | None, memo
     return found
 
 
-def _converted(twin: str) -> set[str] | None:
+def _converted_paths(twin: str) -> set[str] | None:
     try:
         return {row["path"] for row in read_report(twin)["blocks"]}
     except (OSError, KeyError, ValueError):
@@ -250,7 +256,7 @@ def _tasks(
             for task in tasks:
                 bar.set_postfix_str(f"{task}, {name}")
                 key = [pair.keys[name], settings.dtype, task, asdict(settings.task_settings), _versions()]
-                kept = processes.from_first(memo.find(f"{task} ({name})", key) if processes.first() else None)
+                kept = processes.looked_up(partial(memo.find, f"{task} ({name})", key))
                 if kept is None:
                     run = partial(harness.run_task, lm, task, manager, settings.task_settings)
                     found = _guarded(run, "lower --task-batch or --max-length, or use --dtype bfloat16")

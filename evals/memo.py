@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgery.runtime.files import write_text
+from surgery.runtime.files import replacing
 
 
 def default_folder() -> Path:
@@ -48,7 +48,8 @@ class Memo:
     def keep(self, name: str, key: Any, value: Any) -> None:
         if self.folder is None:
             return
-        write_text(self._file([name, key]), json.dumps(value, default=str))
+        with replacing(self._file([name, key]), several=True) as temporary:
+            temporary.write_text(json.dumps(value, default=str), encoding="utf-8")
 
 
 def model_fingerprint(name: str, revision: str | None) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 
 from evals import harness
 from surgery.calibration.texts import check_source, label
-from surgery.errors import EvaluationError, checked_settings
+from surgery.errors import EvaluationError, RecipeError
 from surgery.models.loading import load_config
+from surgery.runtime.settings import at_least, checked_settings
 from surgery.saving.report import read_report
 
 
@@ -31,12 +32,12 @@ class EvalSettings:
     twin: str
     original: str
     text: str = "python"
-    tokens: int = 16384
-    window: int = 512
-    stride: int | None = None
-    skip: int = 0
-    batch: int = 4
-    block_tokens: int = 4096
+    tokens: int = at_least(2, 16384)
+    window: int = at_least(2, 512)
+    stride: int | None = at_least(1, None)
+    skip: int = at_least(0, 0)
+    batch: int = at_least(1, 4)
+    block_tokens: int = at_least(0, 4096)
     tasks: tuple[str, ...] = ()
     task_settings: harness.TaskSettings = field(default_factory=harness.TaskSettings)
     speed: bool = True
@@ -54,7 +55,7 @@ def plan_evaluation(
     output: str | Path | None = None,
     skip: int | None = None,
     tasks: str | Sequence[str] = (),
-    include_path: Sequence[str] = (),
+    include_path: str | Sequence[str] = (),
     fewshot: int | None = None,
     limit: float | None = None,
     task_batch: int = 8,
@@ -66,15 +67,20 @@ def plan_evaluation(
     Args:
         skip: tokens of the text to pass over; by default those that the fit or a refinement saw.
         tasks: lm-eval tasks; in one string, separated by commas.
-        include_path, fewshot, limit, task_batch, max_length: lm-eval's, see :class:`evals.harness.TaskSettings`.
+        include_path: one folder with task files, or several.
+        fewshot, limit, task_batch, max_length: lm-eval's, see :class:`evals.harness.TaskSettings`.
         settings: the other fields of :class:`EvalSettings`.
     Raises:
         SurgeryError: an unknown setting, text or task, a model that is not there, an output that cannot be written.
     """
+    for ours, given in (("original", "against"), ("task_settings", "include_path, fewshot, limit, …")):
+        if ours in settings:
+            raise RecipeError(f"no setting {ours!r}", fix=f"say {given}")
     check_source(settings.get("text", EvalSettings.text))
     twin, original = str(twin), str(against) if against is not None else default_original(str(twin))
     names = tasks.split(",") if isinstance(tasks, str) else tasks
-    run = harness.TaskSettings(fewshot, limit, task_batch, max_length, settings.get("seed", 0), tuple(include_path))
+    folders = (include_path,) if isinstance(include_path, str) else tuple(include_path)
+    run = harness.TaskSettings(fewshot, limit, task_batch, max_length, settings.get("seed", 0), folders)
     planned = checked_settings(
         EvalSettings,
         {
@@ -83,12 +89,12 @@ def plan_evaluation(
             "original": original,
             "tasks": tuple(name.strip() for name in names if name.strip()),
             "task_settings": run,
-        },
+        }
+        | ({} if skip is None else {"skip": skip}),
     )
     if skip is None:
-        skip, most = unseen(twin, planned.text)
-        planned = replace(planned, tokens=min(planned.tokens, most or planned.tokens))
-    planned = replace(planned, skip=skip)
+        seen, most = unseen(twin, planned.text)
+        planned = replace(planned, skip=seen, tokens=min(planned.tokens, most or planned.tokens))
     check_evaluation(planned, output)
     return planned
 

@@ -7,11 +7,9 @@ exits with code 2. Anything else is a defect of this package and exits with code
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
-from typing import Any, TypeVar
+from collections.abc import Iterable
 
-Settings = TypeVar("Settings")
+EXIT_USER = 2
 
 
 class SurgeryError(Exception):
@@ -50,23 +48,11 @@ class CheckpointError(SurgeryError):
     """A checkpoint that cannot be written, or does not load back as it was."""
 
 
-def checked_settings(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
-    """An instance of a dataclass of settings. Raises RecipeError for names that it does not have, or that lack."""
-    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
-    unknown = [f"{name!r}{did_you_mean(name, known)}" for name in values if name not in known]
-    missing = [name for name, field in known.items() if field.default is MISSING is field.default_factory]
-    missing = [name for name in missing if name not in values]
-    if unknown or missing:
-        said = [f"no setting {', '.join(unknown)}"] if unknown else []
-        raise RecipeError("; ".join(said + [f"{name} is not given" for name in missing]))
-    return kind(**values)
+class EvaluationError(SurgeryError):
+    """Something that cannot be measured."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the nearest known name, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-class EvaluationError(SurgeryError):
-    """Something that cannot be measured."""

@@ -1,8 +1,8 @@
 """Every model type of the installed transformers, from configuration to reloaded twin: `docs/architectures.md`.
 
-    python -m evals.architectures.sweep -o docs/architectures.md            the whole table (about ten minutes)
-    python -m evals.architectures.sweep --only llama --only mixtral         a few rows, printed
-    python -m evals.architectures.sweep --check docs/architectures.md --only llama      do these rows still hold?
+    python -m evals.architectures -o docs/architectures.md                  the whole table (about ten minutes)
+    python -m evals.architectures --only llama --only mixtral               a few rows, printed
+    python -m evals.architectures --check docs/architectures.md --only llama   do these rows still hold?
 
 A tiny random model of each type is saved, converted from disk at degree 2, saved again, loaded in a fresh process
 without this package, and compared there by its outputs and by greedy text.
@@ -181,7 +181,7 @@ def document(rows: Sequence[Row]) -> str:
         "# Architectures\n",
         f"Every model type of transformers {transformers.__version__} in five families: a tiny random model is saved,",
         "converted from disk at degree 2, saved, loaded in a fresh process without this package, and compared there by",
-        "its outputs and, where it generates, by greedy text. Made by `python -m evals.architectures.sweep -o",
+        "its outputs and, where it generates, by greedy text. Made by `python -m evals.architectures -o",
         "docs/architectures.md`. `native`: a stock checkpoint; `custom`: with its own modelling file.\n",
     ]
     for family in FAMILIES:

@@ -3,7 +3,7 @@
     gated     σ(gate x) ⊙ (up x) → down       three matrices in one module
     fused     the same, gate and up in one matrix
     plain     σ(first x) → last                two matrices, in one module, inline in a layer, or in two parts of it
-    half      the same, where one module is σ(first x)
+    half      a plain one, where one module is σ(first x)
     experts   many of these in one module, see :mod:`surgery.blocks.experts`
 
 What differs by kind stands in its class: where the parts are, which weights it has, how a call of it is recomputed,
@@ -42,7 +42,8 @@ class Block:
     """One feed-forward block.
 
     Attributes:
-        kind: gated, fused, plain or experts; whole: one module is the block, so that it can be answered for at its
+        kind: gated, fused, plain or experts; unlike: what it is called, and what may go on inside it, where
+            recomputing it gives something else; whole: one module is the block, so that it can be answered for at its
             entrance; routed: it takes routing beside its input; takes_native_form: a stock class may carry its
             bilinear form.
         path: the module a user would name: the block's own module, or the layer that holds it inline.
@@ -58,6 +59,7 @@ class Block:
     """
 
     kind: ClassVar[str]
+    unlike: ClassVar[tuple[str, str]]
     whole: ClassVar[bool] = True
     routed: ClassVar[bool] = False
     takes_native_form: ClassVar[bool] = False
@@ -91,7 +93,9 @@ class Block:
         return (self.path,)
 
     def as_dict(self) -> dict[str, Any]:
-        values = asdict(self)
+        """Its row in `surgery inspect --json`: the same keys whatever its kind."""
+        values = {"half": "", **asdict(self)}
+        values.pop("passes", None)
         return {"path": values.pop("path"), "kind": self.kind, **values}
 
     def coefficients(self, degree: int) -> int:
@@ -176,6 +180,7 @@ class GatedBlock(Block):
     """Gate, up and down in one module."""
 
     kind = "gated"
+    unlike = "gated block", "clamping, a norm, another order of gate and up"
     takes_native_form = True
 
     def hidden_values(self, activation: Activation, parts: Sequence[Tensor]) -> dict[tuple[str, ...], Tensor]:
@@ -188,6 +193,7 @@ class FusedBlock(Block):
     """Gate and up below each other in one matrix."""
 
     kind = "fused"
+    unlike = "fused block", "clamping, a norm, another order of gate and up"
 
     def maps(self, modules: Mapping[str, Any]) -> tuple[Map, Map | None]:
         weight, bias = weight_and_bias(modules[self.first[0]])
@@ -209,6 +215,7 @@ class PlainBlock(Block):
     """Two maps and an activation between them; each is replaced where it stands."""
 
     kind = "plain"
+    unlike = "plain block", "clamping, a norm, another activation"
     whole = False
 
     @property
@@ -276,6 +283,7 @@ class ExpertsBlock(Block):
     """All experts of a mixture, in one module that is called with the routing; `passes` as in `experts.passes`."""
 
     kind = "experts"
+    unlike = "experts", "routing weights used in another way"
     routed = True
 
     passes: bool = False
@@ -285,6 +293,9 @@ class ExpertsBlock(Block):
         x, output = (experts.folded(module, value) for value in call.seen[self.path])
         assert call.routing is not None
         return self if near(experts.recomputed(module, x.flatten(0, -2), call.routing), output) else None
+
+    def weights(self, modules: Mapping[str, Any]) -> BlockWeights:
+        raise ModelError("a mixture of experts has several functions, one an expert", where=self.path)
 
     def one(self, number: int) -> GatedBlock:
         """An expert as if it were a block of its own."""

@@ -188,9 +188,7 @@ def _recomputed(model: nn.Module, block: Block, watch: _Watch) -> Block:
                 model, Call({path: watch.seen[path][call] for path in calls}, watch.routed.get(block.path))
             )
             if one is None or found not in (None, one):
-                what, inside = f"{block.kind} block", "clamping, a norm, another order of gate and up"
-                if block.routed:
-                    what, inside = "experts", "routing weights used in another way"
+                what, inside = block.unlike
                 raise ModelError(
                     f"recomputing the {what} from the weights found does not give what the model computes",
                     where=block.path,

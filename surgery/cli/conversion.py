@@ -83,8 +83,10 @@ def convert(
     Works under `accelerate launch -m surgery convert …` too: every process runs its share of the calibration batches.
     """
     from surgery.conversion.recipe import load_recipe
+    from surgery.conversion.selection import check_conversion
 
     recipe = load_recipe(recipe_file, given)
+    check_conversion(recipe)
     if dry_run:
         from surgery.conversion.inspection import plan_conversion
 
@@ -99,12 +101,13 @@ def convert(
 
     if nproc > 1 and not started():
         sys.exit(relaunch(nproc, sys.argv[1:]))
-    with processes.joined():
-        speaks = processes.first()
-        if speaks and not as_json:
-            click.echo(f"calibration: {terminal.source_name(recipe.calibration)}, {recipe.tokens} tokens", err=True)
-        _, report = run(recipe.model, recipe=recipe, overwrite=overwrite, restart=restart, quiet=as_json)
-    if speaks and as_json:
+    processes.join()
+    if processes.first() and not as_json:
+        click.echo(f"calibration: {terminal.source_name(recipe.calibration)}, {recipe.tokens} tokens", err=True)
+    _, report = run(recipe.model, recipe=recipe, overwrite=overwrite, restart=restart, quiet=as_json)
+    if not processes.first():
+        return
+    if as_json:
         click.echo(json.dumps(report.as_dict(), indent=2))
-    elif speaks:
+    else:
         terminal.print_report(report, recipe.output)

@@ -46,20 +46,19 @@ def evaluate(
 
     An interrupted run resumes: finished pieces are kept by the fingerprints of models, data and settings.
     """
-    from evals.evaluation import evaluate as run
+    from evals.evaluation import evaluated
     from evals.memo import default_folder
     from evals.report import files_of, markdown
     from evals.settings import plan_evaluation
     from surgery.runtime.launch import relaunch, started
 
-    if dry_run or not started():
-        planned = plan_evaluation(twin, **given)
-        if dry_run:
-            click.echo(terminal.evaluation_plan(planned, nproc))
-            return
-        if nproc > 1:
-            sys.exit(relaunch(nproc, sys.argv[1:]))
-    found = run(twin, cache=None if no_cache else cache or default_folder(), quiet=as_json, **given)
+    planned = plan_evaluation(twin, **given)
+    if dry_run:
+        click.echo(terminal.evaluation_plan(planned, nproc))
+        return
+    if nproc > 1 and not started():
+        sys.exit(relaunch(nproc, sys.argv[1:]))
+    found = evaluated(planned, given["output"], None if no_cache else cache or default_folder(), quiet=as_json)
     if found is None:
         return
     if as_json:

@@ -10,10 +10,10 @@ import traceback
 import click
 
 from surgery.cli import conversion, evaluation, publishing, reading, refining
-from surgery.errors import SurgeryError
+from surgery.errors import EXIT_USER, SurgeryError
 from surgery.version import __version__
 
-EXIT_USER, EXIT_INTERNAL, EXIT_INTERRUPTED = 2, 1, 130
+EXIT_INTERNAL, EXIT_INTERRUPTED = 1, 130
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

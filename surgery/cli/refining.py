@@ -60,9 +60,8 @@ def refine(overwrite: bool, restart: bool, dry_run: bool, as_json: bool, **given
         planned = plan_refinement(**settings, processes=int(os.environ.get("WORLD_SIZE", "1")))
         click.echo(json.dumps(planned, indent=2) if as_json else terminal.refinement_plan(planned))
         return
-    speaks = processes.first()
     record = run(**settings, overwrite=overwrite, restart=restart, quiet=as_json)
-    if not speaks:
+    if not processes.first():
         return
     if as_json:
         click.echo(json.dumps(record, indent=2))

@@ -8,9 +8,8 @@ from typing import Any
 
 from surgery.blocks.block import Block
 from surgery.blocks.find import Survey, survey
-from surgery.calibration.texts import check_source
 from surgery.conversion.recipe import Recipe
-from surgery.conversion.selection import check_named, chosen_blocks, form_of
+from surgery.conversion.selection import check_conversion, chosen_blocks, form_of
 from surgery.models import loading
 from surgery.models.as_llama import llama_config
 from surgery.saving.forms import native_config
@@ -59,8 +58,7 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
 
 def plan_conversion(recipe: Recipe) -> dict[str, Any]:
     """What a conversion would do, without loading weights: `--dry-run`."""
-    check_named(recipe)
-    check_source(recipe.calibration)
+    check_conversion(recipe)
     seen = inspect(recipe.model, revision=recipe.revision)
     blocks = chosen_blocks(seen.survey, recipe)
     form = form_of(recipe, seen.native and len(blocks) == len(seen.survey.blocks))

@@ -20,8 +20,8 @@ from surgery.calibration.inputs import Calibration
 from surgery.closed_form.moments import GaussianMixture
 from surgery.conversion.recipe import Recipe
 from surgery.errors import CheckpointError
-from surgery.models import modeling_polynomial
 from surgery.models.loading import LoadedModel
+from surgery.models.saved_blocks import saved_block
 from surgery.runtime.files import replacing, write_json
 from surgery.version import __version__
 
@@ -128,6 +128,11 @@ class PartialRun:
         return frozenset(done)
 
     def keep(self, block: Block, entry: dict[str, Any], row: dict[str, Any], modules: dict[str, nn.Module]) -> None:
+        """Writes a finished block: its entry in the configuration, its row in the report, its modules by path.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
         if self.folder is None:
             return
         tensors = {
@@ -147,12 +152,12 @@ class PartialRun:
             ) from error
 
     def load(self, block: Block, like: Tensor) -> tuple[dict[str, Any], dict[str, Any], dict[str, nn.Module]]:
+        """What :meth:`keep` was given for a block, with the modules' dtype and device as `like`."""
         with safe_open(self._file(block), framework="pt") as file:
             metadata = file.metadata()
         entry, row = json.loads(metadata["entry"]), json.loads(metadata["row"])
         tensors = load_file(self._file(block))
-        with torch.device("meta"):
-            modules = modeling_polynomial.build(entry)
+        modules = saved_block(entry).empty()
         for path, module in modules.items():
             own = {key.split(":", 1)[1]: value for key, value in tensors.items() if key.split(":", 1)[0] == path}
             module.to_empty(device=like.device).to(like.dtype).load_state_dict(own)
@@ -170,5 +175,6 @@ class PartialRun:
         return json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else None
 
     def close(self) -> None:
+        """Removes it all, since the twin is whole."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -68,6 +68,7 @@ def convert(
     Example:
         >>> twin, report = surgery.convert("HuggingFaceTB/SmolLM2-135M", degree=2)
     """
+    processes.join()
     named = isinstance(model, str | Path)
     plan = _plan(str(model) if named else None, calibration, recipe, output, settings)
     target, watch = _claimed(plan, overwrite, restart), Stopwatch()
@@ -80,8 +81,7 @@ def convert(
     with watch.timing("prepare"), on_disk:
         ready = prepared(loaded, plan, moments, calibration, quiet)
     task, plan = ready.task, ready.task.plan
-    partial = PartialRun.open(target, plan, ready.identity, task.data) if processes.first() else PartialRun(None)
-    partial = processes.from_first(partial)
+    partial = processes.looked_up(lambda: PartialRun.open(target, plan, ready.identity, task.data))
     with unchanged_on_error(task) if loaded.source.kind == "memory" else nullcontext():
         with watch.timing("convert"):
             made = _make(ready, partial)

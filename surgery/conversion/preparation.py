@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +58,11 @@ def prepared(
     calibration: Any,
     quiet: bool,
 ) -> Preparation:
+    """All that is known before a block is fitted, with everything said that can be wrong.
+
+    Raises:
+        SurgeryError: blocks, form, budget or calibration that the model does not allow.
+    """
     network, found, blocks, native = _to_replace(loaded, plan)
     check_hooks(network, blocks)
     files = stored_tensors(network, loaded.source) if plan.offload else {}
@@ -68,7 +73,7 @@ def prepared(
     plan = _chosen_source(plan, loaded)
     source = plan.calibration if calibration is None or isinstance(calibration, str) else calibration
     known = model_identity(loaded, plan.model, given)
-    data = processes.from_first(_inputs(source, loaded, plan, known) if processes.first() else cast(Calibration, None))
+    data = processes.looked_up(lambda: _inputs(source, loaded, plan, known))
     probe = _probe(network, data)
     blocks, others = _seen_to_run(network, blocks, probe, plan)
     check_repeated(blocks, plan)

@@ -11,8 +11,15 @@ from surgery.blocks.block import Block
 from surgery.blocks.find import Survey
 from surgery.blocks.parts import attribute
 from surgery.calibration.repeated import split_repeated
+from surgery.calibration.texts import check_source
 from surgery.conversion.recipe import Recipe, parse_blocks
 from surgery.errors import ModelError, RecipeError
+
+
+def check_conversion(recipe: Recipe) -> None:
+    """Raises SurgeryError for what can be wrong in a recipe by itself: no model, or no such calibration source."""
+    check_named(recipe)
+    check_source(recipe.calibration)
 
 
 def check_named(recipe: Recipe) -> None:
@@ -44,6 +51,7 @@ def chosen_blocks(found: Survey, recipe: Recipe) -> tuple[Block, ...]:
 
 
 def form_of(recipe: Recipe, native_possible: bool) -> str:
+    """The checkpoint form a recipe comes to. Raises RecipeError where it asks for the native one in vain."""
     native = native_possible and recipe.degree == 2
     if recipe.form == "native" and not native:
         raise RecipeError(

@@ -28,7 +28,7 @@ from surgery.closed_form.moments import (
     from_gaussian,
 )
 from surgery.fitting.features import HiddenPolynomial
-from surgery.fitting.readout import CHUNK, RefittedReadout, kept_readout, mistaken, refit
+from surgery.fitting.readout import CHUNK, Readout, kept_readout, mistaken, refit
 from surgery.fitting.sample import Sample, take_sample
 from surgery.runtime import processes
 
@@ -162,7 +162,7 @@ def fit_block(
     )
 
 
-def _predicted(readout: RefittedReadout, twin: HiddenPolynomial, sample: Sample) -> Tensor:
+def _predicted(readout: Readout, twin: HiddenPolynomial, sample: Sample) -> Tensor:
     """What the polynomial writes at the sample's rows, (tokens, out)."""
     if readout.outputs:
         own = [part[rows] for part, rows in zip(readout.outputs, sample.rows, strict=True)]

@@ -158,7 +158,7 @@ def _rows(arrival: Arrival, rows: Tensor, weight: Tensor | None) -> Arrival:
 def _layer_sample(station: Station, wanted: int) -> Station:
     """Some tokens of the whole layer."""
     share = min(1.0, wanted / processes.sum_number(sum(len(arrival.x) for arrival in station.twin)))
-    block = _mixture(station).one(0)
+    block = replace(_mixture(station).one(0), path=station.block.path)
     step = max(1, math.floor(1 / share))
     sample = (_rows(a, torch.arange(0, len(a.x), step, device=a.x.device), None) for a in station.twin)
     return Station(block, {}, tuple(sample), (), station.number)

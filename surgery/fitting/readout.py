@@ -24,7 +24,7 @@ WEIGHT_LIMIT = 100.0  # of a token with a small residual, against the typical on
 
 
 @dataclass(frozen=True)
-class RefittedReadout:
+class Readout:
     """The re-solved map, and what was computed on the way.
 
     Attributes:
@@ -140,7 +140,7 @@ def refit(
     sink_units: int,
     cache_bytes: int = 0,
     units: int | None = None,
-) -> RefittedReadout:
+) -> Readout:
     """Ridge regression of what the block should write (:class:`_Aim`) on the polynomial's hidden vector.
 
     The held-out sequences are fitted in no block: r₀ − r is smaller where the earlier blocks were fitted, which no
@@ -172,7 +172,7 @@ def refit(
     choice = ridge_path(fit, held_rows, prior, anchor=anchor, free=free)
     solution = choice.weight.to(station.twin[0].x)
     outputs = (torch.cat([part @ solution for part in parts]) for parts in hidden if parts)
-    return RefittedReadout(choice, tuple(outputs), tuple(torch.cat(parts) for parts in written if parts), kept)
+    return Readout(choice, tuple(outputs), tuple(torch.cat(parts) for parts in written if parts), kept)
 
 
 def _summed(
@@ -213,11 +213,11 @@ def mistaken(answers: Tensor) -> Tensor:
     return (answers > MISTAKEN).any(-1)
 
 
-def kept_readout(prior: Tensor, features: Tensor, output: Tensor, extra: int) -> RefittedReadout:
+def kept_readout(prior: Tensor, features: Tensor, output: Tensor, extra: int) -> Readout:
     """The original's map, with the sink units' columns set to what is missing at the sinks (least squares)."""
     solution = prior.clone()
     if extra:
         missing = output.double() - features.double() @ prior
         at_sinks = features[:, -1 - extra : -1].double()
         solution[-1 - extra : -1] = torch.linalg.lstsq(at_sinks, missing, driver="gelsd").solution
-    return RefittedReadout(RidgeSolution(solution, None, 0.0), (), ())
+    return Readout(RidgeSolution(solution, None, 0.0), (), ())

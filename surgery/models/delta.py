@@ -27,7 +27,7 @@ from surgery.blocks.find import survey
 from surgery.blocks.parts import layer_of
 from surgery.errors import ModelError
 from surgery.models import modeling_polynomial
-from surgery.models.saved_blocks import saved_blocks
+from surgery.models.saved_blocks import saved_block, saved_blocks
 
 KEY, WEIGHTS, FORMAT = "polynomial_delta", "delta.safetensors", 1
 
@@ -74,6 +74,7 @@ def difference(twin: Any, original: Any) -> Delta:
         )
     theirs = original.state_dict()
     blocks = {block.path: block for block in survey(original).blocks}
+    block_of = {name: saved.path for saved in saved_blocks(twin) for name in saved.matrices}
     tensors: dict[str, Tensor] = {}
     derived: dict[str, dict[str, Any]] = {}
     stored: set[int] = set()  # of tied weights one is enough: what is written to it is written to all
@@ -82,8 +83,7 @@ def difference(twin: Any, original: Any) -> Delta:
             continue
         if name in theirs and theirs[name].shape == value.shape and torch.equal(theirs[name], value):
             continue
-        path = next((saved.path for saved in saved_blocks(twin) if name in saved.matrices), None)
-        matrices = [] if path is None else blocks[path].matrices()
+        matrices = blocks[block_of[name]].matrices() if name in block_of else []
         places = [{"name": matrix, "rows": rows} for matrix, rows in matrices]
         for source in ({**place, "transposed": turned} for place in places for turned in (False, True)):
             found = _relation(value, _view(theirs, source))
@@ -164,11 +164,9 @@ def apply_delta(original: Any, config: Any, tensors: Mapping[str, Tensor]) -> An
             fix=f"the original is {described['base']} at revision {described['revision'] or 'unknown'}",
         )
     theirs = original.state_dict()
-    for entry in config.polynomial_blocks:
-        with torch.device("meta"):
-            modules = modeling_polynomial.build(entry)
-        device = next(original.get_submodule(layer_of(entry["path"])).parameters()).device
-        for path, module in modules.items():
+    for block in map(saved_block, config.polynomial_blocks):
+        device = next(original.get_submodule(layer_of(block.path)).parameters()).device
+        for path, module in block.empty().items():
             for name, empty in module.state_dict().items():
                 value = _restored(f"{path}.{name}", theirs, tensors, described["derived"])
                 *inner, leaf = name.split(".")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from surgery.blocks.parts import weight_and_bias
 from surgery.closed_form.block_polynomial import Expansion
 from surgery.errors import RecipeError, SurgeryError, did_you_mean
-from surgery.reading.place import BlockInModel, find_block, surroundings
+from surgery.reading.block_in_model import BlockInModel, find_block, surroundings
 
 KINDS = ("token", "neuron", "coordinate", "class", "file", "linear", "quadratic")
 CHUNK = 4096  # rows of the embedding looked at together
@@ -75,7 +75,7 @@ class NormScale:
         return read - read.mean(-1, keepdim=True) if self.centres else read
 
 
-def named_direction(spec: str, model: Any, tokenizer: Any, place: BlockInModel, expansion: Expansion) -> Direction:
+def named_direction(spec: str, model: Any, tokenizer: Any, block: BlockInModel, expansion: Expansion) -> Direction:
     """The direction a user named.
 
     Raises:
@@ -88,18 +88,18 @@ def named_direction(spec: str, model: Any, tokenizer: Any, place: BlockInModel, 
             fix="one of token:TEXT, neuron:BLOCK.UNIT, coordinate:I, class:I, file:PATH, linear:K, quadratic:K",
         )
     makers: dict[str, Callable[[], Tensor]] = {
-        "token": lambda: _token(rest, model, tokenizer, place),
-        "neuron": lambda: _neuron(rest, model, place),
-        "coordinate": lambda: _one_hot(_number(rest, place.polynomial.out, "coordinates"), place),
+        "token": lambda: _token(rest, model, tokenizer, block),
+        "neuron": lambda: _neuron(rest, model, block),
+        "coordinate": lambda: _one_hot(_number(rest, block.polynomial.out, "coordinates"), block),
         "class": lambda: _class(rest, model),
         "file": lambda: _from_file(Path(rest).expanduser()),
         "linear": lambda: _own(rest, torch.linalg.svd(expansion.jacobian(), full_matrices=False)[0]),
         "quadratic": lambda: _own(rest, torch.linalg.eigh(expansion.output_gram())[1].flip(-1)),
     }
     vector = makers[kind]().detach().double().cpu()
-    if vector.shape != (place.polynomial.out,):
+    if vector.shape != (block.polynomial.out,):
         raise RecipeError(
-            f"the direction has shape {tuple(vector.shape)}; the block writes {place.polynomial.out} coordinates",
+            f"the direction has shape {tuple(vector.shape)}; the block writes {block.polynomial.out} coordinates",
             where=spec,
         )
     if not bool(torch.isfinite(vector).all()) or not float(vector.norm()):
@@ -113,8 +113,8 @@ def _number(text: str, limit: int, what: str) -> int:
     return int(text)
 
 
-def _one_hot(index: int, place: BlockInModel) -> Tensor:
-    return nn.functional.one_hot(torch.tensor(index), place.polynomial.out).double()
+def _one_hot(index: int, block: BlockInModel) -> Tensor:
+    return nn.functional.one_hot(torch.tensor(index), block.polynomial.out).double()
 
 
 def _own(text: str, columns: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def unembedding(model: Any) -> Tensor | None:
     return None if head is None else weight_and_bias(head)[0].detach()
 
 
-def _token(text: str, model: Any, tokenizer: Any, place: BlockInModel) -> Tensor:
+def _token(text: str, model: Any, tokenizer: Any, block: BlockInModel) -> Tensor:
     rows = unembedding(model)
     if rows is None or tokenizer is None:
         raise RecipeError("the model has no unembedding, or no tokenizer: it predicts no tokens", fix="use class:I")
@@ -139,16 +139,18 @@ def _token(text: str, model: Any, tokenizer: Any, place: BlockInModel) -> Tensor
             cause="most words are one token with the space before them, as in token:' Paris'",
             fix="name one of the pieces",
         )
-    return NormScale.of(place.final_norm, rows.shape[1]).before((rows[ids[0]] - rows.mean(0)).double())
+    return NormScale.of(block.final_norm, rows.shape[1]).before((rows[ids[0]] - rows.mean(0)).double())
 
 
-def _neuron(text: str, model: Any, place: BlockInModel) -> Tensor:
-    block, _, unit = text.partition(".")
-    if not block.isdigit() or not unit.isdigit():
+def _neuron(text: str, model: Any, block: BlockInModel) -> Tensor:
+    number, _, unit = text.partition(".")
+    if not number.isdigit() or not unit.isdigit():
         raise RecipeError(f"no neuron {text!r}", fix="give BLOCK.UNIT, as in neuron:13.200")
-    if int(block) <= place.index:
-        raise RecipeError(f"block {block} does not come after block {place.index}: it cannot read what that one writes")
-    later = find_block(model, int(block))
+    if int(number) <= block.index:
+        raise RecipeError(
+            f"block {number} does not come after block {block.index}: it cannot read what that one writes"
+        )
+    later = find_block(model, int(number))
     ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
     later = surroundings(model, later, {"input_ids": ids})
     gate = later.polynomial.gate.weight
@@ -209,18 +211,18 @@ class Vocabulary:
     final: NormScale
 
     @staticmethod
-    def of(model: Any, tokenizer: Any, place: BlockInModel) -> Vocabulary | None:
+    def of(model: Any, tokenizer: Any, block: BlockInModel) -> Vocabulary | None:
         """None where the model reads no tokens, or its embeddings are not as wide as the block's input."""
         if tokenizer is None or not hasattr(model, "get_input_embeddings"):
             return None
         table = getattr(model.get_input_embeddings(), "weight", None)
-        if table is None or table.shape[1] != place.polynomial.width:
+        if table is None or table.shape[1] != block.polynomial.width:
             return None
         width, rows = table.shape[1], unembedding(model)
         if rows is not None and rows.shape[1] != width:
             rows = None
-        scales = (NormScale.of(norm, width) for norm in (place.norm, place.final_norm))
-        return Vocabulary(tokenizer, table.detach(), rows, place.norm, *scales)
+        scales = (NormScale.of(norm, width) for norm in (block.norm, block.final_norm))
+        return Vocabulary(tokenizer, table.detach(), rows, block.norm, *scales)
 
     def inputs(self, covector: Tensor, count: int) -> dict[str, list[dict[str, Any]]]:
         """Tokens whose embedding the block would read as most positive and most negative: e·norm(E_t), in standard

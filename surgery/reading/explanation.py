@@ -1,4 +1,4 @@
-"""The whole explanation of one block in one place: load → place → activity → expand → spectrum → read."""
+"""The whole explanation of one block in one block: load → find → activity → expand → spectrum → read."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from torch import Tensor
 
 from surgery.calibration.inputs import Calibration, calibration_inputs
 from surgery.closed_form.block_polynomial import Expansion
-from surgery.errors import RecipeError, SurgeryError, checked_settings
+from surgery.errors import RecipeError, SurgeryError
 from surgery.models import loading
 from surgery.reading.activity import Activity, examples
+from surgery.reading.block_in_model import BlockInModel, NotATwinError, find_block, recorded_activity, surroundings
 from surgery.reading.directions import Direction, Vocabulary, named_direction
 from surgery.reading.page import write_explanation
-from surgery.reading.place import BlockInModel, NotATwinError, activity, find_block, surroundings
 from surgery.reading.spectrum import Spectrum, spectrum
+from surgery.runtime.settings import at_least, checked_settings
 
 FORMAT = 1
+COORDINATES = ("raw", "data")
 FIT_TOKENS = 16384  # calibration tokens where a block is fitted on the fly
 
 
@@ -42,14 +44,14 @@ class ExplainSettings:
     """
 
     twin: str
-    block: int
+    block: int = at_least(0)
     output: str | None = None
     minus: str | None = None
-    pairs: int = 6
+    pairs: int = at_least(1, 6)
     coordinates: str = "raw"
     text: str = "python"
-    tokens: int = 4096
-    window: int = 256
+    tokens: int = at_least(2, 4096)
+    window: int = at_least(2, 256)
     words: int = 8
     contexts: int = 4
     fit: int | None = None
@@ -87,41 +89,43 @@ def explained(settings: ExplainSettings) -> dict[str, Any]:
     started = time.monotonic()
     if settings.minus and not settings.output:
         raise RecipeError("--minus needs an --output to be subtracted from")
+    if settings.coordinates not in COORDINATES:
+        raise RecipeError(f"no coordinates {settings.coordinates!r}", fix=f"one of {', '.join(COORDINATES)}")
     loaded = loading.loaded(settings.twin, settings.revision, settings.dtype)
-    place, inputs = _place(settings, loaded)
+    block, inputs = _block(settings, loaded)
     model: Any = loaded.model
     if not all("input_ids" in batch for batch in inputs.batches):
         raise SurgeryError("only models that read tokens are explained with text", where=settings.twin)
     ids = torch.cat([batch["input_ids"] for batch in inputs.batches])
-    place = surroundings(model, place, {name: value[:1, :8] for name, value in inputs.batches[0].items()})
-    x, _, size = activity(model, place, inputs.batches)
+    block = surroundings(model, block, {name: value[:1, :8] for name, value in inputs.batches[0].items()})
+    x, _, size = recorded_activity(model, block, inputs.batches)
     seen = Activity.of(ids, x.cpu(), size.cpu())
-    expansion = place.polynomial.expand(seen.mean)
-    vocabulary = Vocabulary.of(model, loaded.tokenizer, place)
+    expansion = block.polynomial.expand(seen.mean)
+    vocabulary = Vocabulary.of(model, loaded.tokenizer, block)
     report: dict[str, Any] = {
         "format": FORMAT,
         "settings": asdict(settings) | _public(settings),
         "model": loaded.source.as_dict(),
         "block": {
-            "index": place.index, "path": place.path, "degree": place.polynomial.degree,
-            "width": place.polynomial.width, "hidden": len(place.polynomial.gate.bias), "out": place.polynomial.out,
+            "index": block.index, "path": block.path, "degree": block.polynomial.degree,
+            "width": block.polynomial.width, "hidden": len(block.polynomial.gate.bias), "out": block.polynomial.out,
         },
         "text": inputs.as_dict() | {"source": _public(settings)["text"], "left_out": int((~seen.ordinary).sum())},
-        "notes": _notes(place, settings),
+        "notes": _notes(block, settings),
     }  # fmt: skip
     reader = _Reader(settings, seen, expansion, vocabulary, loaded.tokenizer)
     if settings.output is None:
         report |= reader.own_directions()
     else:
-        direction = named_direction(settings.output, model, loaded.tokenizer, place, expansion)
+        direction = named_direction(settings.output, model, loaded.tokenizer, block, expansion)
         if settings.minus:
-            less = named_direction(settings.minus, model, loaded.tokenizer, place, expansion)
+            less = named_direction(settings.minus, model, loaded.tokenizer, block, expansion)
             direction = Direction(f"{direction.name} − {less.name}", direction.vector - less.vector)
         report |= reader.direction(direction)
     return report | {"seconds": round(time.monotonic() - started, 2)}
 
 
-def _place(settings: ExplainSettings, loaded: loading.LoadedModel) -> tuple[BlockInModel, Calibration]:
+def _block(settings: ExplainSettings, loaded: loading.LoadedModel) -> tuple[BlockInModel, Calibration]:
     """The block as a polynomial (fitted now, if asked for and not one yet), and the text as model inputs."""
     model: Any = loaded.model
 
@@ -155,11 +159,11 @@ def _public(settings: ExplainSettings) -> dict[str, str]:
     return {key: Path(name).name if Path(name).expanduser().exists() else name for key, name in names.items()}
 
 
-def _notes(place: BlockInModel, settings: ExplainSettings) -> list[str]:
+def _notes(block: BlockInModel, settings: ExplainSettings) -> list[str]:
     notes = []
-    if place.normed_after:
+    if block.normed_after:
         notes.append("The block's output is normalised before it joins the stream; the direction is taken before that.")
-    if place.norm is None:
+    if block.norm is None:
         notes.append("No norm stands before the block; tokens are read from the raw embeddings.")
     if settings.coordinates == "data":
         notes.append(

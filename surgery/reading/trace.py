@@ -20,11 +20,12 @@ from surgery.blocks.parts import attribute
 from surgery.blocks.verify import verify_all
 from surgery.calibration.inputs import calibration_inputs
 from surgery.closed_form import sinks
-from surgery.errors import CheckpointError, ModelError, RecipeError, SurgeryError, checked_settings
+from surgery.errors import CheckpointError, ModelError, RecipeError, SurgeryError
 from surgery.models import loading
 from surgery.reading.approximation import approximations
 from surgery.runtime.files import write_bytes, write_json
 from surgery.runtime.hooks import hooked
+from surgery.runtime.settings import at_least, checked_settings
 
 FORMAT = 1
 JSON, PLOT = "trace.json", "trace.png"
@@ -34,12 +35,17 @@ COLOURS = ("#d29922", "#1f6feb", "#8250df", "#1a7f37")
 
 @dataclass(frozen=True)
 class TraceSettings:
-    """What is measured at every checkpoint; the options of the same names."""
+    """What is measured at every checkpoint; the options of the same names.
+
+    Attributes:
+        degrees: of the approximants.
+        text, tokens, window: what drives the blocks: a text source, how much of it, in windows of how many tokens.
+    """
 
     degrees: tuple[int, ...] = (1, 2)
     text: str = "python"
-    tokens: int = 4096
-    window: int = 256
+    tokens: int = at_least(2, 4096)
+    window: int = at_least(2, 256)
     seed: int = 0
 
 
@@ -85,7 +91,7 @@ def training_steps(names: Sequence[str], revisions: str | Sequence[str] | None) 
 
 
 def trace(
-    checkpoints: Sequence[str | Path],
+    checkpoints: str | Path | Sequence[str | Path],
     *,
     revisions: str | Sequence[str] | None = None,
     output: str | Path | None = None,
@@ -108,7 +114,8 @@ def trace(
     if "degrees" in settings:
         settings["degrees"] = checked_degrees(settings["degrees"])
     chosen = checked_settings(TraceSettings, settings)
-    steps = training_steps([str(name) for name in checkpoints], revisions)
+    names = [checkpoints] if isinstance(checkpoints, str | Path) else checkpoints
+    steps = training_steps([str(name) for name in names], revisions)
     return traced(steps, chosen, None if output is None else Path(output), restart, quiet)
 
 
@@ -169,21 +176,30 @@ def _write(folder: Path, report: dict[str, Any]) -> None:
 
 
 def measure(step: TrainingStep, settings: TraceSettings) -> dict[str, Any]:
-    """One checkpoint: a row per block, in one forward pass over the text; no hidden states are kept."""
+    """One checkpoint: a row per block, in one forward pass over the text; no hidden states are kept.
+
+    Mixtures of experts are left out, and said to be.
+    """
     started = time.monotonic()
     loaded = loading.loaded(step.name, step.revision)
     model: Any = loaded.model
     much = {"tokens": settings.tokens, "length": settings.window, "batch": 1 << 30, "seed": settings.seed}
     data = calibration_inputs(settings.text, model, loaded.tokenizer, **much)
     batch = {name: value.to(model.device) for name, value in data.batches[0].items()}
-    found = survey(model)
-    if not found.blocks:
-        raise ModelError("no feed-forward block was found", where=step.name, fix="see `surgery inspect`")
+    found = [block for block in survey(model).blocks if not block.routed]
+    if not found:
+        raise ModelError(
+            "no feed-forward block was found that is one function of its input",
+            where=step.name,
+            fix="see `surgery inspect`",
+        )
+    left_out = [block.path for block in survey(model).blocks if block.routed]
     small = {name: value[:2, :16] for name, value in batch.items()}
     with torch.no_grad():
-        blocks = verify_all(model, found.blocks, lambda: model(**small))
+        blocks = verify_all(model, found, lambda: model(**small))
     rows = _rows(model, blocks, batch, settings)
-    return {"blocks": rows, "tokens": data.tokens, "seconds": round(time.monotonic() - started, 2)}
+    seconds = round(time.monotonic() - started, 2)
+    return {"blocks": rows, "left_out": left_out, "tokens": data.tokens, "seconds": seconds}
 
 
 def _rows(
@@ -222,7 +238,8 @@ def lines(report: dict[str, Any]) -> list[str]:
                 mean(row, degree, name) for name in ("gaussian_on_gaussian", "gaussian_on_text", "data_on_text")
             )
             out.append(f"{row['label'][:27]:28}{_name(degree):12}{one:10.4f}{two:12.4f}{three:14.4f}")
-    return out
+    left = sorted({path for row in report["checkpoints"] for path in row.get("left_out", ())})
+    return out + [f"left out, as mixtures of experts: {', '.join(left)}"] * bool(left)
 
 
 def _name(degree: int) -> str:

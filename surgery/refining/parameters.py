@@ -1,4 +1,4 @@
-"""What distillation needs to know of a twin: which parameters to train, what to share with the teacher, the loss."""
+"""Which parameters of a twin are trained, by name, and which lie in its blocks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from surgery.errors import RecipeError, did_you_mean
 from surgery.models.saved_blocks import saved_blocks
 
 SETS = ("coefficients", "readout", "block", "all")
-BlockPaths = list[tuple[tuple[str, ...], str]]
-"""For every polynomial block: paths of its modules, and what the names of its last map begin with."""
+BlockPaths = list[tuple[tuple[str, ...], str]]  # see :func:`twin_block_paths`
 
 
 def twin_block_paths(twin: Any) -> BlockPaths:

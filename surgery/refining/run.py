@@ -16,13 +16,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from surgery.errors import RecipeError, SurgeryError, checked_settings
+from surgery.errors import RecipeError, SurgeryError
 from surgery.models import loading
 from surgery.refining import sharding
 from surgery.refining.objectives import EndToEnd, Local, NextToken, Objective
@@ -31,9 +30,18 @@ from surgery.refining.plot import plot_refinement
 from surgery.refining.record import record_of, run_key
 from surgery.refining.schedule import Schedule
 from surgery.refining.settings import LORA, RefineSettings, autocast, check_refinement
-from surgery.refining.student import Trainee, checkpoint_activations, load_teacher, prepared, whole_student, with_lora
+from surgery.refining.student import (
+    Trainee,
+    checkpoint_activations,
+    load_teacher,
+    ready_student,
+    whole_student,
+    with_lora,
+)
 from surgery.refining.text import training_windows
 from surgery.refining.training import Training
+from surgery.runtime import processes
+from surgery.runtime.settings import checked_settings
 from surgery.saving.checkpoint import save
 from surgery.saving.folder import check_target
 from surgery.saving.reload import probe_inputs
@@ -72,10 +80,9 @@ def refine(
 
 def refine_settings(twin: str | Path, teacher: str | Path, output: str | Path, **settings: Any) -> RefineSettings:
     """Settings by name. Raises RecipeError for unknown ones."""
-    for name in ("text", "report_to"):
-        given = settings.get(name, ())
-        settings |= {name: (given,) if isinstance(given, str) else tuple(given)} if name in settings else {}
     given = {**settings, "twin": str(twin), "teacher": str(teacher), "output": str(output)}
+    for name in {"text", "report_to"} & settings.keys():
+        given[name] = (given[name],) if isinstance(given[name], str) else tuple(given[name])
     return checked_settings(RefineSettings, given)
 
 
@@ -92,9 +99,9 @@ def refined(
     out = check_target(Path(settings.output), overwrite)
     with _out_of_memory():
         run = _Refinement(settings, report, out, restart, quiet)
-        record = run.train()
+        record, trained = run.train()
         if settings.control:
-            record["control"] = run.control()
+            record["control"] = run.control(trained)
         run.save(record)
     return record
 
@@ -138,22 +145,22 @@ class _Refinement:
         self.key = run_key(settings, report, self.windows, accelerator.num_processes)
         self.precision = autocast(settings.precision, accelerator.device)
 
-    def train(self) -> dict[str, Any]:
-        """Trains the student to the end and puts its best state in place; the record."""
+    def train(self) -> tuple[dict[str, Any], Trainee]:
+        """Trains the student to the end and puts its best state in place; the record, and what was trained."""
         settings, accelerator = self.settings, self.accelerator
         if settings.checkpointing:
             checkpoint_activations(self.student)
         pair = self.student, self.twin, self.teacher
-        self.trainee = prepared(settings, accelerator, pair, set(self.trainable), self.replaced)
+        trainee = ready_student(settings, accelerator, pair, set(self.trainable), self.replaced)
         log = None
         if settings.report_to:
             accelerator.init_trackers("polysurgery", config={k: str(v) for k, v in asdict(settings).items()})
             log = lambda values, step: accelerator.log(values, step=step)  # noqa: E731
-        run = self._run(self.trainee, self.teacher, self._objective(self.trainee.network), log=log)
+        run = self._run(trainee, self.teacher, self._objective(trainee.network), log=log)
         stored = getattr(torch, self.loaded.source.dtype)
         after = run.restore_best(torch.float32 if settings.train == LORA else stored)
-        more = {"shared_bytes": self.trainee.shared_bytes, "sharded": self.sharded, "control": None}
-        return record_of(settings, run, self.ranges, after) | more
+        more = {"shared_bytes": trainee.shared_bytes, "sharded": self.sharded, "control": None}
+        return record_of(settings, run, self.ranges, after) | more, trainee
 
     def _objective(self, network: Any) -> Objective:
         settings, blocks = self.settings, [paths for paths, _ in self.replaced]
@@ -177,13 +184,14 @@ class _Refinement:
             run.keep(place)
         return run
 
-    def control(self) -> dict[str, Any]:
+    def control(self, trained: Trainee) -> dict[str, Any]:
         """The original trained alike on the text itself: same parameters, windows, steps and rates.
 
         By its own divergence it has nothing to learn, so this is what the text alone would teach an original.
+        `trained` gives up its optimiser's state.
         """
         settings, accelerator = self.settings, self.accelerator
-        self.trainee.optimizer.state.clear()
+        trained.optimizer.state.clear()
         original: Any = loading.loaded(settings.teacher, settings.teacher_revision).model
         still = copy.deepcopy(original).requires_grad_(False)
         which = "block" if settings.train in (LORA, "coefficients") else settings.train
@@ -193,13 +201,13 @@ class _Refinement:
         if not self.sharded:
             still.to(accelerator.device)
         pair = original, original, still
-        trainee = prepared(settings, accelerator, pair, set(trainable), self.replaced)
+        trainee = ready_student(settings, accelerator, pair, set(trainable), self.replaced)
         run = self._run(trainee, still, NextToken(accelerator, trainee.network, self.precision), control=True)
         nats = [row["nats"] for row in run.curve]
         return {"nats_before": nats[0], "nats_after": nats[-1], "least": min(nats), "curve": run.curve}
 
     def save(self, record: dict[str, Any]) -> None:
-        """Writes the refined twin, verified, on the first process; ends the others' waiting."""
+        """Writes the refined twin, verified, on the first process, while the others wait."""
         state = sharding.whole_state(self.student) if self.sharded else None
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -216,17 +224,18 @@ class _Refinement:
             save(student, self.loaded.tokenizer, self.out, report, probe, dtype=dtype, form=form)
             plot_refinement(record, self.out / "refinement.png")
             shutil.rmtree(self.place, ignore_errors=True)
-        self.accelerator.end_training()
+        self.accelerator.wait_for_everyone()  # nobody leaves before the twin stands
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 def _accelerator(settings: RefineSettings, out: Path) -> Any:
-    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate import Accelerator
 
-    patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # the others wait while one draws samples
+    processes.join()
     return Accelerator(
         gradient_accumulation_steps=settings.accumulate,
         mixed_precision="no",
-        kwargs_handlers=[patient],
         log_with=list(settings.report_to) or None,
         project_dir=str(out.parent),
     )

@@ -89,7 +89,7 @@ class Trainee:
     shared_bytes: int
 
 
-def prepared(
+def ready_student(
     settings: RefineSettings, accelerator: Any, pair: tuple[Any, Any, Any], trained: set[str], blocks: BlockPaths
 ) -> Trainee:
     """A student with what it needs to be trained, sharing or sharded.

@@ -12,13 +12,17 @@ from typing import Any
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, several: bool = False) -> Iterator[Path]:
     """A temporary name beside `path`, which takes its place when the body ends well and is removed when it does not.
 
-    A reader sees the old file or the new one. The folder is made where it is missing.
+    A reader sees the old file or the new one. The folder is made where it is missing. What a kill leaves under the
+    temporary name is written over by the next run.
+
+    Args:
+        several: several processes may write this file at once; each has a temporary name of its own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if several else f".{path.name}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

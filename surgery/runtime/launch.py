@@ -11,9 +11,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-from surgery.errors import SurgeryError
+from surgery.errors import EXIT_USER, SurgeryError
 
 MARK = "POLYSURGERY_LAUNCHED"  # set in what --nproc starts, so that it does not start more
+GRACE = 3.0  # seconds in which the error of another may turn out to be the cause
 
 
 def started() -> bool:
@@ -24,8 +25,8 @@ def started() -> bool:
 def relaunch(count: int, arguments: Sequence[str]) -> int:
     """Runs `surgery ARGUMENTS` in `count` processes on this machine, which accelerate then joins; the exit code.
 
-    What `accelerate launch` does on GPUs, on CPU too (where it starts one process only), and with exit codes kept: the
-    first process to fail ends the others, and its error is the only one shown. Threads are shared out.
+    What `accelerate launch` does on GPUs, on CPU too (where it starts one process only), and with exit codes kept: a
+    process that fails ends the others, and its error is the one shown. Threads are shared out.
     """
     import torch
 
@@ -61,12 +62,20 @@ def relaunch(count: int, arguments: Sequence[str]) -> int:
 
 
 def _first_failure(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Waits until all have ended well (None), or one has not (its rank)."""
+    """Waits until all have ended well (None), or one has not: its rank.
+
+    One that ends takes the others with it, whose connections break; so what a user can mend goes before the rest.
+    """
+    earliest, until = None, 0.0
     while True:
         codes = [process.poll() for process in processes]
-        for rank, code in enumerate(codes):
-            if code:
-                return rank
-        if all(code == 0 for code in codes):
+        if EXIT_USER in codes:
+            return codes.index(EXIT_USER)
+        failed = next((rank for rank, code in enumerate(codes) if code), None)
+        if failed is None and None not in codes:
             return None
+        if earliest is None and failed is not None:
+            earliest, until = failed, time.monotonic() + GRACE
+        if earliest is not None and time.monotonic() > until:
+            return earliest
         time.sleep(0.1)

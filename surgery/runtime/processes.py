@@ -1,39 +1,43 @@
 """Several processes that work together: each runs its own part of the batches or documents, and what is summed over
 tokens is summed once more over processes. Alone, every function here gives back what it was given.
 
-The processes are those of `torch.distributed`, started by accelerate, torchrun or `--nproc`.
+The processes are those of `torch.distributed`, started by accelerate, torchrun or `--nproc`. Whoever shares work calls
+:func:`join` first; it may be called again.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+PATIENCE = timedelta(hours=12)  # the others wait while one draws samples or writes a twin
 
 
-@contextmanager
-def joined() -> Iterator[None]:
-    """Inside, this process belongs to the group that a launcher started; it leaves only a group that it joined here.
-
-    On an error it stays: the others would take its leaving for an error of their own, and tell that one.
-    """
+def join() -> None:
+    """Joins the group that a launcher started, if one did, until this process ends. Uses CUDA, or gloo on CPU."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _together():
-        yield
         return
-    joining = accelerator()
-    yield
-    joining.end_training()
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if _together():
+        dist.destroy_process_group()
 
 
 def accelerator() -> Any:
-    """accelerate's view of the group, on CUDA or on CPU (gloo)."""
+    """accelerate's view of the group."""
     from accelerate import Accelerator
 
     return Accelerator(cpu=not torch.cuda.is_available())
@@ -44,16 +48,18 @@ def _together() -> bool:
 
 
 def count() -> int:
+    """How many processes work together."""
     return dist.get_world_size() if _together() else 1
 
 
 def rank() -> int:
+    """This one's number among them, from 0."""
     return dist.get_rank() if _together() else 0
 
 
 def first() -> bool:
-    """Whether this process is the one that writes and prints; known from the launcher, joined or not."""
-    return (dist.get_rank() if _together() else int(os.environ.get("RANK", "0"))) == 0
+    """Whether this process is the one that writes and prints."""
+    return rank() == 0
 
 
 def own_part(items: Sequence[T]) -> tuple[int, Sequence[T]]:
@@ -91,10 +97,24 @@ def from_first(value: T) -> T:
     return agreed
 
 
+def looked_up(find: Callable[[], T]) -> T:
+    """What the first process finds, on all: the others do not look."""
+    return from_first(find() if first() else cast(T, None))
+
+
 def gather(value: T) -> list[T]:
     """Every process's value, in order of rank, on all."""
     if count() == 1:
         return [value]
     found: list[Any] = [None] * count()
     dist.all_gather_object(found, value)
+    return found
+
+
+def gather_to_first(value: T) -> list[T] | None:
+    """Every process's value, in order of rank, on the first; None on the others."""
+    if count() == 1:
+        return [value]
+    found: list[Any] | None = [None] * count() if first() else None
+    dist.gather_object(value, found)
     return found

@@ -35,8 +35,8 @@ def save(
     Args:
         probe: inputs of one small forward pass, for the comparison.
         dtype: precision of the stored weights.
-        form: native reloads without trusting code, anything else with `trust_remote_code=True`; both without this
-            package.
+        form: custom reloads with `trust_remote_code=True`, any other form without trusting code; all of them
+            without this package.
     Returns:
         what the verification saw (also written into the report).
     Raises:

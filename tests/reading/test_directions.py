@@ -8,9 +8,9 @@ from torch import nn
 import surgery
 from surgery.errors import RecipeError
 from surgery.models import loading
+from surgery.reading.block_in_model import find_block, surroundings
 from surgery.reading.directions import NormScale, Vocabulary, named_direction
 from surgery.reading.explanation import ExplainSettings, explained
-from surgery.reading.place import find_block, surroundings
 from tests.reading.support import TEXT
 
 

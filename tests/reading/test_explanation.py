@@ -8,8 +8,8 @@ from surgery.calibration.inputs import calibration_inputs
 from surgery.errors import RecipeError, SurgeryError
 from surgery.models import loading
 from surgery.reading.activity import Activity, examples
+from surgery.reading.block_in_model import NotATwinError, find_block, recorded_activity
 from surgery.reading.explanation import ExplainSettings, explained
-from surgery.reading.place import NotATwinError, activity, find_block
 from tests.reading.support import TEXT
 
 
@@ -28,7 +28,7 @@ def test_coordinates_agree_with_dense_linear_algebra(folders, report):
     calibration = calibration_inputs(
         "python", model, loading.loaded(folders["twin"]).tokenizer, tokens=1024, length=32, batch=8
     )
-    x, _, size = activity(model, place, calibration.batches)
+    x, _, size = recorded_activity(model, place, calibration.batches)
     seen = Activity.of(torch.cat([batch["input_ids"] for batch in calibration.batches]), x, size)
     found = torch.tensor([pair["value"] for pair in data["eigenpairs"]], dtype=torch.float64)
     expected = torch.linalg.eigvals(gamma @ seen.covariance).real

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from surgery.runtime import processes
+from surgery.runtime.launch import _first_failure
 from tests import tiny
 
 
@@ -51,11 +52,50 @@ def test_more_processes_than_batches_is_an_error(folder):
     assert not (folder / "few").exists()
 
 
+TWICE = """
+import sys, surgery
+from surgery.runtime import processes
+folder = sys.argv[1]
+for name in ("first", "second"):
+    settings = dict(calibration="python", tokens=4000, length=32, measure=512)
+    _, report = surgery.convert(f"{folder}/base", output=f"{folder}/{name}", **settings)
+    print(processes.rank(), processes.count(), report.perplexity["nats"], flush=True)
+"""
+
+
+def test_a_script_under_a_launcher_converts_twice(folder):
+    """The group outlives a conversion, and its processes agree on what it cost."""
+    (folder / "twice.py").write_text(TWICE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, str(folder / "twice.py"), str(folder)], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    said = [line.split() for line in done.stdout.splitlines()]
+    assert sorted(line[0] for line in said) == ["0", "0", "1", "1"]
+    assert {line[1] for line in said} == {"2"}
+    assert len({line[2] for line in said}) == 1
+    assert (folder / "first" / "config.json").is_file() and (folder / "second" / "config.json").is_file()
+
+
+def ended(code):
+    process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"])
+    process.wait()
+    return process
+
+
+def test_the_error_that_can_be_mended_goes_before_those_it_causes():
+    assert _first_failure([ended(1), ended(2)]) == 1
+    assert _first_failure([ended(0), ended(1)]) == 1
+    assert _first_failure([ended(0), ended(0)]) is None
+
+
 def test_alone_everything_is_given_back():
     rows = torch.randn(3, 2)
     assert processes.together(rows) is rows
     assert processes.total(rows) is rows
     assert processes.sum_number(3) == 3
     assert processes.own_part([1, 2, 3]) == (0, [1, 2, 3])
-    assert processes.gather("a") == ["a"]
+    assert processes.gather("a") == processes.gather_to_first("a") == ["a"]
+    assert processes.looked_up(lambda: "a") == "a"
     assert processes.first()

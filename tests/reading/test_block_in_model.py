@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import surgery
-from surgery.reading.place import activity, find_block, surroundings
+from surgery.reading.block_in_model import find_block, recorded_activity, surroundings
 from tests import tiny
 
 
@@ -19,7 +19,7 @@ def twin_of(name, ids, degree=2):
 def test_the_polynomial_read_is_the_block_that_runs(name, degree, ids):
     model = twin_of(name, ids, degree)
     place = find_block(model, 1)
-    x, y, _ = activity(model, place, [{"input_ids": ids[:4]}])
+    x, y, _ = recorded_activity(model, place, [{"input_ids": ids[:4]}])
     assert place.polynomial.degree == degree
     torch.testing.assert_close(place.polynomial(x.double()).float(), y, rtol=1e-4, atol=1e-5)
 
@@ -31,7 +31,7 @@ def test_stopping_at_the_block_changes_nothing_it_sees(ids):
     with torch.no_grad():
         model(ids[:4])
     handle.remove()
-    x, _, _ = activity(model, place, [{"input_ids": ids[:2]}, {"input_ids": ids[2:4]}])
+    x, _, _ = recorded_activity(model, place, [{"input_ids": ids[:2]}, {"input_ids": ids[2:4]}])
     torch.testing.assert_close(x, seen[0])
 
 

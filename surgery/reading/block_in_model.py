@@ -93,14 +93,14 @@ def twin_blocks(model: Any) -> list[SavedBlock]:
     ]
 
 
-def surroundings(model: Any, place: BlockInModel, probe: Mapping[str, Tensor]) -> BlockInModel:
-    """The place with its norms filled in, seen in one forward pass of `probe`.
+def surroundings(model: Any, block: BlockInModel, probe: Mapping[str, Tensor]) -> BlockInModel:
+    """The block with its norms filled in, seen in one forward pass of `probe`.
 
     A norm is known by what it writes: the very tensor that the block (or the unembedding) reads.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     norms = [module for module in model.modules() if is_norm(module)]
-    inside = norms_around(model, place.path)
+    inside = norms_around(model, block.path)
     written: dict[int, nn.Module] = {}
     kept: list[Tensor] = []  # so that no address is used twice
     seen: dict[str, Any] = {"norm": None, "final_norm": None, "normed_after": False}
@@ -115,8 +115,8 @@ def surroundings(model: Any, place: BlockInModel, probe: Mapping[str, Tensor]) -
 
     handles = [norm.register_forward_hook(note) for norm in norms]
     handles += [
-        place.entry.register_forward_pre_hook(lambda _, args: seen.update(norm=written.get(args[0].data_ptr()))),
-        place.exit.register_forward_hook(lambda _, __, result: output.append(result.data_ptr())),
+        block.entry.register_forward_pre_hook(lambda _, args: seen.update(norm=written.get(args[0].data_ptr()))),
+        block.exit.register_forward_hook(lambda _, __, result: output.append(result.data_ptr())),
     ]
     if head is not None:
         handles.append(
@@ -124,7 +124,7 @@ def surroundings(model: Any, place: BlockInModel, probe: Mapping[str, Tensor]) -
         )
     with torch.no_grad(), hooked(handles):
         model(**probe)
-    return replace(place, **seen)
+    return replace(block, **seen)
 
 
 class _BlockReached(Exception):  # noqa: N818 - no error
@@ -132,7 +132,7 @@ class _BlockReached(Exception):  # noqa: N818 - no error
 
 
 @contextmanager
-def _recorded(place: BlockInModel, rows: list[tuple[Tensor, Tensor, Tensor]]) -> Iterator[None]:
+def _recorded(block: BlockInModel, rows: list[tuple[Tensor, Tensor, Tensor]]) -> Iterator[None]:
     entered: dict[str, Tensor] = {}
 
     def leave(_: nn.Module, __: Any, output: Tensor) -> None:
@@ -144,21 +144,23 @@ def _recorded(place: BlockInModel, rows: list[tuple[Tensor, Tensor, Tensor]]) ->
     def note(name: str) -> Any:
         return lambda _, args: entered.update({name: args[0].detach().flatten(0, -2)})
 
-    handles = [place.entry.register_forward_pre_hook(note("x")), place.exit.register_forward_hook(leave)]
-    if place.norm is not None:
-        handles.append(place.norm.register_forward_pre_hook(note("stream")))
+    handles = [block.entry.register_forward_pre_hook(note("x")), block.exit.register_forward_hook(leave)]
+    if block.norm is not None:
+        handles.append(block.norm.register_forward_pre_hook(note("stream")))
     with hooked(handles):
         yield
 
 
-def activity(model: Any, place: BlockInModel, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+def recorded_activity(
+    model: Any, block: BlockInModel, batches: Sequence[Mapping[str, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
     """The block over all tokens of `batches`: inputs (tokens, d), outputs (tokens, out), and the larger of the norms of
     the residual stream before it and of its output, (tokens,): massive at attention sinks.
 
     Every forward pass ends at the block: the layers behind it cost nothing.
     """
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
-    with torch.no_grad(), _recorded(place, rows):
+    with torch.no_grad(), _recorded(block, rows):
         for batch in batches:
             before = len(rows)
             try:
@@ -166,6 +168,6 @@ def activity(model: Any, place: BlockInModel, batches: Sequence[Mapping[str, Ten
             except _BlockReached:
                 continue
             if len(rows) == before:
-                raise ModelError("the forward pass never reached this block", where=place.path)
+                raise ModelError("the forward pass never reached this block", where=block.path)
     x, y, size = (torch.cat(parts) for parts in zip(*rows, strict=True))
     return x, y, size
