@@ -53,6 +53,7 @@ def _four(value: float | None) -> str:
 
 
 def block_cells(blocks: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A row per block: path, R², R² of the affine fit, FVU, and FVU under a Gaussian."""
     return [
         (row["path"], f"{row['r2']:.4f}", f"{row['r2_affine']:.4f}", f"{row['fvu']:.4f}", _four(row["fvu_gaussian"]))
         for row in blocks

@@ -183,6 +183,7 @@ def why_not(module: nn.Module) -> str | None:
 
 
 def count(module: Any) -> int:
+    """How many experts it holds."""
     return _layout(module).count(module)
 
 

@@ -14,7 +14,7 @@ from surgery.cli import terminal
 @click.command("eval")
 @click.argument("twin")
 @click.option("--against", help="The original: Hub id, folder or .gguf.  [default: what the twin was made from]")
-@click.option("-o", "--output", help="Folder for evaluation.json, summary.md and report.html.")
+@click.option("-o", "--output", help="Folder for evaluation.json, summary.md, report.html and blocks.png.")
 @click.option("--text", default="python", show_default=True, help="python, hub:NAME, or a .txt or .jsonl file.")
 @click.option("--tokens", type=terminal.COUNT, default=16384, show_default=True, help="Tokens of it to predict.")
 @click.option("--skip", type=terminal.COUNT, help="Tokens of it to pass over.  [default: those the fit saw]")

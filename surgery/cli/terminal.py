@@ -83,6 +83,7 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 def print_blocks(seen: Inspection) -> None:
+    """`surgery inspect`."""
     rows = [
         [
             str(number), block.path, block.kind, block.activation, f"{block.width} → {block.hidden} → {block.out}",
@@ -131,6 +132,7 @@ def source_name(name: str) -> str:
 
 
 def plan_text(planned: dict[str, Any]) -> str:
+    """`surgery convert --dry-run`."""
     recipe = planned["recipe"]
     lines = [
         f"model         {planned['model']} ({planned['architecture']})",
@@ -168,6 +170,7 @@ def budget_lines(budget: dict[str, Any]) -> list[str]:
 
 
 def print_report(report: Report, output: str) -> None:
+    """`surgery convert`: a row per block, and what the whole twin cost."""
     rows = [
         [
             row["path"], str(row["degree"]),

@@ -26,7 +26,7 @@ class ConversionTask:
     """What is to be replaced, with everything a fit needs.
 
     Attributes:
-        blocks: in the order in which they run, confirmed.
+        blocks: in the order in which they run, verified.
         given: distributions of the blocks' inputs by path, for `assume: gaussian`.
         first_is_sink: the first token of a sequence turns into an attention sink.
     """
@@ -75,6 +75,7 @@ class Replacements:
 
 
 def put_back(model: Any, originals: Mapping[str, Any]) -> None:
+    """The originals into their places again, by path."""
     for path, module in originals.items():
         install(model, path, module)
 

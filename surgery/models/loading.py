@@ -39,6 +39,8 @@ class Source:
 
 @dataclass(frozen=True)
 class LoadedModel:
+    """A model, its tokenizer where it has one, and where both came from."""
+
     model: nn.Module
     tokenizer: Any | None
     source: Source
@@ -171,8 +173,8 @@ def loaded(
     except Exception:
         tokenizer = None
     model.eval()
-    revision = getattr(model.config, "_commit_hash", None)
-    return LoadedModel(model, tokenizer, Source(public_name(name, kind), kind, revision, type(model).__name__, stored))
+    commit = getattr(model.config, "_commit_hash", None)
+    return LoadedModel(model, tokenizer, Source(public_name(name, kind), kind, commit, type(model).__name__, stored))
 
 
 def _weights(name: str, path: str, config: Any, options: dict[str, Any], merged: Path | None) -> Any:
@@ -338,4 +340,5 @@ def _unreadable(name: str, error: Exception) -> ModelError:
 
 
 def is_causal(model: Any) -> bool:
+    """Whether it predicts next tokens."""
     return bool(model.can_generate()) and not getattr(model.config, "is_encoder_decoder", False)

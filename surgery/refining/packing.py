@@ -37,12 +37,14 @@ class PackedWindows:
         return {name: value.to(device) for name, value in given.items() if value is not None}
 
     def split(self, size: int) -> list[PackedWindows]:
+        """Parts of at most `size` windows."""
         return [self[start : start + size] for start in range(0, len(self), size)]
 
-
-def joined(parts: Sequence[PackedWindows]) -> PackedWindows:
-    positions = [part.positions for part in parts if part.positions is not None]
-    return PackedWindows(torch.cat([part.ids for part in parts]), torch.cat(positions) if positions else None)
+    @staticmethod
+    def join(parts: Sequence[PackedWindows]) -> PackedWindows:
+        """The windows of all parts, in order."""
+        positions = [part.positions for part in parts if part.positions is not None]
+        return PackedWindows(torch.cat([part.ids for part in parts]), torch.cat(positions) if positions else None)
 
 
 def packable(model: Any) -> bool:

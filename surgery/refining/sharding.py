@@ -69,6 +69,7 @@ def shard(network: nn.Module, model: nn.Module, paths: Iterable[str], accelerato
 
 
 def is_sharded(network: nn.Module) -> bool:
+    """Whether its parameters are shared out between the processes."""
     return any(hasattr(value, "to_local") for value in network.parameters())
 
 

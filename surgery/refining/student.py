@@ -26,6 +26,11 @@ def load_teacher(settings: RefineSettings, student: Any) -> Any:
 
 
 def with_lora(student: Any, settings: RefineSettings) -> tuple[Any, dict[str, nn.Parameter]]:
+    """The student in LoRA's wrapper, and the parameters to train, by name.
+
+    Raises:
+        RecipeError: it has no such modules.
+    """
     from peft import LoraConfig, get_peft_model
 
     names = settings.lora_modules

@@ -11,7 +11,7 @@ import torch
 from surgery.calibration.samples import sample
 from surgery.calibration.texts import frame, label, tokenised
 from surgery.errors import CalibrationError
-from surgery.refining.packing import PackedWindows, cut_out, joined, pack, packable
+from surgery.refining.packing import PackedWindows, cut_out, pack, packable
 from surgery.refining.settings import RefineSettings
 from surgery.runtime.files import replacing
 
@@ -52,7 +52,7 @@ def training_windows(
         ranges[name] = {"begin": seen, "end": seen + held_each, "read": total}
         held[name] = pack(kept, settings.length, tokenizer, positions)
         train.append(pack(rest, settings.length, tokenizer, positions))
-    windows = joined(train)
+    windows = PackedWindows.join(train)
     a_step = settings.batch * settings.accumulate * accelerator.num_processes
     if any(len(part) == 0 for part in held.values()) or len(windows) < a_step:
         raise CalibrationError(

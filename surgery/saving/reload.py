@@ -46,6 +46,7 @@ A block left at random initial values gives 1 or more."""
 
 
 def verify_saved(model: Any, folder: Path, probe: Mapping[str, Tensor], dtype: str, form: str) -> dict[str, Any]:
+    """:func:`verified`, by what the model in memory computes on the probe."""
     with torch.no_grad():
         expected = main_output(model(**{name: value.to(model.device) for name, value in probe.items()}))
     return verified(folder, probe, expected, dtype, form)
@@ -105,4 +106,5 @@ def reload_elsewhere(checks: Sequence[tuple[Path, Path, str]], on_disk: bool = F
 
 
 def probe_ids(model: Any) -> dict[str, Tensor]:
+    """Tokens enough for a probe, the same for every model of this vocabulary; shape (2, 16)."""
     return {"input_ids": torch.arange(2 * 16, device=model.device).view(2, 16) % model.config.vocab_size}

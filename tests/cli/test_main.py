@@ -113,6 +113,13 @@ def test_broken_models_are_clear_errors(kind, llama, tmp_path):
     [
         (["convert", "./nowhere", "-o", "x"], "no such file or folder"),
         (["convert", "-o", "x"], "no model was named"),
+        (["convert", "-o", "x", "--nproc", "2"], "no model was named"),
+        (["convert", "--dry-run"], "no model was named"),
+        (["convert", "MODEL", "--calibration", "pyton", "--dry-run"], "did you mean 'python'"),
+        (["eval", "MODEL", "--against", "MODEL", "--tokens", "1"], "tokens is 1, but must be at least 2"),
+        (["eval", "MODEL", "--against", "MODEL", "--skip", "-1"], "skip is -1"),
+        (["trace", "MODEL", "--tokens", "0"], "tokens is 0"),
+        (["explain", "MODEL", "--block", "0", "--tokens", "0"], "tokens is 0"),
         (["convert", "MODEL"], "no output folder"),
         (["convert", "MODEL", "-o", "x", "--degree", "12"], "degree"),
         (["convert", "MODEL", "-o", "x", "--calibration", "pyton"], "did you mean 'python'"),

@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from surgery.blocks.weights import BlockWeights
 from surgery.cli.main import cli
@@ -19,12 +20,13 @@ from surgery.closed_form.activations import ACTIVATIONS
 from surgery.closed_form.block_polynomial import BlockPolynomial
 from surgery.closed_form.forms import Affine
 from surgery.closed_form.moments import InputMoments
-from surgery.errors import SurgeryError
+from surgery.errors import ModelError, SurgeryError
 from surgery.reading import trace as tracing
 from surgery.reading.ablation import linear_directions, project_out, quadratic_directions
 from surgery.reading.approximation import approximations, r_squared, under_gaussian, under_mixture
 from surgery.reading.trace import TrainingStep, checked_degrees, measure, trace, training_steps
 from tests import tiny
+from tests.blocks.of_experts import IDS, model_of
 
 
 def network(activation="relu", width=5, hidden=7, out=3, seed=0):
@@ -150,6 +152,21 @@ def test_a_changed_checkpoint_is_measured_again(tmp_path):
     before = TrainingStep(str(tmp_path / "step5"), None).key
     (tmp_path / "step5" / "model.safetensors").write_bytes(b"other")
     assert TrainingStep(str(tmp_path / "step5"), None).key != before
+
+
+def test_mixtures_are_left_out_and_said_to_be(tmp_path):
+    """DeepSeek: the shared experts are blocks like any other, the routed ones are no single function."""
+    model_of("deepseek_v3").save_pretrained(tmp_path / "mixed")
+    save_file({"input_ids": IDS}, tmp_path / "ids.safetensors")
+    settings = {"text": str(tmp_path / "ids.safetensors"), "tokens": 256, "window": 16}
+    report = trace(tmp_path / "mixed", degrees="1", **settings)
+    row = report["checkpoints"][0]
+    assert row["left_out"] and all(path.endswith("experts") for path in row["left_out"])
+    assert row["blocks"] and not {block["path"] for block in row["blocks"]} & set(row["left_out"])
+    assert "left out, as mixtures of experts" in tracing.lines(report)[-1]
+    model_of("mixtral").save_pretrained(tmp_path / "all")
+    with pytest.raises(ModelError, match="one function of its input"):
+        trace(tmp_path / "all", degrees="1", **settings)
 
 
 def test_checkpoints_and_degrees_are_checked():

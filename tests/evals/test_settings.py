@@ -1,0 +1,41 @@
+"""What an evaluation is told by name."""
+
+import pytest
+
+from evals.settings import plan_evaluation
+from surgery.errors import RecipeError, SurgeryError
+
+
+def plan(pair, **more):
+    return plan_evaluation(pair / "twin", against=pair / "base", **more)
+
+
+def test_everything_has_a_default_and_the_fit_is_passed_over(pair):
+    planned = plan(pair)
+    assert planned.twin == str(pair / "twin") and planned.original == str(pair / "base")
+    assert planned.tasks == () and planned.task_settings.include_path == ()
+    assert plan(pair, skip=7).skip == 7
+
+
+def test_one_folder_of_tasks_may_be_a_string(pair):
+    assert plan(pair, include_path="evals/tasks").task_settings.include_path == ("evals/tasks",)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"original": "x"}, "no setting 'original'.*say against"),
+        ({"task_settings": None}, "no setting 'task_settings'"),
+        ({"window": 1}, "window is 1, but must be at least 2"),
+        ({"skip": -1}, "skip is -1"),
+        ({"block_token": 5}, "did you mean 'block_tokens'"),
+    ],
+)
+def test_what_is_wrong_is_said(pair, given, said):
+    with pytest.raises(RecipeError, match="(?s)" + said):
+        plan(pair, **given)
+
+
+def test_an_output_that_holds_a_model_is_refused(pair):
+    with pytest.raises(SurgeryError, match="holds a model"):
+        plan(pair, output=pair / "base")
