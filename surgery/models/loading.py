@@ -6,13 +6,16 @@ import json
 import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
 
 from surgery.errors import ModelError
+from surgery.models import delta, modeling_polynomial
 from surgery.runtime import weights_on_disk
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -72,22 +75,16 @@ def locate(name: str) -> tuple[str, dict[str, str], str]:
 
 def load_config(name: str, revision: str | None = None) -> Any:
     """The configuration alone. Twins load without a trust flag."""
-    from transformers import AutoConfig
-
-    from surgery.models import modeling_polynomial
-
     modeling_polynomial.register()
     path, extra, _ = locate(name)
     try:
-        return AutoConfig.from_pretrained(path, revision=revision, **extra)
+        return transformers.AutoConfig.from_pretrained(path, revision=revision, **extra)
     except Exception as error:
         raise _unreadable(name, error) from error
 
 
 def model_class(config: Any) -> Any:
     """The architecture named in the configuration, else the most general class for its type."""
-    import transformers
-
     for architecture in config.architectures or []:
         found = getattr(transformers, architecture, None)
         if found is not None:
@@ -103,8 +100,6 @@ def model_class(config: Any) -> Any:
 
 def load_meta(name: str, revision: str | None = None) -> tuple[nn.Module, Any]:
     """The model's structure on the meta device: no weights are read."""
-    import torch
-
     config = load_config(name, revision)
     with torch.device("meta"):
         return model_class(config)._from_config(config), config
@@ -151,11 +146,6 @@ def loaded(
     Raises:
         ModelError: nothing there, not a transformer, or weights missing from the checkpoint.
     """
-    import torch
-    import transformers
-
-    from surgery.models import delta, modeling_polynomial
-
     modeling_polynomial.register()
     path, extra, kind = locate(name)
     config = load_config(name, revision)
@@ -179,8 +169,6 @@ def loaded(
 
 def _weights(name: str, path: str, config: Any, options: dict[str, Any], merged: Path | None) -> Any:
     """The model with its weights; what it keeps on disk of its own goes with it."""
-    from surgery.models import modeling_polynomial
-
     twin = config.model_type == modeling_polynomial.MODEL_TYPE
     cls = modeling_polynomial.PolynomialModel if twin else model_class(config)
     ours: list[Path] = []
@@ -214,8 +202,6 @@ def placed(device: str) -> Any:
     Raises:
         ModelError: no such device here.
     """
-    import torch
-
     if device == "auto":
         from accelerate import PartialState
 
@@ -239,11 +225,7 @@ def _load_delta(
     name: str, revision: str | None, dtype: str, device_map: str | dict[str, str] | None, base: str | None, config: Any
 ) -> LoadedModel:
     """The twin a delta stands for: its original, loaded in the twin's stored precision, with the delta applied."""
-    import torch
-    from safetensors.torch import load_file
     from transformers.utils import cached_file
-
-    from surgery.models import delta
 
     described = getattr(config, delta.KEY)
     if base is None and described["kind"] != "hub":
@@ -275,10 +257,6 @@ def from_memory(model: Any, tokenizer: Any | None) -> LoadedModel:
     Raises:
         ModelError: its class is not one of transformers', which is what a twin is loaded as.
     """
-    import transformers
-
-    from surgery.models import modeling_polynomial
-
     known = getattr(transformers, type(model).__name__, None)
     if known is not type(model) and getattr(model.config, "model_type", None) != modeling_polynomial.MODEL_TYPE:
         raise ModelError(

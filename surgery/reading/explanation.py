@@ -12,6 +12,7 @@ from torch import Tensor
 
 from surgery.calibration.inputs import Calibration, calibration_inputs
 from surgery.closed_form.block_polynomial import Expansion
+from surgery.conversion.pipeline import convert
 from surgery.errors import RecipeError, SurgeryError
 from surgery.models import loading
 from surgery.reading.activity import Activity, examples
@@ -141,8 +142,6 @@ def _block(settings: ExplainSettings, loaded: loading.LoadedModel) -> tuple[Bloc
     except (NotATwinError, RecipeError):
         if settings.fit is None:
             raise
-    from surgery.conversion.pipeline import convert
-
     recipe: dict[str, Any] = {
         "degree": settings.fit,
         "blocks": str(settings.block),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import time
@@ -254,8 +255,6 @@ def mean(row: dict[str, Any], degree: int, name: str) -> float:
 
 def plot(report: dict[str, Any]) -> bytes:
     """R² by step: means as lines, single blocks as a shade; PNG."""
-    import io
-
     try:
         import matplotlib as _  # noqa: F401
         from matplotlib.figure import Figure

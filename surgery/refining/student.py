@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from surgery.errors import ModelError, RecipeError
 from surgery.models import loading
+from surgery.models.as_llama import as_llama
 from surgery.refining import sharding
 from surgery.refining.parameters import BlockPaths, names_inside
 from surgery.refining.settings import LORA, RefineSettings
@@ -19,8 +20,6 @@ def load_teacher(settings: RefineSettings, student: Any) -> Any:
     """The original; as a Llama where the twin was made from it as one."""
     teacher: Any = loading.loaded(settings.teacher, settings.teacher_revision).model
     if type(student).__name__ == "LlamaForCausalLM" and type(teacher).__name__ != "LlamaForCausalLM":
-        from surgery.models.as_llama import as_llama
-
         return as_llama(teacher) or teacher
     return teacher
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 from surgery.errors import CheckpointError
 from surgery.runtime.files import sha256, write_json
 from surgery.saving.folder import REPORT
@@ -48,9 +51,6 @@ class Report:
 
 def versions() -> dict[str, str]:
     """Of this package and what its figures hang on."""
-    import torch
-    import transformers
-
     found = {"polysurgery": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     return {**found, "python": platform.python_version()}
 
