@@ -12,6 +12,7 @@ from typing import Any
 from evals.uncertainty import paired_difference
 from surgery.errors import EvaluationError, did_you_mean
 from surgery.runtime import processes
+from surgery.runtime.settings import at_least
 
 SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 OWN_TASKS = Path(__file__).parent / "tasks"
@@ -21,10 +22,10 @@ OWN_TASKS = Path(__file__).parent / "tasks"
 class TaskSettings:
     """What both models are run with; see lm-eval's own options of the same names."""
 
-    num_fewshot: int | None = None
+    num_fewshot: int | None = at_least(0, None)
     limit: float | None = None
-    batch_size: int = 8
-    max_length: int = 2048
+    batch_size: int = at_least(1, 8)
+    max_length: int = at_least(2, 2048)
     seed: int = 0
     include_path: tuple[str, ...] = ()
 

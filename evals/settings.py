@@ -80,7 +80,17 @@ def plan_evaluation(
     twin, original = str(twin), str(against) if against is not None else default_original(str(twin))
     names = tasks.split(",") if isinstance(tasks, str) else tasks
     folders = (include_path,) if isinstance(include_path, str) else tuple(include_path)
-    run = harness.TaskSettings(fewshot, limit, task_batch, max_length, settings.get("seed", 0), folders)
+    run = checked_settings(
+        harness.TaskSettings,
+        {
+            "num_fewshot": fewshot,
+            "limit": limit,
+            "batch_size": task_batch,
+            "max_length": max_length,
+            "seed": settings.get("seed", 0),
+            "include_path": folders,
+        },
+    )
     planned = checked_settings(
         EvalSettings,
         {

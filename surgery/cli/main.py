@@ -36,12 +36,21 @@ for command in (
     cli.add_command(command)
 
 
+def _leave_group() -> None:
+    """The group that a command joined under a launcher."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from surgery.runtime import processes
+
+        processes.leave()
+
+
 def main() -> None:
     """Entry point: errors a user can mend exit with 2 and no traceback; defects exit with 1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_MININTERVAL", "0.5")
     try:
         cli.main(standalone_mode=False)
+        _leave_group()
     except SurgeryError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(EXIT_USER)

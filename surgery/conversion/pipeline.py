@@ -50,6 +50,8 @@ def convert(
 ) -> tuple[Any, Report]:
     """Replaces a transformer's feed-forward blocks by their least-squares optimal polynomials.
 
+    Under a launcher (accelerate, torchrun) every process must call it, for the same model, and runs its share.
+
     Args:
         model: Hub id, folder, .gguf file, or a transformers model in memory, which is changed in place and put in
             evaluation mode; on error it is as it was, but for that mode.

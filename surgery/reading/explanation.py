@@ -1,4 +1,4 @@
-"""The whole explanation of one block in one block: load → find → activity → expand → spectrum → read."""
+"""The whole explanation of one block in one place: load → find → activity → expand → spectrum → read."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class ExplainSettings:
     text: str = "python"
     tokens: int = at_least(2, 4096)
     window: int = at_least(2, 256)
-    words: int = 8
-    contexts: int = 4
-    fit: int | None = None
+    words: int = at_least(0, 8)
+    contexts: int = at_least(0, 4)
+    fit: int | None = at_least(2, None)
     revision: str | None = None
     dtype: str = "float32"
     seed: int = 0

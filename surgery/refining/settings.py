@@ -118,11 +118,12 @@ def _check_values(settings: RefineSettings) -> None:
     for name in ABOVE_ZERO:
         if not getattr(settings, name) > 0:
             raise RecipeError(f"{getattr(settings, name)} is not positive", where=f"--{name.replace('_', '-')}")
-    for name in ("average", "blend"):
+    for name in ("average", "blend", "warmup"):
         if not 0 <= getattr(settings, name) < 1:
             raise RecipeError(f"{getattr(settings, name)} is not from 0 up to, not including, 1", where=f"--{name}")
-    if settings.anchor < 0:
-        raise RecipeError(f"{settings.anchor} is below 0", where="--anchor")
+    for name in ("anchor", "match", "patience"):
+        if getattr(settings, name) < 0:
+            raise RecipeError(f"{getattr(settings, name)} is below 0", where=f"--{name}")
     for name, known in {"train": (*SETS, LORA), "objective": OBJECTIVES, "precision": PRECISIONS}.items():
         value = getattr(settings, name)
         if value not in known:

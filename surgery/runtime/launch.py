@@ -26,7 +26,7 @@ def relaunch(count: int, arguments: Sequence[str]) -> int:
     """Runs `surgery ARGUMENTS` in `count` processes on this machine, which accelerate then joins; the exit code.
 
     What `accelerate launch` does on GPUs, on CPU too (where it starts one process only), and with exit codes kept: a
-    process that fails ends the others, and its error is the one shown. Threads are shared out.
+    process that fails ends the others, and its error is the last one shown. Threads are shared out.
     """
     import torch
 
@@ -55,7 +55,7 @@ def relaunch(count: int, arguments: Sequence[str]) -> int:
             for process in started_here:
                 process.terminate()
                 process.wait()
-        if failed:
+        if failed and started_here[0].returncode != EXIT_USER:  # else the first one has said it
             quiet[failed - 1].seek(0)
             sys.stderr.write(quiet[failed - 1].read())
         return 0 if failed is None else started_here[failed].returncode
@@ -76,6 +76,6 @@ def _first_failure(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
             return None
         if earliest is None and failed is not None:
             earliest, until = failed, time.monotonic() + GRACE
-        if earliest is not None and time.monotonic() > until:
+        if earliest is not None and (None not in codes or time.monotonic() > until):
             return earliest
         time.sleep(0.1)

@@ -7,7 +7,6 @@ The processes are those of `torch.distributed`, started by accelerate, torchrun 
 
 from __future__ import annotations
 
-import atexit
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -17,21 +16,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from surgery.errors import SurgeryError
+
 T = TypeVar("T")
 PATIENCE = timedelta(hours=12)  # the others wait while one draws samples or writes a twin
 
 
 def join() -> None:
-    """Joins the group that a launcher started, if one did, until this process ends. Uses CUDA, or gloo on CPU."""
+    """Joins the group that a launcher started, if one did and this process has not. Uses CUDA, or gloo on CPU."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _together():
         return
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
-    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
-    atexit.register(_leave)
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    PartialState(cpu=on_cpu, timeout=PATIENCE)
 
 
-def _leave() -> None:
+def leave() -> None:
+    """Leaves the group, at the end of what went well.
+
+    After an error nobody should: leaving may wait for the others, who would not learn that this process has ended.
+    """
     if _together():
         dist.destroy_process_group()
 
@@ -40,7 +46,7 @@ def accelerator() -> Any:
     """accelerate's view of the group."""
     from accelerate import Accelerator
 
-    return Accelerator(cpu=not torch.cuda.is_available())
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
 
 
 def _together() -> bool:
@@ -98,8 +104,17 @@ def from_first(value: T) -> T:
 
 
 def looked_up(find: Callable[[], T]) -> T:
-    """What the first process finds, on all: the others do not look."""
-    return from_first(find() if first() else cast(T, None))
+    """What the first process finds, on all: the others do not look. A SurgeryError of the first is raised by all."""
+    found, error = None, None
+    if first():
+        try:
+            found = find()
+        except SurgeryError as wrong:
+            error = wrong
+    found, error = from_first((found, error))
+    if error is not None:
+        raise error
+    return cast(T, found)
 
 
 def gather(value: T) -> list[T]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, field, fields
+from numbers import Integral
 from typing import Any, TypeVar
 
 from surgery.errors import RecipeError, did_you_mean
@@ -11,8 +12,8 @@ from surgery.errors import RecipeError, did_you_mean
 Settings = TypeVar("Settings")
 
 
-def at_least(least: float, default: Any = MISSING) -> Any:
-    """A field whose value is a number from `least` on, or None where None is its default."""
+def at_least(least: int, default: Any = MISSING) -> Any:
+    """A field whose value is a whole number from `least` on, or None where None is its default."""
     return field(default=default, metadata={"least": least})
 
 
@@ -38,6 +39,6 @@ def _too_little(one: Field[Any], value: Any) -> list[str]:
     least = one.metadata.get("least")
     if least is None or (value is None and one.default is None):
         return []
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return [f"{one.name} is {value!r}, but must be a number"]
-    return [f"{one.name} is {value}, but must be at least {least}"] if not value >= least else []
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        return [f"{one.name} is {value!r}, but must be a whole number"]
+    return [f"{one.name} is {value}, but must be at least {least}"] if value < least else []

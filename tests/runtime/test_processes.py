@@ -56,38 +56,51 @@ TWICE = """
 import sys, surgery
 from surgery.runtime import processes
 folder = sys.argv[1]
-for name in ("first", "second"):
+for name in ("refused", "first", "second"):
     settings = dict(calibration="python", tokens=4000, length=32, measure=512)
-    _, report = surgery.convert(f"{folder}/base", output=f"{folder}/{name}", **settings)
-    print(processes.rank(), processes.count(), report.perplexity["nats"], flush=True)
+    try:
+        _, report = surgery.convert(f"{folder}/base", output=f"{folder}/{name}", **settings)
+        print(processes.rank(), processes.count(), report.perplexity["nats"], flush=True)
+    except surgery.SurgeryError as error:
+        print(error.where.rpartition("/")[2], flush=True)
+processes.leave()
 """
 
 
 def test_a_script_under_a_launcher_converts_twice(folder):
-    """The group outlives a conversion, and its processes agree on what it cost."""
+    """The group outlives a conversion, and its processes agree on what it cost; or on what the first one refuses."""
+    (folder / "refused.partial").mkdir()
+    (folder / "refused.partial" / "model.layers.0.mlp.safetensors").write_bytes(b"of another run")
     (folder / "twice.py").write_text(TWICE)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launcher, str(folder / "twice.py"), str(folder)], check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    said = [line.split() for line in done.stdout.splitlines()]
+    assert done.stdout.count("refused.partial\n") == 2
+    said = [line.split() for line in done.stdout.splitlines() if line != "refused.partial"]
     assert sorted(line[0] for line in said) == ["0", "0", "1", "1"]
     assert {line[1] for line in said} == {"2"}
     assert len({line[2] for line in said}) == 1
     assert (folder / "first" / "config.json").is_file() and (folder / "second" / "config.json").is_file()
 
 
-def ended(code):
-    process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"])
-    process.wait()
-    return process
+def ends(code, after=0.0):
+    return subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({after}); raise SystemExit({code})"])
 
 
 def test_the_error_that_can_be_mended_goes_before_those_it_causes():
-    assert _first_failure([ended(1), ended(2)]) == 1
-    assert _first_failure([ended(0), ended(1)]) == 1
-    assert _first_failure([ended(0), ended(0)]) is None
+    assert _first_failure([ends(1), ends(2, after=1)]) == 1
+    assert _first_failure([ends(0), ends(1)]) == 1
+    assert _first_failure([ends(0), ends(0)]) is None
+
+
+def test_a_process_that_hangs_does_not_hide_the_failure_of_another():
+    hanging = ends(0, after=60)
+    assert _first_failure([hanging, ends(1)]) == 1
+    assert hanging.poll() is None
+    hanging.kill()
+    hanging.wait()
 
 
 def test_alone_everything_is_given_back():

@@ -26,11 +26,11 @@ def test_defaults_and_values_are_taken():
         ({}, "name is not given"),
         ({"name": "a", "token": 3}, "did you mean 'tokens'"),
         ({"name": "a", "tokens": 1}, "tokens is 1, but must be at least 2"),
-        ({"name": "a", "tokens": float("nan")}, "at least 2"),
-        ({"name": "a", "tokens": "many"}, "must be a number"),
-        ({"name": "a", "tokens": None}, "must be a number"),
+        ({"name": "a", "tokens": float("nan")}, "must be a whole number"),
+        ({"name": "a", "tokens": "many"}, "must be a whole number"),
+        ({"name": "a", "tokens": None}, "must be a whole number"),
         ({"name": "a", "stride": 0}, "stride is 0"),
-        ({"name": "a", "tokens": True}, "must be a number"),
+        ({"name": "a", "tokens": True}, "must be a whole number"),
     ],
 )
 def test_what_is_wrong_is_said(given, said):
