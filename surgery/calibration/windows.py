@@ -73,8 +73,8 @@ def sequences(
         raise CalibrationError(
             f"{len(ids)} tokens are fewer than {'one sequence' if least == 1 else 'two sequences'} of {length}",
             where=where,
-            cause="the file is empty or too short",
-            fix="give more text, or lower --length",
+            cause="the text is short, or few tokens were asked for",
+            fix="give more text or more --tokens, or shorter sequences (--length; --window where there is one)",
         )
     bodies = ids[: rows * room].view(rows, room)
     return torch.cat([before.expand(rows, -1), bodies, after.expand(rows, -1)], dim=1)

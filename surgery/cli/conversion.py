@@ -90,7 +90,7 @@ def convert(
     if dry_run:
         from surgery.conversion.inspection import plan_conversion
 
-        planned = plan_conversion(recipe)
+        planned = plan_conversion(recipe, overwrite)
         click.echo(json.dumps(planned, indent=2) if as_json else terminal.plan_text(planned))
         return
     if not recipe.output:

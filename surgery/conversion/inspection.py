@@ -12,6 +12,7 @@ from surgery.conversion.recipe import Recipe
 from surgery.conversion.selection import check_conversion, chosen_blocks, form_of
 from surgery.models import loading
 from surgery.models.as_llama import llama_config
+from surgery.saving.folder import check_target
 from surgery.saving.forms import native_config
 
 
@@ -56,9 +57,12 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
     return Inspection(name, type(network).__name__, found, native and not found.left_alone)
 
 
-def plan_conversion(recipe: Recipe) -> dict[str, Any]:
-    """What a conversion would do, without loading weights: `--dry-run`."""
+def plan_conversion(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
+    """What a conversion would do: `--dry-run`. Loads no weights. Raises SurgeryError for what it would refuse."""
     check_conversion(recipe)
+    loading.placed(recipe.device)
+    if recipe.output:
+        check_target(Path(recipe.output), overwrite)
     seen = inspect(recipe.model, revision=recipe.revision)
     blocks = chosen_blocks(seen.survey, recipe)
     form = form_of(recipe, seen.native and len(blocks) == len(seen.survey.blocks))

@@ -211,7 +211,10 @@ def placed(device: str) -> Any:
         torch.empty(0, device=device, dtype=torch.float64)
     except Exception as error:
         raise ModelError(
-            f"no device {device!r} that computes in float64", where="--device", cause=str(error).splitlines()[0]
+            f"no device {device!r} here, or none that computes in float64",
+            where="--device",
+            cause=str(error).splitlines()[0],
+            fix="cpu, cuda, cuda:1, …, or auto",
         ) from error
     return torch.device(device)
 

@@ -55,18 +55,18 @@ def find_block(model: Any, index: int) -> BlockInModel:
         RecipeError: there is no such block, or it was not converted.
     """
     entries = {saved.path: saved for saved in twin_blocks(model)}
-    if not entries:
-        raise NotATwinError(
-            "none of this model's feed-forward blocks is a polynomial: it is not a twin",
-            fix="name a twin, or give --fit to fit this one block on the fly",
-        )
     others = {block.path for block in survey(model).blocks} - set(entries)
     paths = [path for path, _ in model.named_modules() if path in entries or path in others]
-    if index >= len(paths):
+    if paths and index >= len(paths):
         raise RecipeError(
             f"block {index} was asked for, but the model has blocks 0 to {len(paths) - 1}",
             where="--block",
             fix="`surgery inspect` lists them",
+        )
+    if not entries:
+        raise NotATwinError(
+            "none of this model's feed-forward blocks is a polynomial: it is not a twin",
+            fix="name a twin, or give --fit to fit this one block on the fly",
         )
     path = paths[index]
     if path not in entries:

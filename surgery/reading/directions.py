@@ -75,18 +75,24 @@ class NormScale:
         return read - read.mean(-1, keepdim=True) if self.centres else read
 
 
-def named_direction(spec: str, model: Any, tokenizer: Any, block: BlockInModel, expansion: Expansion) -> Direction:
-    """The direction a user named.
-
-    Raises:
-        RecipeError: an unknown kind, an unknown token, a number out of range, a vector of the wrong width.
-    """
+def check_direction(spec: str) -> tuple[str, str]:
+    """(kind, rest) of a direction's name. Raises RecipeError for an unknown kind."""
     kind, separator, rest = spec.partition(":")
     if kind not in KINDS or not separator:
         raise RecipeError(
             f"no output direction {spec!r}{did_you_mean(kind, KINDS)}",
             fix="one of token:TEXT, neuron:BLOCK.UNIT, coordinate:I, class:I, file:PATH, linear:K, quadratic:K",
         )
+    return kind, rest
+
+
+def named_direction(spec: str, model: Any, tokenizer: Any, block: BlockInModel, expansion: Expansion) -> Direction:
+    """The direction a user named.
+
+    Raises:
+        RecipeError: an unknown kind, an unknown token, a number out of range, a vector of the wrong width.
+    """
+    kind, rest = check_direction(spec)
     makers: dict[str, Callable[[], Tensor]] = {
         "token": lambda: _token(rest, model, tokenizer, block),
         "neuron": lambda: _neuron(rest, model, block),

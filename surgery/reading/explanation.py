@@ -17,7 +17,7 @@ from surgery.errors import RecipeError, SurgeryError
 from surgery.models import loading
 from surgery.reading.activity import Activity, examples
 from surgery.reading.block_in_model import BlockInModel, NotATwinError, find_block, recorded_activity, surroundings
-from surgery.reading.directions import Direction, Vocabulary, named_direction
+from surgery.reading.directions import Direction, Vocabulary, check_direction, named_direction
 from surgery.reading.page import write_explanation
 from surgery.reading.spectrum import Spectrum, spectrum
 from surgery.runtime.settings import at_least, checked_settings
@@ -90,6 +90,8 @@ def explained(settings: ExplainSettings) -> dict[str, Any]:
     started = time.monotonic()
     if settings.minus and not settings.output:
         raise RecipeError("--minus needs an --output to be subtracted from")
+    for named in filter(None, (settings.output, settings.minus)):
+        check_direction(named)
     if settings.coordinates not in COORDINATES:
         raise RecipeError(f"no coordinates {settings.coordinates!r}", fix=f"one of {', '.join(COORDINATES)}")
     loaded = loading.loaded(settings.twin, settings.revision, settings.dtype)

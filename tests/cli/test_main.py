@@ -39,7 +39,7 @@ def test_inspect_reads_no_weights(llama, tmp_path):
 def test_a_device_that_is_not_here_is_an_error(llama, tmp_path):
     done = surgery("convert", llama, "-o", tmp_path / "twin", "--tokens", 4096, "--length", 32, "--device", "nowhere")
     assert done.returncode == 2
-    assert "no device 'nowhere'" in done.stderr
+    assert "no device 'nowhere'" in done.stderr and "cpu, cuda" in done.stderr
     assert not (tmp_path / "twin").exists()
 
 
@@ -119,6 +119,10 @@ def test_broken_models_are_clear_errors(kind, llama, tmp_path):
         (["eval", "MODEL", "--against", "MODEL", "--tokens", "1"], "tokens is 1, but must be at least 2"),
         (["eval", "MODEL", "--against", "MODEL", "--skip", "-1"], "skip is -1"),
         (["trace", "MODEL", "--tokens", "0"], "tokens is 0"),
+        (["convert", "MODEL", "--dry-run", "--device", "banana"], "no device 'banana'"),
+        (["convert", "MODEL", "--dry-run", "-o", "MODEL"], "was not made by this tool"),
+        (["explain", "MODEL", "--block", "9"], "block 9 was asked for, but the model has blocks 0 to 1"),
+        (["explain", "MODEL", "--block", "0", "--fit", "2", "--output", "tokn: a"], "did you mean 'token'"),
         (["explain", "MODEL", "--block", "0", "--tokens", "0"], "tokens is 0"),
         (["convert", "MODEL"], "no output folder"),
         (["convert", "MODEL", "-o", "x", "--degree", "12"], "degree"),
