@@ -159,7 +159,7 @@ class Block:
 
     def hidden_values(self, activation: Activation, parts: Sequence[Tensor]) -> dict[tuple[str, ...], Tensor]:
         """What the hidden vector may be, given what the first maps write; by the order of their paths."""
-        raise NotImplementedError
+        raise NotImplementedError  # a mixture has no such maps, and is recomputed as a whole
 
     def saved_entry(self, polynomials: Sequence[BlockPolynomial], form: str) -> dict[str, Any]:
         """The entry of `polynomial_blocks` that rebuilds the modules of its polynomial, in the twin's form."""

@@ -86,13 +86,13 @@ def convert(
     from surgery.conversion.selection import check_conversion
 
     recipe = load_recipe(recipe_file, given)
-    check_conversion(recipe)
     if dry_run:
         from surgery.conversion.inspection import plan_conversion
 
         planned = plan_conversion(recipe, overwrite)
         click.echo(json.dumps(planned, indent=2) if as_json else terminal.plan_text(planned))
         return
+    check_conversion(recipe)
     if not recipe.output:
         raise SurgeryError("no output folder was named", fix="give -o OUT, or --dry-run to see the plan")
     from surgery.conversion.pipeline import convert as run

@@ -43,7 +43,7 @@ def explain(twin: str, direction: str | None, folder: str | None, as_json: bool,
     from surgery.reading.explanation import explain as run
     from surgery.reading.page import files_of, lines
 
-    found = run(twin, output=direction, folder=folder, **given)
+    found = run(twin, output=direction, folder=folder, quiet=as_json, **given)
     for line in [json.dumps(found, indent=2)] if as_json else lines(found):
         click.echo(line)
     if folder and not as_json:

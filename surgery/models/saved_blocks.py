@@ -7,6 +7,7 @@ polynomial is written into the modules and read out of them. The modules themsel
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,7 +25,7 @@ PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
-class SavedBlock:
+class SavedBlock(ABC):
     """One entry, `entry`; `routed` where its module is called with routing beside its input."""
 
     entry: Mapping[str, Any]
@@ -40,9 +41,9 @@ class SavedBlock:
         return (self.path,)
 
     @property
+    @abstractmethod
     def readout(self) -> str:
         """What the names of its last map's parameters begin with."""
-        raise NotImplementedError
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -63,13 +64,13 @@ class SavedBlock:
             self.write(modules, polynomials)
         return modules
 
+    @abstractmethod
     def write(self, modules: Mapping[str, nn.Module], polynomials: Sequence[BlockPolynomial]) -> None:
         """Puts a polynomial (of experts, all of theirs) into the modules."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, model: nn.Module) -> BlockPolynomial:
         """What the block computes in a model, float64. Raises ModelError where that is not one polynomial."""
-        raise NotImplementedError
 
 
 class SavedAffine(SavedBlock):

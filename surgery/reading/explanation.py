@@ -62,7 +62,13 @@ class ExplainSettings:
 
 
 def explain(
-    twin: str | Path, block: int, *, output: str | None = None, folder: str | Path | None = None, **settings: Any
+    twin: str | Path,
+    block: int,
+    *,
+    output: str | None = None,
+    folder: str | Path | None = None,
+    quiet: bool = True,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Reads one block of a twin: which inputs make it write a direction, by the eigenpairs of its quadratic part.
 
@@ -79,14 +85,14 @@ def explain(
         SurgeryError: not a twin, no such block, an unknown direction, too little text.
     """
     given = {**settings, "twin": str(twin), "block": block, "output": output}
-    found = explained(checked_settings(ExplainSettings, given))
+    found = explained(checked_settings(ExplainSettings, given), quiet)
     if folder is not None:
         write_explanation(found, Path(folder))
     return found
 
 
-def explained(settings: ExplainSettings) -> dict[str, Any]:
-    """The explanation as data."""
+def explained(settings: ExplainSettings, quiet: bool = True) -> dict[str, Any]:
+    """The explanation as data, for settings that were checked."""
     started = time.monotonic()
     if settings.minus and not settings.output:
         raise RecipeError("--minus needs an --output to be subtracted from")
@@ -95,7 +101,7 @@ def explained(settings: ExplainSettings) -> dict[str, Any]:
     if settings.coordinates not in COORDINATES:
         raise RecipeError(f"no coordinates {settings.coordinates!r}", fix=f"one of {', '.join(COORDINATES)}")
     loaded = loading.loaded(settings.twin, settings.revision, settings.dtype)
-    block, inputs = _block(settings, loaded)
+    block, inputs = _block(settings, loaded, quiet)
     model: Any = loaded.model
     if not all("input_ids" in batch for batch in inputs.batches):
         raise SurgeryError("only models that read tokens are explained with text", where=settings.twin)
@@ -128,7 +134,7 @@ def explained(settings: ExplainSettings) -> dict[str, Any]:
     return report | {"seconds": round(time.monotonic() - started, 2)}
 
 
-def _block(settings: ExplainSettings, loaded: loading.LoadedModel) -> tuple[BlockInModel, Calibration]:
+def _block(settings: ExplainSettings, loaded: loading.LoadedModel, quiet: bool) -> tuple[BlockInModel, Calibration]:
     """The block as a polynomial (fitted now, if asked for and not one yet), and the text as model inputs."""
     model: Any = loaded.model
 
@@ -150,7 +156,7 @@ def _block(settings: ExplainSettings, loaded: loading.LoadedModel) -> tuple[Bloc
         "tokens": max(FIT_TOKENS, settings.tokens),
     }
     recipe |= {"calibration": settings.text, "measure": 0, "form": "custom", "seed": settings.seed}
-    convert(model, tokenizer=loaded.tokenizer, **recipe)
+    convert(model, tokenizer=loaded.tokenizer, quiet=quiet, **recipe)
     return find_block(model, settings.block), inputs()
 
 

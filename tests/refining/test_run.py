@@ -8,9 +8,8 @@ import torch
 import surgery
 from surgery.errors import CheckpointError
 from surgery.refining.run import refined
-from surgery.refining.training import Training
 from tests import commands
-from tests.refining.support import settings_of
+from tests.refining.support import interrupted, settings_of
 
 
 def weights(folder):
@@ -36,21 +35,11 @@ def test_distillation_lowers_the_loss_and_a_native_twin_stays_native(place, tmp_
     assert all(".mlp." in name for name in changed), "only the blocks were trained"
 
 
-def test_a_killed_run_goes_on_exactly(place, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_exactly(place, tmp_path):
     whole = refined(settings_of(place, tmp_path / "whole"))
     settings = settings_of(place, tmp_path / "cut")
-    real, looks = Training.keep, []
-
-    def stop(self, folder):
-        real(self, folder)
-        looks.append(self.step)
-        if len(looks) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Training, "keep", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(after=3):
         refined(settings)
-    monkeypatch.undo()
     assert not (tmp_path / "cut").exists()
     with pytest.raises(CheckpointError, match="other settings"):
         refined(settings_of(place, tmp_path / "cut", rate=1e-3))

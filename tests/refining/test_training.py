@@ -7,8 +7,7 @@ import surgery
 from surgery.refining.run import refined
 from surgery.refining.schedule import Schedule
 from surgery.refining.settings import RefineSettings
-from surgery.refining.training import Training
-from tests.refining.support import settings_of
+from tests.refining.support import interrupted, settings_of
 
 
 def test_an_anchor_keeps_the_weights_near_their_start(place, tmp_path):
@@ -55,25 +54,15 @@ def test_trackers_get_what_is_measured(place, tmp_path, monkeypatch):
     assert [v["held_out_lost"] for _, v in logged if "held_out_lost" in v] == [row["lost"] for row in record["curve"]]
 
 
-def test_another_twin_under_the_same_name_does_not_resume(place, tmp_path, monkeypatch):
+def test_another_twin_under_the_same_name_does_not_resume(place, tmp_path):
     import shutil
 
     from surgery.errors import CheckpointError
 
     shutil.copytree(place / "native", tmp_path / "twin")
     settings = RefineSettings(**{**vars(settings_of(place, tmp_path / "out")), "twin": str(tmp_path / "twin")})
-    real, looks = Training.keep, []
-
-    def stop(self, folder):
-        real(self, folder)
-        looks.append(self.step)
-        if len(looks) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Training, "keep", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(after=2):
         refined(settings)
-    monkeypatch.undo()
     surgery.convert(
         place / "llama",
         output=tmp_path / "twin",

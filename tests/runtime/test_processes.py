@@ -74,7 +74,7 @@ def test_a_script_under_a_launcher_converts_twice(folder):
     (folder / "twice.py").write_text(TWICE)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launcher, str(folder / "twice.py"), str(folder)], check=False, capture_output=True, text=True
+        [*launcher, str(folder / "twice.py"), str(folder)], check=False, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("refused.partial\n") == 2
