@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evals import harness
+from surgery.calibration.mixtures import seen_of
 from surgery.calibration.texts import check_source, label
 from surgery.errors import EvaluationError, RecipeError
 from surgery.models.loading import load_config
@@ -137,8 +138,7 @@ def unseen(twin: str, text: str) -> tuple[int, int | None]:
     kept = refined.get(label(text))
     if kept:
         return kept["begin"], kept["end"] - kept["begin"]
-    used = made["calibration"]
-    return (int(used["tokens"]) if label(used["source"]) == label(text) else 0), None
+    return seen_of(made["calibration"], text), None
 
 
 def default_original(twin: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,6 +48,23 @@ def bootstrap_ratio(totals: Tensor, counts: Tensor, seed: int = 0, resamples: in
         found.append(totals[drawn].sum(1) / counts[drawn].sum(1))
     low, high = torch.cat(found).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Interval(value, low, high)
+
+
+def mean_of(parts: Sequence[Mapping[str, float | None]]) -> Interval:
+    """The mean of independent estimates, with the interval that theirs imply: half-widths added in quadrature.
+
+    Args:
+        parts: intervals as :meth:`Interval.as_dict` gives them; where one has no bounds, the mean has none.
+    """
+    values = [part["value"] or 0.0 for part in parts]
+    mean = sum(values) / len(values)
+    sides = []
+    for bound in ("low", "high"):
+        ends = [part[bound] for part in parts]
+        known = [end - value for end, value in zip(ends, values, strict=True) if end is not None]
+        sides.append(math.hypot(*known) / len(parts) if len(known) == len(parts) else None)
+    low, high = sides
+    return Interval(mean, None if low is None else mean - low, None if high is None else mean + high)
 
 
 def paired_difference(before: list[float], after: list[float]) -> tuple[float, float | None]:

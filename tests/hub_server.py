@@ -188,6 +188,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         content = tree[path]
         commit = revision if re.fullmatch(r"[0-9a-f]{40}", revision) else self._commit(revision)
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or ""):
+            begin, end = int(wanted[1]), int(wanted[2]) + 1
+            self.answer(status=416 if begin >= len(content) else 206, content=content[begin:end])
+            return
         headers = [("ETag", f'"{hashlib.sha256(content).hexdigest()}"'), ("X-Repo-Commit", commit)]
         headers.append(("Content-Length", str(len(content))))
         self.answer(headers=headers, content=content)
@@ -208,5 +212,6 @@ ROUTES = (
     (rf"GET /api/models/{NAME}/tree/(?P<revision>[^/]+)", "tree"),
     (rf"GET /api/models/{NAME}/revision/(?P<revision>[^/]+)", "info"),
     (rf"GET /api/models/{NAME}", "info"),
+    (rf"(GET|HEAD) /(?P<name>datasets/[\w.-]+/[\w.-]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
     (rf"(GET|HEAD) /{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
 )

@@ -1,9 +1,10 @@
-"""Calibration inputs: a text source, the model's own samples or tensors → batches of model inputs.
+"""Calibration inputs: text sources, the model's own samples or tensors → batches of model inputs.
 
 Sources (never a silent fallback: what was used is returned, printed and recorded):
 
     samples             the model's own samples, drawn at temperature 1 (data-free)
-    python, FILE.txt, FILE.jsonl, hub:NAME      texts, see :mod:`surgery.calibration.texts`
+    python, code, FILE.txt, FILE.jsonl, hub:NAME    texts, see :mod:`surgery.calibration.texts`
+    broad, or several sources with shares           see :mod:`surgery.calibration.mixtures`
     FILE.safetensors    model inputs by name (pixel_values, input_ids, attention_mask, …), first dimension examples
 
 Windows of text are long or short: part of the tokens comes in short windows that begin as a text begins, and half of
@@ -19,13 +20,15 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from surgery.calibration.texts import label
-from surgery.calibration.windows import TextPieces, sequences, vocabulary, with_random_tokens
+from surgery.calibration.automatic import available
+from surgery.calibration.mixtures import Given, Mixture, Part
+from surgery.calibration.texts import SAMPLES, label
+from surgery.calibration.windows import TextPieces, joined, sequences, vocabulary, with_random_tokens
 from surgery.errors import CalibrationError
 
 
@@ -37,7 +40,10 @@ class Calibration:
         batches: keyword arguments of `model(**batch)`, tensors with the same first dimension.
         source, tokens, length: what was used, tokens in all (padding excluded), sequence length.
         fingerprint: SHA-256 of the tensors.
+        parts: of text, a row per source: its share, the tokens used, the share of them in short windows, and `end`:
+            up to which token of the source they are.
         unseen: further batches that no fit may see, to measure on.
+        note: a plain word on what could not be had; empty where nothing is missing.
     """
 
     batches: tuple[dict[str, Tensor], ...]
@@ -45,7 +51,9 @@ class Calibration:
     tokens: int
     length: int
     fingerprint: str
+    parts: tuple[dict[str, Any], ...] = ()
     unseen: tuple[dict[str, Tensor], ...] = ()
+    note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         described = asdict(self)
@@ -69,11 +77,11 @@ class Calibration:
             part, number, name = key.split("/")
             parts[part].setdefault(int(number), {})[name] = value
         batches, unseen = (tuple(batch for _, batch in sorted(parts[part].items())) for part in ("batches", "unseen"))
-        return Calibration(batches, unseen=unseen, **described)
+        return Calibration(batches, unseen=unseen, **{**described, "parts": tuple(described["parts"])})
 
 
 def calibration_inputs(
-    source: str | Tensor | Sequence[Mapping[str, Tensor]] | Mapping[str, Tensor],
+    source: Given | Tensor | Sequence[Mapping[str, Tensor]] | Mapping[str, Tensor],
     model: Any,
     tokenizer: Any,
     *,
@@ -81,18 +89,19 @@ def calibration_inputs(
     length: int,
     batch: int,
     seed: int = 0,
-    short: float = 0.0,
+    short: float | None = 0.0,
     random_tokens: float = 0.0,
     unseen: int = 0,
 ) -> Calibration:
     """Batches from any source.
 
     Args:
-        source: a source name (see the module), token ids of shape (tokens,) or (sequences, length), or model inputs.
+        source: a source name (see the module), several or shares by name, token ids of shape (tokens,) or (sequences,
+            length), or model inputs.
         tokens: how many to use at most.
         length: tokens a sequence; lowered to the model's own limit.
         batch: sequences a forward pass; of short ones as many as have the same number of tokens.
-        short: share of the tokens in short windows; 0 where `length` is short itself.
+        short: share of the tokens in short windows, None: of every source its kind's own; 0 where `length` is short.
         random_tokens: share of the tokens of text or samples replaced; see :func:`with_random_tokens`.
         unseen: further tokens to measure on, from sources that have any.
     Raises:
@@ -101,24 +110,52 @@ def calibration_inputs(
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limit = known if isinstance(known, int) and known > 0 else 1 << 30
     length = min(length, limit)
-    name = label(source) if isinstance(source, str) else "given"
+    mixture, note = available(Mixture.of(source)) if is_named(source) else (None, "")
     rest: Tensor | None = None
-    if isinstance(source, str) and not source.endswith(".safetensors"):
-        pieces = TextPieces(tokens, length, short, unseen)
-        if source == "samples":
-            sets, rest = pieces.of_samples(model, tokenizer, seed, limit)
-        else:
-            sets, rest = pieces.of_text(source, tokenizer)
+    rows: list[dict[str, Any]] = []
+    if mixture is not None and not mixture.is_inputs:
+        found = []
+        for part in mixture.parts:
+            pieces = _pieces(part, mixture, tokens, length, unseen, short)
+            if part.source == SAMPLES:
+                found.append(pieces.of_samples(model, tokenizer, seed, limit))
+            else:
+                found.append(pieces.of_text(part.source, tokenizer))
+            about = {"source": label(part.source), "share": part.share, "short": pieces.short}
+            rows.append({**about, "tokens": found[-1].tokens, "end": found[-1].end})
+        sets, rest = joined(found)
         if random_tokens > 0:
             words = vocabulary(tokenizer, model)
             sets = [with_random_tokens(ids, random_tokens, *words, seed) for ids in sets]
         inputs = [_text_inputs(ids, model) for ids in sets]
     else:
-        inputs = _given(source, model, length)
+        inputs = _given(mixture.parts[0].source if mixture else source, model, length)
     batches = tuple(part for item in inputs for part in _split(item, max(1, batch * length // _length(item, length))))
     _check_ids(batches, model)
     further = () if rest is None else tuple(_split(_text_inputs(rest, model), batch))
-    return replace(_described(batches, name, model), unseen=further)
+    described = _described(batches, mixture.name if mixture else "given", model)
+    return replace(described, unseen=further, parts=tuple(rows), note=note)
+
+
+def is_named(source: Any) -> TypeGuard[Given]:
+    """Whether what is given are sources by name, instead of tensors."""
+    if isinstance(source, Mapping):
+        return all(isinstance(share, int | float) for share in source.values())
+    return isinstance(source, str) or (
+        isinstance(source, Sequence) and len(source) > 0 and all(isinstance(item, str) for item in source)
+    )
+
+
+def _pieces(part: Part, mixture: Mixture, tokens: int, length: int, unseen: int, short: float | None) -> TextPieces:
+    """A part's own share of everything."""
+    own = round(tokens * part.share)
+    if own < length and not mixture.one:
+        raise CalibrationError(
+            f"its share of {tokens} tokens is {own}: less than one sequence of {length}",
+            where=part.source,
+            fix="more --tokens, a shorter --length, or fewer sources",
+        )
+    return TextPieces(own, length, part.short(short), round(unseen * part.share), 2 if mixture.one else 1)
 
 
 def _given(source: Any, model: Any, length: int) -> list[dict[str, Tensor]]:

@@ -7,10 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.calibration.openings import openings
 from surgery.calibration.texts import frame
 from surgery.errors import CalibrationError
+from surgery.runtime.precision import fast_autocast
 
 SAMPLED_TOGETHER = 64  # sequences
+MOST_UNKNOWN = 0.1  # of the tokens of English that are the tokenizer's unknown one
+ENGLISH = "The quick brown fox jumps over the lazy dog, and the dog says: what a day! It was in 1923, on page 45."
 
 
 def start_tokens(tokenizer: Any) -> list[int]:
@@ -23,20 +27,43 @@ def start_tokens(tokenizer: Any) -> list[int]:
 
 
 def sample(model: Any, tokenizer: Any, rows: int, length: int, batch: int = SAMPLED_TOGETHER) -> Tensor:
-    """The model's own texts from their start tokens on, (rows, length) ids, at temperature 1; global random state."""
+    """The model's own texts from their start tokens on, (rows, length) ids, at temperature 1; global random state.
+
+    Every other one goes on from an opening (:mod:`surgery.calibration.openings`), where the tokenizer knows English.
+    """
     start = [] if tokenizer is None else start_tokens(tokenizer)
     if not start or not hasattr(model, "generate") or not model.can_generate():
         raise CalibrationError("this model cannot generate text of its own", fix="give a text file with --calibration")
     from tqdm import tqdm
 
-    drawn: list[Tensor] = []
+    begun = openings(tokenizer) if knows_english(tokenizer) else []
+    begun = begun if begun and len(begun[0]) < length - len(start) - 1 else []
+    opened = rows // 2 if begun else 0
+    prompts = [[start] * (rows - opened), [[*start, *begun[number % len(begun)]] for number in range(opened)]]
+    plain: list[Tensor] = []
+    others: list[Tensor] = []
     with tqdm(total=rows, desc=f"sampling {length} tokens", unit="seq", leave=False) as bar:
-        while len(drawn) < rows:
-            prompt = torch.tensor(start, device=model.device).expand(min(batch, rows - len(drawn)), -1)
-            new = length - len(start)
-            how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": start[0]}
-            mask = torch.ones_like(prompt)
-            out = model.generate(prompt, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, **how)
-            drawn += list(out[:, :length].cpu())
-            bar.update(len(out))
-    return torch.stack(drawn)
+        for drawn, wanted in zip((plain, others), prompts, strict=True):
+            for first in range(0, len(wanted), batch):
+                part = torch.tensor(wanted[first : first + batch], device=model.device)
+                drawn.extend(_continued(model, part, length))
+                bar.update(len(part))
+    later = others[::-1]  # two of each in turn, so that both begin in every way windows begin
+    return torch.stack([later.pop() if later and (n % 4 >= 2 or not plain) else plain.pop(0) for n in range(rows)])
+
+
+def _continued(model: Any, prompt: Tensor, length: int) -> Tensor:
+    """Texts of `length` ids that go on from equally long prompts, (rows, ids)."""
+    new = length - prompt.shape[1]
+    how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": int(prompt[0, 0])}
+    mask = torch.ones_like(prompt)
+    with fast_autocast(prompt.device):
+        out: Tensor = model.generate(prompt, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, **how)
+    return out[:, :length].cpu()
+
+
+def knows_english(tokenizer: Any) -> bool:
+    """Whether next to nothing of an English sentence is unknown to the tokenizer."""
+    ids = tokenizer(ENGLISH, add_special_tokens=False)["input_ids"]
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return unknown is None or ids.count(unknown) <= MOST_UNKNOWN * len(ids)

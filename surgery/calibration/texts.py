@@ -1,9 +1,11 @@
 """Texts by name → documents and token ids.
 
 python              English that ships with Python: its language reference and the docstrings of its library
+code                the source code of Python's library
 FILE.txt            plain text
 FILE.jsonl          one JSON object a line with a "text" field
 hub:NAME[:CONFIG[:SPLIT]]   a Hub dataset with a "text" column (needs `datasets`)
+hub:NAME@COMMIT/FILE        one .json(l)(.gz) file of a Hub dataset, see :mod:`surgery.calibration.hub_files`
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.calibration.hub_files import hub_file_texts, is_hub_file
 from surgery.errors import CalibrationError, RecipeError, did_you_mean
 
-BUILT_IN = ("python", "samples")
+AUTO, SAMPLES, BROAD = "auto", "samples", "broad"
+BUILT_IN = ("python", "code", SAMPLES, BROAD)
 MODULES_PER_TOPIC = 4  # there are about four modules with long docstrings to a topic of the language reference
 CHARACTERS_PER_TOKEN = 6  # an overestimate of English, so that enough text is read and no more
 
@@ -30,6 +34,10 @@ def documents(source: str) -> Iterator[str]:
     """The texts of a text source, in order."""
     if source == "python":
         yield from _python_english()
+    elif source == "code":
+        yield from _python_code(Path(sysconfig.get_paths()["stdlib"]))
+    elif is_hub_file(source):
+        yield from hub_file_texts(source)
     elif source.startswith("hub:"):
         yield from _hub_texts(source)
     else:
@@ -51,12 +59,28 @@ def _python_english() -> Iterator[str]:
     yield from library
 
 
-def _docstrings(root: Path) -> Iterator[str]:
-    """Docstrings of at least a paragraph, a text per module, from the standard library's sources."""
+def _modules(root: Path) -> Iterator[Path]:
+    """The standard library's sources, without its tests."""
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
-        if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(parts) or parts[0].startswith("_"):
+        if not ({"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(parts) or parts[0].startswith("_")):
+            yield path
+
+
+def _python_code(root: Path) -> Iterator[str]:
+    """Modules of some length, of which what is longer than a dozen pages is left out: many authors, not a few."""
+    for path in _modules(root):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
             continue
+        if len(text) > 1000 and path.parent.name not in ("pydoc_data", "encodings"):
+            yield text[:24_000]
+
+
+def _docstrings(root: Path) -> Iterator[str]:
+    """Docstrings of at least a paragraph, a text per module, from the standard library's sources."""
+    for path in _modules(root):
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError, OSError):
@@ -159,12 +183,12 @@ def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def label(source: str) -> str:
     """A source's name in reports: of a file its last part."""
-    return source if source in ("auto", *BUILT_IN) or source.startswith("hub:") else Path(source).name
+    return source if source in (AUTO, *BUILT_IN) or source.startswith("hub:") else Path(source).name
 
 
 def check_source(source: str) -> None:
     """Raises RecipeError for a source that cannot be what was meant, before a model is loaded."""
-    if source in ("auto", *BUILT_IN) or source.startswith("hub:") or Path(source).expanduser().is_file():
+    if source in (AUTO, *BUILT_IN) or source.startswith("hub:") or Path(source).expanduser().is_file():
         return
     raise RecipeError(
         f"no calibration source {source!r}{did_you_mean(source, BUILT_IN)}",

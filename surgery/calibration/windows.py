@@ -1,51 +1,90 @@
-"""Token ids → windows: long and short ones, with random tokens in between."""
+"""Token ids → windows: long and short ones, from all over a text, with random tokens in between."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from surgery.calibration.held_out import fitted_sequences
+from surgery.calibration.held_out import HELD_OUT_SHARE, fitted_sequences
 from surgery.calibration.samples import sample, start_tokens
 from surgery.calibration.texts import frame, tokens_of
 from surgery.errors import CalibrationError
 
 SHORT = 64  # tokens of a short window
+SPREAD = 8  # times as many tokens as are wanted are read, and windows taken from all over them
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Of one source.
+
+    Attributes:
+        sets: windows to calibrate on, (windows, length) of each length.
+        unseen: windows that no fit may see; None where there are none.
+        end: tokens of the source up to the last that may be calibrated on; 0 for samples.
+    """
+
+    sets: tuple[Tensor, ...]
+    unseen: Tensor | None
+    end: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(ids.numel() for ids in self.sets)
 
 
 @dataclass(frozen=True)
 class TextPieces:
-    """How much of a text, in what pieces."""
+    """How much of a text, in what pieces.
+
+    Attributes:
+        least: long windows at least.
+    """
 
     tokens: int
     length: int
     short: float
     unseen: int
+    least: int = 2
 
     @property
     def mixed(self) -> bool:
         return self.short > 0 and self.length > SHORT
 
-    def of_text(self, source: str, tokenizer: Any) -> tuple[list[Tensor], Tensor | None]:
-        """Sets of windows to calibrate on, and unseen ones: of the tokens after those; of a short text a quarter."""
-        ids = tokens_of(source, tokenizer, self.tokens + self.unseen)
+    def of_text(self, source: str, tokenizer: Any) -> Windows:
+        """Windows from all over the text, but for its end: a quarter of it, where the whole of it was read.
+
+        Unseen are the tokens that follow; of a text shorter than was asked for a quarter.
+        """
+        most = SPREAD * self.tokens + self.unseen
+        ids = tokens_of(source, tokenizer, most)
         framed, start = frame(tokenizer), start_tokens(tokenizer)
         room = self.length - len(framed[0]) - len(framed[1])
         spare = min(self.unseen, max(len(ids) - self.tokens, len(ids) // 4, room)) if len(ids) >= 3 * room else 0
-        ids, rest = ids[: len(ids) - spare], ids[len(ids) - spare :]
+        end = len(ids) - spare
+        if len(ids) < most:
+            end = min(end, max(self.tokens, 3 * len(ids) // 4))
+        rest = ids[end : end + spare]
         unseen = sequences(rest, self.length, framed, source, 1) if len(rest) >= room else None
-        share = round(len(ids) * (1 - self.short))
-        if not self.mixed or share < 2 * room or len(ids) - share < SHORT:
-            return [sequences(ids, self.length, framed, source)], unseen
-        long = sequences(ids[:share], self.length, framed, source)
+        ids = ids[:end]
+        used, plenty = min(len(ids), self.tokens), len(ids) > self.tokens
+        share = round(used * (1 - self.short))
+        if not self.mixed or share < self.least * room or used - share < SHORT:
+            long = sequences(ids, self.length, framed, source, self.least)
+            return Windows((_evenly(long, max(self.least, used // room)),), unseen, end)
+        long = sequences(ids if plenty else ids[:share], self.length, framed, source, self.least)
+        long = _evenly(long, share // room)
         if start and not framed[0]:
             long[::2, 0] = start[0]
-        return [long, sequences(ids[len(long) * room :], SHORT, (start, framed[1]), source, 1)], unseen
+        rest = ids if plenty else ids[len(long) * room :]
+        short = sequences(rest, SHORT, (start, framed[1]), source, 1)
+        return Windows((long, _evenly(short, (used - len(long) * room) // SHORT)), unseen, end)
 
-    def of_samples(self, model: Any, tokenizer: Any, seed: int, limit: int) -> tuple[list[Tensor], Tensor | None]:
+    def of_samples(self, model: Any, tokenizer: Any, seed: int, limit: int) -> Windows:
         """The same of the model's own texts, of up to `limit` tokens."""
         torch.manual_seed(seed)
         short = int(self.tokens * self.short) // SHORT if self.mixed else 0
@@ -55,7 +94,30 @@ class TextPieces:
         if midst:
             drawn = torch.stack([row[number % 2 :][: self.length] for number, row in enumerate(drawn)])
         sets = [drawn[:rows]] + ([sample(model, tokenizer, short, SHORT)] if short else [])
-        return sets, drawn[rows:] if extra else None
+        return Windows(tuple(sets), drawn[rows:] if extra else None)
+
+
+def _evenly(rows: Tensor, wanted: int) -> Tensor:
+    """At most `wanted` of the rows, in their order, at equal distances."""
+    there = len(rows)
+    return rows if there <= wanted else rows[torch.arange(wanted) * there // max(1, wanted)].clone()
+
+
+def joined(found: Sequence[Windows]) -> tuple[list[Tensor], Tensor | None]:
+    """The windows of several sources by length, longest first, and the unseen ones.
+
+    The last of every source stay the last: they are held out of the fit (:func:`fitted_sequences`), and so the ridge
+    is chosen on all kinds of text.
+    """
+    lengths = sorted({ids.shape[1] for each in found for ids in each.sets}, reverse=True)
+    sets = []
+    for length in lengths:
+        parts = [ids for each in found for ids in each.sets if ids.shape[1] == length]
+        held = [len(ids) // HELD_OUT_SHARE for ids in parts]
+        first = [ids[: len(ids) - last] for ids, last in zip(parts, held, strict=True)]
+        sets.append(torch.cat([*first, *(ids[len(ids) - last :] for ids, last in zip(parts, held, strict=True))]))
+    unseen = [each.unseen for each in found if each.unseen is not None]
+    return sets, torch.cat(unseen) if unseen else None
 
 
 def sequences(

@@ -44,8 +44,9 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
 @click.option("--units", type=float, help="Share of each block's units to keep, the most useful ones.  [default: 1]")
 @click.option(
     "--calibration",
-    help="samples, python, hub:NAME, or a .txt, .jsonl or .safetensors file.  [default: the model's own samples; "
-    "python where it cannot generate]",
+    multiple=True,
+    help="broad, samples, python, code, hub:NAME, or a .txt, .jsonl or .safetensors file; repeatable, with shares as "
+    "in novels.txt=2.  [default: broad, fetched from the Hub; samples where it cannot be]",
 )
 @click.option("--tokens", type=terminal.COUNT, help="Calibration tokens, as in 200k or 1M.  [default: 65536]")
 @click.option("--length", type=int, help="Tokens a sequence.  [default: 512]")
@@ -85,6 +86,8 @@ def convert(
     from surgery.conversion.recipe import load_recipe
     from surgery.conversion.selection import check_conversion
 
+    sources = given.pop("calibration")
+    given["calibration"] = sources[0] if len(sources) == 1 else list(sources) or None
     recipe = load_recipe(recipe_file, given)
     if dry_run:
         from surgery.conversion.inspection import plan_conversion

@@ -15,7 +15,12 @@ from surgery.cli import terminal
 @click.argument("twin")
 @click.option("--teacher", required=True, help="The original: Hub id, folder or .gguf.")
 @click.option("-o", "--output", required=True, help="Folder for the refined twin.")
-@click.option("--text", multiple=True, help="python, samples, hub:NAME, a text file; repeatable.  [default: python]")
+@click.option(
+    "--text",
+    multiple=True,
+    help="broad, samples, python, code, hub:NAME or a text file; repeatable, with shares as in novels.txt=2.  "
+    "[default: broad, fetched from the Hub; samples=2, python and code where it cannot be]",
+)
 @click.option("--tokens", type=terminal.COUNT, help="Tokens to train on, as in 200k or 4M.  [default: 1M]")
 @click.option("--length", type=int, help="Tokens a window.  [default: 256]")
 @click.option("--batch", type=int, help="Windows a forward pass and process.  [default: 4]")

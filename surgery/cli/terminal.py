@@ -126,14 +126,19 @@ def evaluation_plan(planned: EvalSettings, processes: int) -> str:
     return "\n".join(f"{name:10} {value}" for name, value in rows.items())
 
 
-def source_name(name: str) -> str:
-    """A calibration source, for a person."""
-    return "the model's own samples, or Python's English where it cannot generate" if name == "auto" else name
+def source_name(given: Any) -> str:
+    """Calibration sources, for a person."""
+    if given == "auto":
+        return "broad, or the model's own samples where that cannot be fetched"
+    if isinstance(given, dict):
+        return ", ".join(f"{source}={share:g}" for source, share in given.items())
+    return given if isinstance(given, str) else ", ".join(given)
 
 
 def plan_text(planned: dict[str, Any]) -> str:
     """`surgery convert --dry-run`."""
     recipe = planned["recipe"]
+    short = "a part" if recipe["short"] is None else f"{recipe['short']:.0%}"
     lines = [
         f"model         {planned['model']} ({planned['architecture']})",
         f"blocks        {len(planned['convert'])} of {len(planned['blocks'])}",
@@ -143,7 +148,7 @@ def plan_text(planned: dict[str, Any]) -> str:
         f"optimum for   {recipe['assume']}, readout {recipe['readout']}, target {recipe['target']}",
         f"calibration   {source_name(recipe['calibration'])}: "
         f"{recipe['tokens']} tokens in sequences of {recipe['length']}, "
-        f"{recipe['short']:.0%} of them in short ones, {recipe['random_tokens']:.0%} replaced by random ones",
+        f"{short} of them in short ones, {recipe['random_tokens']:.0%} replaced by random ones",
         f"form          {planned['form']}",
         f"output        {recipe['output'] or '(none)'}",
     ]
@@ -193,6 +198,8 @@ def print_report(report: Report, output: str) -> None:
         click.echo(
             f"perplexity {seen['original']:.2f} → {seen['twin']:.2f} ({seen['nats']:+.4f} nats) on {seen['text']}"
         )
+    if report.calibration["note"]:
+        click.echo(f"note: {report.calibration['note']}", err=True)
     for path, reason in report.left_alone:
         click.echo(f"left alone: {path}: {reason}")
     click.echo(f"{output}: {report.form} form, reloaded in a fresh process and compared")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from surgery.calibration.texts import label
+from surgery.calibration.mixtures import Mixture
 from surgery.conversion.recipe import Recipe
 from surgery.losses import Perplexity, Predictions, perplexity
 from surgery.runtime import processes
@@ -51,6 +51,6 @@ def compared(before: Perplexity | None, after: Perplexity | None, plan: Recipe) 
         "twin": after.perplexity,
         "nats": after.nats - before.nats,
         "tokens": before.tokens,
-        "text": f"{label(plan.calibration)}, the {before.tokens} tokens after those used for calibration",
+        "text": f"{Mixture.of(plan.calibration).name}, the {before.tokens} tokens after those used for calibration",
         "window": plan.length,
     }

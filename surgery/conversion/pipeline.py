@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from surgery.blocks.find import survey
-from surgery.calibration.texts import check_source, label
+from surgery.calibration.inputs import is_named
+from surgery.calibration.mixtures import Given, Mixture
+from surgery.calibration.texts import label
 from surgery.closed_form.moments import GaussianMixture
 from surgery.conversion.budget import Budget, convert_within
 from surgery.conversion.measures import compared, shared_perplexity
@@ -39,7 +41,7 @@ def convert(
     model: Any,
     *,
     tokenizer: Any = None,
-    calibration: str | Tensor | Sequence[Mapping[str, Tensor]] | Mapping[str, Tensor] | None = None,
+    calibration: Given | Tensor | Sequence[Mapping[str, Tensor]] | Mapping[str, Tensor] | None = None,
     moments: Mapping[str, GaussianMixture] | None = None,
     recipe: Recipe | None = None,
     output: str | Path | None = None,
@@ -56,8 +58,8 @@ def convert(
         model: Hub id, folder, .gguf file, or a transformers model in memory, which is changed in place and put in
             evaluation mode; on error it is as it was, but for that mode.
         tokenizer: for a model in memory, to calibrate on text and to be saved along.
-        calibration: a source name (see :mod:`surgery.calibration.texts`), token ids, or model inputs; default from
-            the recipe.
+        calibration: a source name (see :mod:`surgery.calibration.texts`), several or shares by name, token ids, or
+            model inputs; default from the recipe.
         moments: distribution of each block's input by path, for `assume="gaussian"`; measured where absent.
         recipe: settings; `settings` (any field of :class:`~surgery.conversion.recipe.Recipe`) override it.
         output: folder to save the twin to, verified by reloading it in a fresh process.
@@ -101,13 +103,25 @@ def _plan(
 ) -> Recipe:
     """The recipe with everything on top of it, checked as far as no model is needed."""
     chosen = (recipe.model_dump() if recipe else {}) | dict(settings)
-    given = {"model": model, "output": output, "calibration": calibration if isinstance(calibration, str) else None}
-    plan = load_recipe(None, chosen | {name: str(value) for name, value in given.items() if value is not None})
+    named = calibration is not None and is_named(calibration)
+    given = {
+        "model": model,
+        "output": None if output is None else str(output),
+        "calibration": _as_data(calibration) if named else None,
+    }
+    plan = load_recipe(None, chosen | {name: value for name, value in given.items() if value is not None})
     if model is not None:
         check_named(plan)
-    if calibration is None or isinstance(calibration, str):
-        check_source(plan.calibration)
+    if calibration is None or named:
+        Mixture.of(plan.calibration).check()
     return plan
+
+
+def _as_data(named: Any) -> str | list[str] | dict[str, float]:
+    """Sources as a recipe holds them."""
+    if isinstance(named, Mapping):
+        return {str(source): float(share) for source, share in named.items()}
+    return named if isinstance(named, str) else list(named)
 
 
 def _claimed(plan: Recipe, overwrite: bool, restart: bool) -> Path | None:
@@ -197,4 +211,7 @@ def _public(plan: Recipe) -> dict[str, Any]:
     """Local paths by their last part only: the report travels with the checkpoint."""
     local = {"model": Path(plan.model).expanduser().exists(), "output": True, "moments": True}
     paths = {key: Path(value).name for key, here in local.items() if here and (value := getattr(plan, key))}
-    return paths | {"calibration": label(plan.calibration)}
+    given = plan.calibration
+    if isinstance(given, dict):
+        return paths | {"calibration": {label(source): share for source, share in given.items()}}
+    return paths | {"calibration": label(given) if isinstance(given, str) else [label(source) for source in given]}

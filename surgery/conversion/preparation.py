@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from surgery.blocks.block import Block
 from surgery.blocks.find import Survey, survey
 from surgery.blocks.verify import verify_each
 from surgery.calibration.arrivals import first_token_is_sink
-from surgery.calibration.inputs import Calibration, calibration_inputs
-from surgery.calibration.samples import start_tokens
+from surgery.calibration.automatic import automatic
+from surgery.calibration.inputs import Calibration, calibration_inputs, is_named
+from surgery.calibration.mixtures import Mixture
+from surgery.calibration.texts import AUTO, SAMPLES
 from surgery.closed_form.moments import GaussianMixture
 from surgery.conversion.measures import shared_perplexity
 from surgery.conversion.partial_run import kept_samples, model_identity
@@ -70,10 +73,13 @@ def prepared(
     if plan.budget is not None and not is_causal(network):
         raise RecipeError("a budget is in nats, which only a causal language model has", fix="leave --budget out")
     form_of(plan, native)  # whatever can be wrong is said before samples are drawn
-    plan = _chosen_source(plan, loaded)
-    source = plan.calibration if calibration is None or isinstance(calibration, str) else calibration
+    named = calibration is None or is_named(calibration)
+    plan, note = processes.looked_up(lambda: _chosen_source(plan, loaded)) if named else (plan, "")
     known = model_identity(loaded, plan.model, given)
-    data = processes.looked_up(lambda: _inputs(source, loaded, plan, known))
+    data = processes.looked_up(lambda: _inputs(plan.calibration if named else calibration, loaded, plan, known))
+    data = replace(data, note=data.note or note)
+    if data.note and not quiet and processes.first():
+        print(f"calibration: {data.source}; {data.note}", file=sys.stderr)
     probe = _probe(network, data)
     blocks, others = _seen_to_run(network, blocks, probe, plan)
     check_repeated(blocks, plan)
@@ -125,23 +131,24 @@ def _seen_to_run(
 
 def _inputs(source: Any, loaded: loading.LoadedModel, plan: Recipe, known: str) -> Calibration:
     """Calibration batches, and further ones that no fit sees, to measure perplexity on."""
-    measured = plan.measure if isinstance(source, str) and is_causal(loaded.model) and not plan.offload else 0
+    measured = plan.measure if is_named(source) and is_causal(loaded.model) and not plan.offload else 0
     settings = {name: getattr(plan, name) for name in ("tokens", "length", "batch", "seed", "random_tokens")}
-    settings |= {"short": plan.short_share, "unseen": measured}
+    settings |= {"short": plan.short, "unseen": measured}
 
     def draw() -> Calibration:
         return calibration_inputs(source, loaded.model, loaded.tokenizer, **settings)
 
-    target = Path(plan.output) if plan.output and source == "samples" else None
-    return kept_samples(target, known, settings, draw)
+    drawn = is_named(source) and any(part.source == SAMPLES for part in Mixture.of(source).parts)
+    target = Path(plan.output) if plan.output and drawn else None
+    return kept_samples(target, f"{known} {source}", settings, draw)
 
 
-def _chosen_source(plan: Recipe, loaded: loading.LoadedModel) -> Recipe:
-    """`auto` spelled out: the model's own samples, unless it cannot generate or has no tokenizer to begin with."""
-    if plan.calibration != "auto":
-        return plan
-    generates = is_causal(loaded.model) and loaded.tokenizer is not None and start_tokens(loaded.tokenizer)
-    return plan.model_copy(update={"calibration": "samples" if generates else "python"})
+def _chosen_source(plan: Recipe, loaded: loading.LoadedModel) -> tuple[Recipe, str]:
+    """`auto` spelled out, and a plain word on it; see :func:`surgery.calibration.automatic.automatic`."""
+    if plan.calibration != AUTO:
+        return plan, ""
+    source, note = automatic(loaded.tokenizer, is_causal(loaded.model))
+    return plan.model_copy(update={"calibration": source}), note
 
 
 def _probe(model: Any, data: Calibration) -> dict[str, Tensor]:

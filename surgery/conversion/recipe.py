@@ -14,6 +14,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from surgery.calibration.mixtures import Mixture, Part
+from surgery.calibration.texts import AUTO, BUILT_IN, SAMPLES
 from surgery.errors import RecipeError, did_you_mean
 
 MOST_BLOCKS = 1_000_000  # no model has more; a larger number is a slip of the hand
@@ -52,10 +54,10 @@ class Recipe(BaseModel):
         None, gt=0, description="nats that may be lost: per block degree 2, degree 3 or the original, to stay within"
     )
     blocks: str | None = Field(None, description="which blocks, as in 0-5,8 (default: all)")
-    calibration: str = Field(
+    calibration: str | list[str] | dict[str, float] = Field(
         "auto",
-        description="samples, python, hub:NAME, or a .txt/.jsonl/.safetensors file; auto: the model's own samples, and "
-        "python for a model that cannot generate",
+        description="broad, samples, python, code, hub:NAME, or a .txt/.jsonl/.safetensors file; several, with "
+        "shares (SOURCE=2); auto: broad, which is fetched once, and samples where it cannot be",
     )
     tokens: int = Field(65536, ge=1, description="calibration tokens")
     length: int = Field(512, ge=2, description="tokens a sequence")
@@ -63,7 +65,7 @@ class Recipe(BaseModel):
         None,
         ge=0,
         lt=1,
-        description="share of tokens in short sequences that begin as texts do (default: 0.5 of samples, else 0.1)",
+        description="share of tokens in short sequences that begin as texts do (default: 0.5 of samples, 0.1 of texts)",
     )
     random_tokens: float = Field(
         0.02, ge=0, lt=1, description="share of the tokens replaced by random ones, so that rare tokens are met"
@@ -103,12 +105,17 @@ class Recipe(BaseModel):
             problems.append("offload needs an output folder, and no budget")
         if self.tail_weight and self.assume != "data":
             problems.append("tail_weight needs assume: data")
-        least = math.ceil(2 * self.length / (1 - self.short_share))
-        if self.tokens < least and self.calibration in ("auto", "python", "samples"):
+        part = Part(SAMPLES if self.calibration == AUTO else str(self.calibration), 1.0)
+        least = math.ceil(2 * self.length / (1 - part.short(self.short)))
+        if self.tokens < least and self.calibration in (AUTO, *BUILT_IN):
             problems.append(
                 f"tokens ({self.tokens}) must be at least {least}, so that two sequences of length ({self.length}) are "
-                f"left beside the short ones (short: {self.short_share:g})"
+                f"left beside the short ones (short: {part.short(self.short):g})"
             )
+        try:
+            Mixture.of(self.calibration)
+        except RecipeError as error:
+            problems.append(f"calibration: {error.where}: {error.what}")
         if self.blocks is not None:
             try:
                 parse_blocks(self.blocks)
@@ -129,10 +136,12 @@ class Recipe(BaseModel):
         return own if self.tail_weight is None else self.tail_weight
 
     @property
-    def short_share(self) -> float:
-        """Texts are measured as they are calibrated on, mostly in long windows; samples stand for whatever comes."""
-        own = 0.5 if self.calibration in ("auto", "samples") else 0.1
-        return own if self.short is None else self.short
+    def short_share(self) -> float | None:
+        """None where it differs between sources, or is not known yet; the calibration's parts say it."""
+        if self.short is not None or self.calibration == AUTO:
+            return self.short
+        shares = {part.short(None) for part in Mixture.of(self.calibration).parts}
+        return shares.pop() if len(shares) == 1 else None
 
     def resolved(self) -> dict[str, Any]:
         """As recorded beside the twin: every value spelled out."""

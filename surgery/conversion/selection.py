@@ -10,8 +10,8 @@ from torch import nn
 from surgery.blocks.block import Block
 from surgery.blocks.find import Survey
 from surgery.blocks.parts import attribute
+from surgery.calibration.mixtures import Mixture
 from surgery.calibration.repeated import split_repeated
-from surgery.calibration.texts import check_source
 from surgery.conversion.recipe import Recipe, parse_blocks
 from surgery.errors import ModelError, RecipeError
 
@@ -19,7 +19,7 @@ from surgery.errors import ModelError, RecipeError
 def check_conversion(recipe: Recipe) -> None:
     """Raises SurgeryError for what can be wrong in a recipe by itself: no model, or no such calibration source."""
     check_named(recipe)
-    check_source(recipe.calibration)
+    Mixture.of(recipe.calibration).check()
 
 
 def check_named(recipe: Recipe) -> None:

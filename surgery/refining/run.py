@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import copy
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from surgery.calibration.mixtures import Mixture
+from surgery.calibration.texts import SAMPLES
 from surgery.errors import RecipeError, SurgeryError
 from surgery.models import loading
 from surgery.refining import sharding
@@ -38,7 +41,7 @@ from surgery.refining.student import (
     whole_student,
     with_lora,
 )
-from surgery.refining.text import training_windows
+from surgery.refining.text import training_sources, training_windows
 from surgery.refining.training import Training
 from surgery.runtime import processes
 from surgery.runtime.settings import checked_settings
@@ -127,7 +130,11 @@ class _Refinement:
         self.loaded = loading.loaded(settings.twin)
         self.twin: Any = self.loaded.model
         self.teacher = load_teacher(settings, self.twin)
-        if not self.sharded or "samples" in settings.text:
+        text, self.note = processes.looked_up(lambda: training_sources(settings.text, self.loaded.tokenizer))
+        self.settings = settings = replace(settings, text=text)
+        if self.note and not quiet and accelerator.is_main_process:
+            print(f"text: {', '.join(text)}; {self.note}", file=sys.stderr)
+        if not self.sharded or any(part.source == SAMPLES for part in Mixture.of(text).parts):
             self.teacher.to(accelerator.device)
         self.replaced = twin_block_paths(self.twin)
         if settings.train == LORA:

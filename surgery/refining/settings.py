@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
-from surgery.calibration.texts import check_source
+from surgery.calibration.mixtures import Mixture
+from surgery.calibration.texts import AUTO
 from surgery.errors import ModelError, RecipeError, did_you_mean
 from surgery.models import loading
 from surgery.models.saved_blocks import saved_blocks
 from surgery.refining.parameters import SETS
+from surgery.runtime.precision import fast_bf16
 from surgery.saving.report import read_verified_report
 
 OBJECTIVES, PRECISIONS = ("kl", "local"), ("auto", "bf16", "float32")
@@ -30,7 +32,8 @@ class RefineSettings:
     """What `surgery refine` does; the options of the same names.
 
     Attributes:
-        text: training texts; each gives the same number of tokens, as far as it has them.
+        text: training texts, each with its share of the tokens (SOURCE=2), 1 where it says none; auto: broad, or
+            samples, python and code where that cannot be fetched.
         tokens, length: tokens to train on, in windows of this many; a shorter text is gone through again.
         batch, accumulate: windows a forward pass and process, and forward passes a step.
         train: coefficients, readout, block, all or lora.
@@ -55,7 +58,7 @@ class RefineSettings:
     twin: str
     teacher: str
     output: str
-    text: tuple[str, ...] = ("python",)
+    text: tuple[str, ...] = (AUTO,)
     tokens: int = 1_000_000
     length: int = 256
     batch: int = 4
@@ -106,12 +109,10 @@ def check_refinement(settings: RefineSettings) -> None:
 
 
 def _check_texts(settings: RefineSettings) -> None:
-    if len({Path(source).name for source in settings.text}) < len(settings.text):
-        raise RecipeError("two texts of one name", where="--text", cause="the report tells them apart by their names")
-    for source in settings.text:
-        check_source(source)
-        if source == "auto" or source.endswith(".safetensors"):
-            raise RecipeError(f"{source!r} is no text", where="--text", fix="python, samples, hub:NAME or a text file")
+    mixture = Mixture.of(settings.text)
+    mixture.check()
+    if mixture.is_inputs or (AUTO in settings.text and not mixture.one):
+        raise RecipeError(f"{mixture.name} is no text", where="--text", fix="broad, samples, hub:NAME or a text file")
 
 
 def _check_values(settings: RefineSettings) -> None:
@@ -145,12 +146,5 @@ def _check_trackers(settings: RefineSettings) -> None:
 
 def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """bf16 where the processor multiplies it faster than float32, weights in float32 all the same."""
-    wanted = precision if precision != "auto" else ("bf16" if _fast_bf16(device) else "float32")
+    wanted = precision if precision != "auto" else ("bf16" if fast_bf16(device) else "float32")
     return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=wanted == "bf16")
-
-
-def _fast_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    look = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return device.type == "cpu" and look is not None and bool(look())

@@ -8,12 +8,25 @@ from typing import Any
 
 import torch
 
+from surgery.calibration.automatic import automatic, available
+from surgery.calibration.mixtures import Mixture, seen_of
 from surgery.calibration.samples import sample
-from surgery.calibration.texts import frame, label, tokenised
+from surgery.calibration.texts import AUTO, BROAD, SAMPLES, frame, label, tokenised
 from surgery.errors import CalibrationError
 from surgery.refining.packing import PackedWindows, cut_out, pack, packable
 from surgery.refining.settings import RefineSettings
 from surgery.runtime.files import replacing
+
+SPREAD, SPREAD_MOST = 8, 1_000_000  # times the tokens of a text that are read to train on, and where that ends
+OFFLINE = (f"{SAMPLES}=2", "python", "code")  # what there is without a network
+
+
+def training_sources(text: tuple[str, ...], tokenizer: Any) -> tuple[tuple[str, ...], str]:
+    """`auto` spelled out, and a plain word on what could not be had."""
+    if text != (AUTO,):
+        return text, ""
+    source, note = automatic(tokenizer, generates=True)
+    return (source,) if source == BROAD else OFFLINE, note
 
 
 def training_windows(
@@ -21,26 +34,27 @@ def training_windows(
 ) -> tuple[dict[str, PackedWindows], PackedWindows, dict[str, dict[str, int]]]:
     """Held-out windows by text, training windows, and which tokens of each text were held out of how many read.
 
-    Held out is, of every text, what follows the tokens that the conversion saw: unseen by both. All else is trained on.
+    Held out is, of every text, what follows the tokens that the conversion saw: unseen by both. All else is trained on,
+    in windows from all over it; of several texts each gives its share, a short one by coming again.
     What an earlier refinement held out of a text stays so.
     """
-    used = report["calibration"]
-    measured = (report.get("perplexity") or {}).get("tokens", 0)
     positions = packable(teacher)
     held: dict[str, PackedWindows] = {}
     train: list[PackedWindows] = []
     ranges = dict((report.get("refinement") or {}).get("held_out", {}))
-    for source in settings.text:
-        name = label(source)
-        seen = used["tokens"] + measured if label(used["source"]) == name else 0
-        held_each = max(settings.length, settings.validate_tokens // len(settings.text))
+    mixture, _ = available(Mixture.of(settings.text))
+    for part in mixture.parts:
+        source, name = part.source, label(part.source)
+        seen = seen_of(report["calibration"], source)
+        held_each = max(settings.length, round(settings.validate_tokens * part.share))
         if name in ranges:
             seen, held_each = ranges[name]["begin"], ranges[name]["end"] - ranges[name]["begin"]
-        count = settings.tokens // len(settings.text) + seen + held_each
-        if source == "samples":
-            texts = _samples(settings, teacher, tokenizer, count, accelerator, place)
+        wanted = round(settings.tokens * part.share)
+        if source == SAMPLES:
+            texts = _samples(settings, teacher, tokenizer, wanted + held_each, accelerator, place)
         else:
-            texts = tokenised(source, tokenizer, count)
+            read = max(wanted, min(SPREAD * wanted, SPREAD_MOST))
+            texts = tokenised(source, tokenizer, seen + held_each + read)
         total = sum(len(text) for text in texts)
         if total < seen + held_each:
             raise CalibrationError(
@@ -51,7 +65,8 @@ def training_windows(
         rest, kept = cut_out(texts, seen, seen + held_each)
         ranges[name] = {"begin": seen, "end": seen + held_each, "read": total}
         held[name] = pack(kept, settings.length, tokenizer, positions)
-        train.append(pack(rest, settings.length, tokenizer, positions))
+        packed = pack(rest, settings.length, tokenizer, positions)
+        train.append(_as_many(packed, -(-wanted // settings.length), again=not mixture.one))
     windows = PackedWindows.join(train)
     a_step = settings.batch * settings.accumulate * accelerator.num_processes
     if any(len(part) == 0 for part in held.values()) or len(windows) < a_step:
@@ -61,6 +76,14 @@ def training_windows(
             fix="give more text, or lower --length, --batch, --accumulate or --validate-tokens",
         )
     return held, windows, ranges
+
+
+def _as_many(windows: PackedWindows, wanted: int, again: bool) -> PackedWindows:
+    """`wanted` of the windows, from all over them; where there are fewer all of them, over and `again` or once."""
+    there = len(windows)
+    if there > wanted:
+        return windows[torch.arange(wanted) * there // wanted]
+    return windows[torch.arange(wanted) % there] if again and there else windows
 
 
 def _samples(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from surgery.calibration.mixtures import seen_of
 from surgery.calibration.texts import label
 
 
@@ -80,10 +81,10 @@ def trust_notes(report: dict[str, Any]) -> list[str]:
                 f"The twin was refined on this text, all but tokens {refined['begin']:,} to {refined['end']:,}; "
                 + ("they alone were measured." if outside else "part of what was measured here was SEEN IN TRAINING.")
             )
-        elif used["source"] == text["source"]:
-            seen = report["settings"]["skip"] < used["tokens"]
+        elif end := seen_of(used, text["source"]):
+            seen = report["settings"]["skip"] < end
             lines.append(
-                f"The twin was calibrated on the first {used['tokens']:,} tokens of this text; "
+                f"The twin was calibrated on tokens from among the first {end:,} of this text; "
                 + ("part of what was measured here was SEEN BY THE FIT." if seen else "they were passed over.")
             )
     misled = [row for row in report.get("blocks") or () if row["gaussian_misleads"]]

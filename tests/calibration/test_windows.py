@@ -39,20 +39,26 @@ def test_unseen_tokens_are_after_those_used(tmp_path):
     data = calibration_inputs(
         str(tmp_path / "a.txt"), MODEL, Characters(), tokens=2048, length=96, batch=4, short=0.5, unseen=480
     )
-    ids = tokens_of(str(tmp_path / "a.txt"), Characters(), 4000)
-    assert torch.equal(torch.cat([b["input_ids"] for b in data.unseen]).flatten(), ids[2048 : 2048 + 480])
+    ids, (part,) = tokens_of(str(tmp_path / "a.txt"), Characters(), 4000), data.parts
+    end = part["end"]
+    assert end == 3000, "a quarter of a text is left to whoever measures"
+    assert torch.equal(torch.cat([b["input_ids"] for b in data.unseen]).flatten(), ids[end : end + 480])
+    used = {tuple(row) for batch in data.batches for row in batch["input_ids"][:, 1:61].tolist()}
+    places = [n for n, row in enumerate(ids[:end].unfold(0, 60, 1).tolist()) if tuple(row) in used]
+    assert used <= {tuple(ids[n : n + 60].tolist()) for n in places}
+    assert max(places) > 0.8 * end > 2048, "from all over the text"
 
 
 def test_every_window_gets_the_frame_the_tokenizer_gives_a_text(tmp_path):
     (tmp_path / "a.txt").write_text("hello world " * 40)
     assert frame(WithStart()) == ([1], [2])
     assert frame(Characters()) == ([], [])
-    data = calibration_inputs(str(tmp_path / "a.txt"), MODEL, WithStart(), tokens=320, length=16, batch=8)
+    data = calibration_inputs(str(tmp_path / "a.txt"), MODEL, WithStart(), tokens=480, length=16, batch=8)
     ids = torch.cat([batch["input_ids"] for batch in data.batches])
     assert (ids[:, 0] == 1).all()
     assert (ids[:, -1] == 2).all()
-    assert ids.shape == (320 // 14, 16)
-    assert torch.equal(ids[:, 1:-1].flatten(), tokens_of(str(tmp_path / "a.txt"), Characters(), 320)[: 22 * 14])
+    assert ids.shape == (480 // 14, 16)
+    assert torch.equal(ids[:, 1:-1].flatten(), tokens_of(str(tmp_path / "a.txt"), Characters(), 480)[: 34 * 14])
 
 
 @pytest.mark.parametrize(("characters", "long", "short", "unseen"), [(192, 2, 0, 0), (300, 2, 0, 1), (700, 4, 2, 1)])

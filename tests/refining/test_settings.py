@@ -27,7 +27,7 @@ def test_what_is_refused(place, tmp_path):
         ({"train": "all", "objective": "local"}, "what is in blocks"),
         ({"length": 4}, "not from 8 to 128"),
         ({"length": 256}, "not from 8 to 128"),
-        ({"text": (str(place / "text.txt"), "elsewhere/text.txt")}, "two texts of one name"),
+        ({"text": (str(place / "text.txt"), "elsewhere/text.txt")}, "two sources of one name"),
     ):
         with pytest.raises(RecipeError, match=words):
             check_refinement(settings_of(place, tmp_path / "out", **more))

@@ -37,6 +37,7 @@ def test_text_the_conversion_saw_is_not_held_out(place, tmp_path):
     )
     settings = {**vars(settings_of(place, tmp_path / "out")), "twin": str(tmp_path / "twin"), "text": (str(short),)}
     record = refined(RefineSettings(**settings))
-    assert record["held_out"]["short.txt"]["begin"] == 1024
+    (part,) = json.loads((tmp_path / "twin" / "surgery.json").read_text())["calibration"]["parts"]
+    assert record["held_out"]["short.txt"]["begin"] == part["end"] > part["tokens"] == 1024
     with pytest.raises(CalibrationError, match="unseen"):
         refined(RefineSettings(**{**settings, "validate_tokens": 8192}), overwrite=True)

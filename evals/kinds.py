@@ -1,0 +1,210 @@
+"""What a twin loses on kinds of text that it has not seen: nats and KL on each, mean and worst over them.
+
+    KIND=SOURCE         a text source, see :mod:`surgery.calibration.texts`
+    KIND=chat:SOURCE    its paragraphs as turns of a dialogue, in the tokenizer's chat template
+    KIND=lines:SOURCE   every line by itself, behind the start token: what short sentences are to a model
+
+Whether a kind was seen is read from the twin's own record: the texts that its fit, its ridge or a training step read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evals.fidelity import TokenFidelity, compare_tokens
+from evals.settings import unseen
+from evals.text import MeasuredText, cut, read
+from evals.uncertainty import bootstrap_ratio, mean_of
+from surgery.calibration.common_pile import KIND_OF
+from surgery.calibration.samples import start_tokens
+from surgery.calibration.texts import documents, label
+from surgery.errors import EvaluationError, RecipeError
+from surgery.models import loading
+from surgery.saving.report import read_report
+
+BUILT_IN = {"manual": "python", "code": "code"}
+"""Kinds of the sources that ship with Python."""
+CHAT, LINES = "chat:", "lines:"
+SHORTEST_TURN = 40  # characters
+LONGEST_LINE = 64  # tokens
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of text, as windows of token ids.
+
+    Attributes:
+        seen: "text" where the twin has read this source (what is measured here follows), "kind" where another text of
+            the kind, "no" else.
+    """
+
+    name: str
+    source: str
+    text: MeasuredText
+    seen: str
+
+
+def parse(texts: Iterable[str]) -> dict[str, str]:
+    """Sources by kind, from KIND=SOURCE. Raises RecipeError where one is not of this form or comes twice."""
+    found: dict[str, str] = {}
+    for text in texts:
+        kind, equals, source = text.partition("=")
+        if not (kind and equals and source):
+            raise RecipeError(f"{text!r} is not KIND=SOURCE", where="--text", fix="as in --text novel=alice.txt")
+        if kind in found:
+            raise RecipeError(f"the kind {kind!r} is given twice", where="--text")
+        found[kind] = source
+    return found
+
+
+def compare_kinds(
+    twin: str,
+    against: str,
+    texts: Mapping[str, str],
+    *,
+    tokens: int = 4096,
+    window: int = 512,
+    batch: int = 4,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measures a twin against its original on several kinds of text.
+
+    Args:
+        texts: sources by kind, see the module.
+        tokens: of every kind, in windows of `window`.
+    Returns:
+        `kinds`: a row each with `nats`, `nats_lost`, `divergence` (KL(original ‖ twin)) and their 95 % intervals;
+        `unseen`: mean and worst over the kinds that the twin has not seen (None where it has seen all); nats a token.
+    Raises:
+        SurgeryError: models whose tokenizers differ, a source that cannot be read, or too little text.
+    """
+    original, changed = loading.loaded(against), loading.loaded(twin)
+    tokenizer, other = original.tokenizer, changed.tokenizer
+    if tokenizer is None or other is None or tokenizer.get_vocab() != other.get_vocab():
+        raise EvaluationError("the two models have different tokenizers", where=f"{twin} and {against}")
+    report = _record(twin)
+    kinds = [_kind(name, source, twin, report, tokenizer, tokens, window) for name, source in texts.items()]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    first, second = original.model.to(device), changed.model.to(device)
+    rows = []
+    for kind in kinds:
+        parts = [compare_tokens(first, second, windows) for windows in kind.text.windows.split(batch)]
+        rows.append(_row(kind, TokenFidelity.join(parts), seed))
+    return {"twin": Path(twin).name, "tokens": tokens, "window": window, "kinds": rows, "unseen": _over_unseen(rows)}
+
+
+def _record(twin: str) -> dict[str, Any]:
+    try:
+        return read_report(twin)
+    except (OSError, KeyError, ValueError):
+        raise EvaluationError("not a twin's folder", where=twin, fix="give the folder that convert wrote") from None
+
+
+def _kind(
+    name: str, given: str, twin: str, report: Mapping[str, Any], tokenizer: Any, tokens: int, window: int
+) -> Kind:
+    form = next((form for form in (CHAT, LINES) if given.startswith(form)), "")
+    source = given.removeprefix(form)
+    skip, most = unseen(twin, source)
+    if form == LINES:
+        text = _lines(source, tokenizer, tokens)
+    elif form == CHAT:
+        ids = _dialogue(source, tokenizer, tokens + skip)[skip:]
+        if len(ids) < window:
+            raise EvaluationError(f"{len(ids)} tokens are fewer than one window of {window}", where=given)
+        text = cut(ids, given, window, window, tokenizer)
+    else:
+        text = read(source, tokenizer, tokens=min(tokens, most or tokens), length=window, skip=skip)
+    sources, kinds = _read_by(report)
+    seen = "text" if label(source) in sources else "kind" if {name, f"{name}s", f"{name}es"} & kinds else "no"
+    return Kind(name, label(source), replace(text, source=label(source)), seen)
+
+
+def _read_by(report: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+    """Labels and kinds of what the fit and all refinements have read."""
+    calibration = report["calibration"]
+    sources = {part["source"] for part in calibration.get("parts") or [calibration]}
+    for refinement in [report.get("refinement"), *report.get("earlier_refinements", [])]:
+        sources |= set((refinement or {}).get("held_out", {}))
+    own = {source: kind for kind, source in BUILT_IN.items()} | KIND_OF
+    return sources, {own.get(source, Path(source).stem) for source in sources}
+
+
+def _dialogue(source: str, tokenizer: Any, tokens: int) -> Tensor:
+    """Paragraphs as turns, four a conversation."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise EvaluationError("the tokenizer has no chat template", where=f"{CHAT}{source}", fix="leave this kind out")
+    turns = (part.strip() for text in documents(source) for part in text.replace("\r", "").split("\n\n"))
+    ids: list[int] = []
+    conversation: list[dict[str, str]] = []
+    for turn in turns:
+        if len(turn) < SHORTEST_TURN:
+            continue
+        conversation.append({"role": ("user", "assistant")[len(conversation) % 2], "content": turn})
+        if len(conversation) == 4:
+            text = tokenizer.apply_chat_template(conversation, tokenize=False)
+            ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            conversation = []
+        if len(ids) >= tokens:
+            break
+    return torch.tensor(ids[:tokens], dtype=torch.long)
+
+
+def _lines(source: str, tokenizer: Any, tokens: int) -> MeasuredText:
+    """A window for every line, filled up behind it; what fills up is not predicted."""
+    rows: list[list[int]] = []
+    start, left = start_tokens(tokenizer), tokens
+    for line in (line.strip() for text in documents(source) for line in text.splitlines()):
+        ids = tokenizer(line, add_special_tokens=False)["input_ids"][:LONGEST_LINE] if line else []
+        if len(ids) > 1:
+            rows.append([*start, *ids])
+            left -= len(ids)
+        if left <= 0:
+            break
+    if not rows:
+        raise EvaluationError("no lines to measure on", where=source)
+    longest = max(map(len, rows))
+    windows = torch.tensor([row + row[-1:] * (longest - len(row)) for row in rows])
+    fresh = torch.arange(1, longest)[None] < torch.tensor([len(row) for row in rows])[:, None]
+    digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    return MeasuredText(source, windows, fresh, longest, 0, digest)
+
+
+def _row(kind: Kind, found: TokenFidelity, seed: int) -> dict[str, Any]:
+    fresh = kind.text.fresh
+    counts = fresh.sum(1)
+
+    def over_windows(values: Tensor) -> dict[str, Any]:
+        return bootstrap_ratio((values.double() * fresh).sum(1), counts, seed).as_dict()
+
+    return {
+        "kind": kind.name,
+        "source": kind.source,
+        "seen": kind.seen,
+        "tokens": kind.text.tokens,
+        "nats": {"original": over_windows(found.original), "twin": over_windows(found.twin)},
+        "nats_lost": over_windows(found.twin.double() - found.original.double()),
+        "divergence": over_windows(found.divergence),
+        "fingerprint": kind.text.fingerprint,
+    }
+
+
+def _over_unseen(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Mean and worst of the kinds that were not seen."""
+    chosen = [row for row in rows if row["seen"] == "no"]
+    if not chosen:
+        return None
+    worst = max(chosen, key=lambda row: row["nats_lost"]["value"])
+    return {
+        "kinds": len(chosen),
+        "mean": mean_of([row["nats_lost"] for row in chosen]).as_dict(),
+        "worst": worst["nats_lost"] | {"kind": worst["kind"]},
+        "divergence": mean_of([row["divergence"] for row in chosen]).as_dict(),
+    }
