@@ -17,7 +17,8 @@ from rich.table import Table
 
 import surgery
 from evals.kinds import BUILT_IN, compare_kinds, parse
-from evals.kinds_report import kind_rows, unseen_line, write_kinds
+from evals.kinds_report import write_kinds
+from surgery.saving.evaluation import kind_rows, unseen_line
 
 
 def main() -> None:

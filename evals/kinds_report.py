@@ -10,7 +10,6 @@ from surgery.errors import EvaluationError
 from surgery.runtime.files import replacing, write_json
 
 JSON, PLOT = "texts.json", "texts.png"
-SEEN = {"no": "", "kind": "its kind was seen", "text": "another part of it was seen"}
 
 
 def write_kinds(found: dict[str, Any], folder: Path) -> list[Path]:
@@ -21,38 +20,6 @@ def write_kinds(found: dict[str, Any], folder: Path) -> list[Path]:
     except OSError as error:
         raise EvaluationError(f"the comparison cannot be written: {error}", where=str(folder)) from error
     return [folder / JSON, folder / PLOT]
-
-
-def interval(found: dict[str, Any]) -> str:
-    """+0.123 [0.110, 0.140]"""
-    bounds = "" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]"
-    return f"{found['value']:+.3f}{bounds}"
-
-
-def kind_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A row per kind: its name, tokens, the original's nats, nats lost, KL, and whether it was seen."""
-    return [
-        (
-            row["kind"],
-            f"{row['tokens']:,}",
-            f"{row['nats']['original']['value']:.3f}",
-            interval(row["nats_lost"]),
-            f"{row['divergence']['value']:.3f}",
-            SEEN[row["seen"]],
-        )
-        for row in found["kinds"]
-    ]
-
-
-def unseen_line(found: dict[str, Any]) -> str:
-    """Mean and worst over the kinds that the twin has not seen."""
-    over = found["unseen"]
-    if over is None:
-        return "every kind measured was seen by the twin"
-    return (
-        f"over {over['kinds']} unseen kinds: {interval(over['mean'])} nats lost on average, "
-        f"{over['worst']['value']:+.3f} on the worst ({over['worst']['kind']})"
-    )
 
 
 def draw_kinds(found: dict[str, Any], file: Path) -> None:

@@ -212,6 +212,6 @@ ROUTES = (
     (rf"GET /api/models/{NAME}/tree/(?P<revision>[^/]+)", "tree"),
     (rf"GET /api/models/{NAME}/revision/(?P<revision>[^/]+)", "info"),
     (rf"GET /api/models/{NAME}", "info"),
-    (rf"(GET|HEAD) /(?P<name>datasets/[\w.-]+/[\w.-]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+    (r"(GET|HEAD) /(?P<name>datasets/[\w.-]+/[\w.-]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
     (rf"(GET|HEAD) /{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
 )

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from surgery.calibration.automatic import available
+from surgery.calibration.common_pile import PARTS
 from surgery.calibration.mixtures import Given, Mixture, Part
 from surgery.calibration.texts import SAMPLES, label
 from surgery.calibration.windows import TextPieces, joined, sequences, vocabulary, with_random_tokens
@@ -115,6 +116,8 @@ def calibration_inputs(
     rows: list[dict[str, Any]] = []
     if mixture is not None and not mixture.is_inputs:
         found = []
+        mixture, more = _large_enough(mixture, tokens, length)
+        note = "; ".join(filter(None, (note, more)))
         for part in mixture.parts:
             pieces = _pieces(part, mixture, tokens, length, unseen, short)
             if part.source == SAMPLES:
@@ -146,16 +149,31 @@ def is_named(source: Any) -> TypeGuard[Given]:
     )
 
 
+def _large_enough(mixture: Mixture, tokens: int, length: int) -> tuple[Mixture, str]:
+    """The mixture without those files of `broad` whose share is less than a sequence, and a plain word on them.
+
+    Raises:
+        CalibrationError: of another source it is.
+    """
+    small = () if mixture.one else tuple(part for part in mixture.parts if round(tokens * part.share) < length)
+    for part in small:
+        if part.source not in PARTS:
+            raise CalibrationError(
+                f"its share of {tokens} tokens is {tokens * part.share:.0f}: less than one sequence of {length}",
+                where=part.source,
+                fix="more --tokens, a shorter --length, or fewer sources",
+            )
+    if not small:
+        return mixture, ""
+    if len(small) == len(mixture.parts):
+        raise CalibrationError(f"{tokens} tokens are too few for any part of {mixture.name}", fix="more --tokens")
+    return mixture.without(small), f"{len(small)} of {len(mixture.parts)} sources left out, as {tokens} tokens are few"
+
+
 def _pieces(part: Part, mixture: Mixture, tokens: int, length: int, unseen: int, short: float | None) -> TextPieces:
     """A part's own share of everything."""
-    own = round(tokens * part.share)
-    if own < length and not mixture.one:
-        raise CalibrationError(
-            f"its share of {tokens} tokens is {own}: less than one sequence of {length}",
-            where=part.source,
-            fix="more --tokens, a shorter --length, or fewer sources",
-        )
-    return TextPieces(own, length, part.short(short), round(unseen * part.share), 2 if mixture.one else 1)
+    least = 2 if mixture.one else 1
+    return TextPieces(round(tokens * part.share), length, part.short(short), round(unseen * part.share), least)
 
 
 def _given(source: Any, model: Any, length: int) -> list[dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """The model card of a twin, made from its saved reports and never typed.
 
-Reads `surgery.json` and, where `surgery eval TWIN -o TWIN/evaluation` has left one, `evaluation/evaluation.json`.
+Reads `surgery.json` and, where they stand in the twin's `evaluation/`, `evaluation.json` (`surgery eval TWIN -o
+TWIN/evaluation`) and `texts.json` (the comparison of kinds of text).
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import Any
 import yaml
 
 from surgery.runtime.files import write_text
-from surgery.saving.evaluation import headline_rows, task_rows, trust_notes
+from surgery.saving.evaluation import headline_rows, kind_rows, task_rows, trust_notes, unseen_line
 from surgery.saving.report import read_verified_report
 
 EVALUATION = Path("evaluation") / "evaluation.json"
 PLOT = Path("evaluation") / "blocks.png"
+TEXTS, TEXTS_PLOT = Path("evaluation") / "texts.json", Path("evaluation") / "texts.png"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ def render_card(folder: Path, base_model: str | None = None, licence: str | None
     else:
         headline, tasks, notes = [], [], []
         missing.append("an evaluation (surgery eval TWIN -o TWIN/evaluation)")
+    texts = json.loads((folder / TEXTS).read_text(encoding="utf-8")) if (folder / TEXTS).is_file() else None
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     recipe = {key: value for key, value in report["recipe"].items() if value is not None and key != "output"}
     template = Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8")
@@ -63,6 +66,8 @@ def render_card(folder: Path, base_model: str | None = None, licence: str | None
             form=report["form"], licence=licence,
             recipe=yaml.safe_dump(recipe, sort_keys=False).strip(), blocks=report["blocks"], evaluated=bool(evaluation),
             headline=headline, tasks=tasks, notes=notes, plot=str(PLOT) if (folder / PLOT).is_file() else None,
+            texts=kind_rows(texts) if texts else [], over_texts=unseen_line(texts) if texts else "",
+            texts_plot=str(TEXTS_PLOT) if (folder / TEXTS_PLOT).is_file() else None,
             checkpoint=_checkpoint_row(report, config),
             refinement=report.get("refinement"),
             quadratic=_degrees(report) == [2], degrees=" or ".join(map(str, _degrees(report))),

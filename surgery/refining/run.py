@@ -130,7 +130,7 @@ class _Refinement:
         self.loaded = loading.loaded(settings.twin)
         self.twin: Any = self.loaded.model
         self.teacher = load_teacher(settings, self.twin)
-        text, self.note = processes.looked_up(lambda: training_sources(settings.text, self.loaded.tokenizer))
+        text, self.note = processes.looked_up(lambda: training_sources(settings, self.loaded.tokenizer))
         self.settings = settings = replace(settings, text=text)
         if self.note and not quiet and accelerator.is_main_process:
             print(f"text: {', '.join(text)}; {self.note}", file=sys.stderr)

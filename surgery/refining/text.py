@@ -11,22 +11,21 @@ import torch
 from surgery.calibration.automatic import automatic, available
 from surgery.calibration.mixtures import Mixture, seen_of
 from surgery.calibration.samples import sample
-from surgery.calibration.texts import AUTO, BROAD, SAMPLES, frame, label, tokenised
+from surgery.calibration.texts import AUTO, SAMPLES, frame, label, tokenised
 from surgery.errors import CalibrationError
 from surgery.refining.packing import PackedWindows, cut_out, pack, packable
 from surgery.refining.settings import RefineSettings
 from surgery.runtime.files import replacing
 
 SPREAD, SPREAD_MOST = 8, 1_000_000  # times the tokens of a text that are read to train on, and where that ends
-OFFLINE = (f"{SAMPLES}=2", "python", "code")  # what there is without a network
 
 
-def training_sources(text: tuple[str, ...], tokenizer: Any) -> tuple[tuple[str, ...], str]:
+def training_sources(settings: RefineSettings, tokenizer: Any) -> tuple[tuple[str, ...], str]:
     """`auto` spelled out, and a plain word on what could not be had."""
-    if text != (AUTO,):
-        return text, ""
-    source, note = automatic(tokenizer, generates=True)
-    return (source,) if source == BROAD else OFFLINE, note
+    if settings.text != (AUTO,):
+        return settings.text, ""
+    sources, note = automatic(tokenizer, True, settings.tokens // settings.length)
+    return (sources,) if isinstance(sources, str) else tuple(sources), note
 
 
 def training_windows(

@@ -100,3 +100,38 @@ def trust_notes(report: dict[str, Any]) -> list[str]:
     if report["reused"]:
         lines.append("Reused from earlier runs with the same models and settings: " + ", ".join(report["reused"]) + ".")
     return lines
+
+
+SEEN = {"no": "", "kind": "its kind was seen", "text": "another part of it was seen"}
+
+
+def interval(found: dict[str, Any]) -> str:
+    """+0.123 [0.110, 0.140]"""
+    bounds = "" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]"
+    return f"{found['value']:+.3f}{bounds}"
+
+
+def kind_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A row per kind: its name, tokens, the original's nats, nats lost, KL, and whether it was seen."""
+    return [
+        (
+            row["kind"],
+            f"{row['tokens']:,}",
+            f"{row['nats']['original']['value']:.3f}",
+            interval(row["nats_lost"]),
+            f"{row['divergence']['value']:.3f}",
+            SEEN[row["seen"]],
+        )
+        for row in found["kinds"]
+    ]
+
+
+def unseen_line(found: dict[str, Any]) -> str:
+    """Mean and worst over the kinds that the twin has not seen."""
+    over = found["unseen"]
+    if over is None:
+        return "every kind measured was seen by the twin"
+    return (
+        f"over {over['kinds']} unseen kinds: {interval(over['mean'])} nats lost on average, "
+        f"{over['worst']['value']:+.3f} on the worst ({over['worst']['kind']})"
+    )

@@ -8,10 +8,11 @@ import pytest
 from surgery.calibration import hub_files
 from surgery.calibration.automatic import automatic, available
 from surgery.calibration.common_pile import PARTS, SOURCES
+from surgery.calibration.inputs import calibration_inputs
 from surgery.calibration.mixtures import Mixture
 from surgery.calibration.texts import documents
 from surgery.errors import CalibrationError
-from tests.calibration.support import Characters
+from tests.calibration.support import MODEL, Characters
 from tests.hub_server import Hub
 
 
@@ -89,7 +90,7 @@ def test_a_file_that_is_not_there_is_a_clear_error_and_leaves_nothing(hub):
 def test_broad_is_what_is_taken_where_it_can_be_had(hub):
     for source in PARTS:
         put(hub, source, ["some text " * 50])
-    assert automatic(Characters(), generates=True) == ("broad", "")
+    assert automatic(Characters(), generates=True, windows=64) == ("broad", "")
     mixture = Mixture.of("broad")
     assert available(mixture) == (mixture, "")
 
@@ -105,10 +106,11 @@ def test_a_part_that_is_missing_is_left_out_and_named(hub):
 
 
 def test_without_a_network_there_are_samples_and_a_plain_word(hub):
-    source, note = automatic(Characters(), generates=True)
-    assert source == "samples"
+    sources, note = automatic(Characters(), generates=True, windows=64)
+    assert sources == ["samples=4", "python", "code"]
+    assert automatic(Characters(), generates=True, windows=4)[0] == "samples", "too few to be shared out"
     assert "could not be fetched" in note and "--calibration" in note
-    assert automatic(Characters(), generates=False)[0] == "python"
+    assert automatic(Characters(), generates=False, windows=64)[0] == "python"
     with pytest.raises(CalibrationError, match="of broad cannot be had"):
         available(Mixture.of("broad"))
 
@@ -122,4 +124,16 @@ def test_a_tokenizer_that_does_not_know_english_is_not_given_any(hub):
 
     for source in PARTS:
         put(hub, source, ["some text " * 50])
-    assert automatic(Residues(), generates=True) == ("samples", "the tokenizer does not know English")
+    assert automatic(Residues(), generates=True, windows=64) == ("samples", "")
+
+
+def test_small_parts_of_broad_are_left_out_where_there_are_few_tokens(hub):
+    for source in PARTS:
+        put(hub, source, ["some text of this kind " * 50] * 40)
+    settings = {"length": 64, "batch": 4, "short": 0.0}
+    few = calibration_inputs("broad", MODEL, Characters(), tokens=1024, **settings)
+    assert len(few.parts) < len(PARTS)
+    assert f"{len(PARTS) - len(few.parts)} of {len(PARTS)} sources left out" in few.note
+    enough = calibration_inputs("broad", MODEL, Characters(), tokens=8192, **settings)
+    assert (len(enough.parts), enough.note) == (len(PARTS), "")
+    assert enough.parts[0]["source"] == next(iter(PARTS)), "with its commit"

@@ -27,6 +27,17 @@ def test_the_card_tells_what_the_reports_say(twins, tmp_path):
     assert "evaluation/blocks.png" in made.text
     assert (folder / "evaluation" / "blocks.png").read_bytes().startswith(b"\x89PNG")
     assert "silently wrong" in made.text
+    from evals.kinds import compare_kinds
+    from evals.kinds_report import write_kinds
+    from surgery.saving.evaluation import interval
+
+    kinds = compare_kinds(str(folder), str(twins / "base"), {"code": "code", "manual": "python"}, tokens=256, window=32)
+    write_kinds(kinds, folder / "evaluation")
+    made = card(folder, base_model="them/base", licence="apache-2.0")
+    (seen, unseen) = sorted(kinds["kinds"], key=lambda row: row["kind"], reverse=True)
+    assert f"| {interval(seen['nats_lost'])} | {seen['divergence']['value']:.3f} | another part of it" in made.text
+    assert f"Over 1 unseen kinds: {interval(unseen['nats_lost'])}" in made.text
+    assert "evaluation/texts.png" in made.text
     assert (folder / "README.md").read_text() == made.text
     from huggingface_hub import ModelCard
 
