@@ -19,7 +19,7 @@ case "${1:-}" in
 esac
 model="${MODEL:-$name}"
 out="${2:-build/$1}"
-text="${TEXT:-hub:HuggingFaceFW/fineweb-edu:sample-10BT}"
+text="${TEXT:-broad}"
 dry="${DRY_RUN:+--dry-run}"
 
 [ -f "$out/closed-form/surgery.json" ] || surgery convert "$model" -o "$out/closed-form" --calibration "$text" --tokens 131072 $dry

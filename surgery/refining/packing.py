@@ -20,7 +20,7 @@ from surgery.calibration.texts import frame
 
 @dataclass(frozen=True)
 class PackedWindows:
-    """Token ids (n, length), and positions of the same shape, or None where the model takes none."""
+    """Token ids (n, length), and positions of the same shape, or None where the model takes none; int32."""
 
     ids: Tensor
     positions: Tensor | None
@@ -34,7 +34,7 @@ class PackedWindows:
     def inputs(self, device: Any) -> dict[str, Tensor]:
         """Arguments of the model's forward pass."""
         given = {"input_ids": self.ids, "position_ids": self.positions}
-        return {name: value.to(device) for name, value in given.items() if value is not None}
+        return {name: value.to(device).long() for name, value in given.items() if value is not None}
 
     def split(self, size: int) -> list[PackedWindows]:
         """Parts of at most `size` windows."""
@@ -59,15 +59,15 @@ def packable(model: Any) -> bool:
     return bool((together - alone).norm() < 1e-3 * alone.norm())
 
 
-def cut_out(texts: Sequence[Sequence[int]], begin: int, end: int) -> tuple[list[list[int]], list[list[int]]]:
+def cut_out(texts: Sequence[Sequence[int]], begin: int, end: int) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
     """(outside, inside) of the ids begin … end, counted through the documents one after another."""
-    outside: list[list[int]] = []
-    inside: list[list[int]] = []
+    outside: list[Sequence[int]] = []
+    inside: list[Sequence[int]] = []
     at = 0
     for text in texts:
         cuts = [min(max(edge - at, 0), len(text)) for edge in (begin, end)]
-        outside += [list(piece) for piece in (text[: cuts[0]], text[cuts[1] :]) if len(piece) > 1]
-        inside += [list(text[cuts[0] : cuts[1]])] if cuts[1] - cuts[0] > 1 else []
+        outside += [piece for piece in (text[: cuts[0]], text[cuts[1] :]) if len(piece) > 1]
+        inside += [text[cuts[0] : cuts[1]]] if cuts[1] - cuts[0] > 1 else []
         at += len(text)
     return outside, inside
 
@@ -79,8 +79,8 @@ def pack(texts: Iterable[Sequence[int]], length: int, tokenizer: Any, with_posit
     """
     before, after = frame(tokenizer)
     filler = tokenizer.eos_token_id or 0
-    rows: list[list[int]] = []
-    places: list[list[int]] = []
+    rows: list[Tensor] = []
+    places: list[Tensor] = []
     row: list[int] = []
     place: list[int] = []
     room_of_frame = len(before) + len(after)
@@ -98,8 +98,9 @@ def pack(texts: Iterable[Sequence[int]], length: int, tokenizer: Any, with_posit
                 row += piece
                 place += range(len(piece))
             if len(row) == length:
-                rows.append(row)
-                places.append(place)
+                rows.append(torch.tensor(row, dtype=torch.int32))
+                places.append(torch.tensor(place, dtype=torch.int32))
                 row, place = [], []
-    ids = torch.tensor(rows, dtype=torch.long).reshape(-1, length)
-    return PackedWindows(ids, torch.tensor(places, dtype=torch.long).reshape(-1, length) if with_positions else None)
+    none = torch.zeros(0, length, dtype=torch.int32)
+    ids, positions = (torch.stack(found) if found else none for found in (rows, places))
+    return PackedWindows(ids, positions if with_positions else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def _as_many(windows: PackedWindows, wanted: int, again: bool) -> PackedWindows:
 
 def _samples(
     settings: RefineSettings, teacher: Any, tokenizer: Any, count: int, accelerator: Any, place: Path
-) -> list[list[int]]:
+) -> list[array[int]]:
     """The original's own texts, drawn once and kept beside the run's state."""
     made_of = f"{settings.teacher} {settings.teacher_revision} {settings.seed} {settings.length} {count}"
     file = place / f"samples-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.pt"
@@ -98,5 +99,5 @@ def _samples(
             torch.save(drawn, temporary)
     accelerator.wait_for_everyone()
     before, _ = frame(tokenizer)  # it is put before every piece again when windows are packed
-    rows: list[list[int]] = torch.load(file, weights_only=True).tolist()
-    return [row[len(before) :] if row[: len(before)] == before else row for row in rows]
+    rows = [array("i", row) for row in torch.load(file, weights_only=True).tolist()]
+    return [row[len(before) :] if list(row[: len(before)]) == before else row for row in rows]

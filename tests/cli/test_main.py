@@ -56,8 +56,9 @@ def test_convert_prints_perplexity_and_keeps_the_companions(llama, tmp_path):
     assert "modeling_polynomial.py" not in names
     report = json.loads((tmp_path / "twin" / "surgery.json").read_text())
     assert report["perplexity"]["tokens"] >= 400
-    assert report["calibration"]["source"] == report["recipe"]["calibration"] == "samples"
-    assert "the model's own samples" in done.stderr
+    assert report["recipe"]["calibration"] == ["samples=4", "python", "code"], "there is no network"
+    assert [part["source"] for part in report["calibration"]["parts"]] == ["samples", "python", "code"]
+    assert "files of broad cannot be had" in done.stderr and "--calibration" in report["calibration"]["note"]
     assert report["recipe"]["output"] == "twin", "no path of this machine travels with the checkpoint"
     assert report["recipe"]["model"] == "model"
     again = surgery(*arguments, "-o", tmp_path / "twin")
@@ -67,6 +68,26 @@ def test_convert_prints_perplexity_and_keeps_the_companions(llama, tmp_path):
     assert as_json.returncode == 0, as_json.stderr
     held = [row["r2_held"] for row in report["blocks"]]
     assert [row["r2_held"] for row in json.loads(as_json.stdout)["blocks"]] == pytest.approx(held)
+
+
+def test_texts_come_with_shares_and_what_was_read_of_each_is_passed_over(llama, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} word after another, and so on. " * 900)
+    texts = [str(tmp_path / "one.txt=3"), str(tmp_path / "two.txt")]
+    given = [word for text in texts for word in ("--calibration", text)]
+    settings = ["--tokens", 2048, "--length", 32, "--measure", 512]
+    done = surgery("convert", llama, "-o", tmp_path / "twin", *given, *settings)
+    assert done.returncode == 0, done.stderr
+    assert "2,048 tokens of one.txt + two.txt" in done.stdout
+    report = json.loads((tmp_path / "twin" / "surgery.json").read_text())
+    assert report["recipe"]["calibration"] == ["one.txt=3", "two.txt"], "no path of this machine"
+    parts = {part["source"]: part for part in report["calibration"]["parts"]}
+    assert [part["tokens"] for part in parts.values()] == pytest.approx([1536, 512], abs=64)
+    for name, part in parts.items():
+        planned = surgery("eval", tmp_path / "twin", "--against", llama, "--text", tmp_path / name, "--dry-run")
+        assert f"tokens after {part['end']}" in planned.stdout
+    other = surgery("eval", tmp_path / "twin", "--against", llama, "--text", "code", "--dry-run")
+    assert "tokens after 0" in other.stdout
 
 
 def test_dry_run_writes_nothing(llama, tmp_path):
