@@ -62,6 +62,27 @@ class Bilinear:
     largest_offset: float
 
 
+def balanced(gate: Affine, up: Affine, down: Affine) -> tuple[Affine, Affine, Affine]:
+    """The same block, each unit's share in its three maps of one norm: α gate, β up and down ÷ (α β).
+
+    A unit's product is the same for any α and β. Left as they come, rows of `up` are a tenth of the others and a sink
+    unit's column of `down` is thousands: an optimiser that moves all weights alike would wreck the one and leave the
+    other, and bfloat16 would spend its exponents. Units with a zero map stay as they are.
+
+    Args:
+        gate, up: (h, d); `down`: (out, h).
+    """
+    norms = torch.stack([gate.weight.norm(dim=1), up.weight.norm(dim=1), down.weight.norm(dim=0)])
+    there = (norms > 0).all(0)
+    common = norms.log().mean(0).exp()
+    alpha, beta = (torch.where(there, common / norm, torch.ones_like(norm)) for norm in norms[:2])
+    return (
+        Affine(alpha[:, None] * gate.weight, alpha * gate.bias),
+        Affine(beta[:, None] * up.weight, beta * up.bias),
+        Affine(down.weight / (alpha * beta), down.bias),
+    )
+
+
 def guarded(moments: UnitMoments, units: UnitPolynomials, limit: float = OFFSET_LIMIT) -> UnitPolynomials:
     """Quadratic gated units, refitted where the bilinear form would be ill-conditioned.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from surgery.blocks.parts import attribute
 from surgery.closed_form.block_polynomial import BlockPolynomial
-from surgery.closed_form.forms import Affine, bilinear
+from surgery.closed_form.forms import Affine, balanced, bilinear
 from surgery.errors import ModelError
 from surgery.models import modeling_polynomial
 
@@ -157,7 +157,7 @@ class SavedBilinear(SavedGated):
         assert found.up is not None and found.b is not None
         form = bilinear(found.a, found.b, found.gate, found.up)
         down = Affine(found.down.weight, found.down.bias + found.down.weight @ form.remainder)
-        for part, affine in zip(PARTS, (form.gate, form.up, down), strict=True):
+        for part, affine in zip(PARTS, balanced(form.gate, form.up, down), strict=True):
             _fill(modules[self.path].get_submodule(part), affine)
 
     def read(self, model: nn.Module) -> BlockPolynomial:

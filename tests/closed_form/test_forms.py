@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery.closed_form.activations import ACTIVATIONS
-from surgery.closed_form.forms import OFFSET_LIMIT, bilinear, guarded, standardised
+from surgery.closed_form.forms import OFFSET_LIMIT, Affine, balanced, bilinear, guarded, standardised
 from surgery.closed_form.least_squares import solve_units
 from surgery.closed_form.moments import InputMoments, Preactivations, from_data
 from tests.closed_form.test_least_squares import draw
@@ -39,6 +39,32 @@ def test_bilinear_equals_factored(seed):
     got = apply(form.gate, x) * apply(form.up, x) + form.remainder
     assert (got - want).norm() < 1e-9 * want.norm()
     assert form.largest_offset <= OFFSET_LIMIT * (1 + 1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_balanced_units_compute_the_same_and_have_one_norm_each(seed):
+    draw_one = torch.Generator().manual_seed(seed)
+    scales = (10 * torch.randn(3, 7, generator=draw_one, dtype=torch.float64)).clamp(-20, 20).exp()
+
+    def affine(rows, columns):
+        weight = torch.randn(rows, columns, generator=draw_one, dtype=torch.float64)
+        return Affine(weight, torch.randn(rows, generator=draw_one, dtype=torch.float64))
+
+    gate, up, down = affine(7, 5), affine(7, 5), affine(4, 7)
+    gate = Affine(scales[0, :, None] * gate.weight, scales[0] * gate.bias)
+    up = Affine(scales[1, :, None] * up.weight, scales[1] * up.bias)
+    down = Affine(down.weight / (scales[0] * scales[1]), down.bias)
+    up.weight[3] = 0  # a unit that is not there stays as it is
+    x = torch.randn(20, 5, generator=draw_one, dtype=torch.float64)
+    want = down(gate(x) * up(x))
+    made = balanced(gate, up, down)
+    got = made[2](made[0](x) * made[1](x))
+    assert (got - want).norm() <= 1e-12 * want.norm()
+    norms = torch.stack([made[0].weight.norm(dim=1), made[1].weight.norm(dim=1), made[2].weight.norm(dim=0)])
+    for unit in (0, 1, 2, 4, 5, 6):
+        assert torch.allclose(norms[:, unit], norms[0, unit].expand(3), rtol=1e-9)
+    assert torch.equal(made[0].weight[3], gate.weight[3]) and torch.equal(made[2].weight[:, 3], down.weight[:, 3])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
