@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from surgery.calibration.mixtures import Mixture, Part
 from surgery.calibration.texts import AUTO, BUILT_IN, SAMPLES
@@ -89,6 +89,18 @@ class Recipe(BaseModel):
         "(default: 0.01 from degree 4 on, else 0)",
     )
     tail_width: float = Field(3.0, gt=1, description="its width, in standard deviations of the data")
+
+    @field_validator("calibration", mode="before")
+    @classmethod
+    def _sources(cls, given: Any) -> Any:
+        """One message for all three forms."""
+        several = list(given.values()) if isinstance(given, dict) else given
+        kind = (int, float) if isinstance(given, dict) else str
+        if not isinstance(given, str) and not (
+            isinstance(several, list) and all(isinstance(item, kind) for item in several)
+        ):
+            raise ValueError("neither a source, nor a list of sources, nor shares by source")
+        return given
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

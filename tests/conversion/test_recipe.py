@@ -93,6 +93,13 @@ def test_defaults_that_depend_on_other_settings_are_spelled_out():
     assert resolved(calibration="python", short=0.0)["short"] == 0
 
 
+@pytest.mark.parametrize("given", [5, [1, 2], {"a.txt": "b"}])
+def test_calibration_that_is_no_source_is_told_once(given):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(None, {"calibration": given})
+    assert str(caught.value).count("neither a source") == 1
+
+
 def test_a_wrong_option_is_told_with_its_value_the_nearest_known_one_and_the_next_step():
     with pytest.raises(RecipeError) as caught:
         load_recipe(None, {"assume": "gausian", "degree": 12})

@@ -1,12 +1,18 @@
 """What is trained on, and what is held out."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import surgery
+from surgery.calibration.automatic import OFFLINE
+from surgery.models import loading
 from surgery.refining.run import refined
 from surgery.refining.settings import RefineSettings
+from surgery.refining.text import training_sources, training_windows
 from tests.refining.support import settings_of
 
 
@@ -41,3 +47,35 @@ def test_text_the_conversion_saw_is_not_held_out(place, tmp_path):
     assert record["held_out"]["short.txt"]["begin"] == part["end"] > part["tokens"] == 1024
     with pytest.raises(CalibrationError, match="unseen"):
         refined(RefineSettings(**{**settings, "validate_tokens": 8192}), overwrite=True)
+
+
+def test_every_text_gives_its_share_and_a_short_one_comes_again(place, tmp_path):
+    (tmp_path / "long.txt").write_text((place / "text.txt").read_text() * 4)
+    (tmp_path / "short.txt").write_text("XYZ " * 700)
+    settings = settings_of(place, tmp_path / "out")
+    texts = (f"{tmp_path}/long.txt=3", f"{tmp_path}/short.txt")
+    settings = RefineSettings(**{**vars(settings), "text": texts, "tokens": 8192, "validate_tokens": 1024})
+    tokenizer = loading.loaded(settings.twin).tokenizer
+    report = json.loads((Path(settings.twin) / "surgery.json").read_text())
+    teacher = loading.loaded(settings.teacher).model
+    held, windows, ranges = training_windows(
+        settings, tokenizer, report, teacher, SimpleNamespace(num_processes=1), tmp_path
+    )
+    of_short = torch.isin(windows.ids, torch.tensor(tokenizer("XYZ", add_special_tokens=False)["input_ids"]))
+    share = (of_short.float().mean(1) > 0.5).float().mean()
+    assert share == pytest.approx(0.25, abs=0.02)
+    assert len(windows) == pytest.approx(8192 // settings.length, abs=2)
+    sizes = {name: len(part) * settings.length for name, part in held.items()}
+    assert sizes == {"long.txt": 768, "short.txt": 256}
+    assert ranges["short.txt"]["read"] < 8192 // 4 + 256, "it is gone through more than once"
+
+
+def test_without_a_network_what_there_is_is_trained_on_and_said(place, tmp_path):
+    settings = settings_of(place, tmp_path / "out")
+    settings = RefineSettings(**{**vars(settings), "text": ("auto",), "tokens": 100_000})
+    tokenizer = loading.loaded(settings.twin).tokenizer
+    sources, note = training_sources(settings, tokenizer)
+    assert sources == OFFLINE
+    assert "cannot be had" in note
+    named = RefineSettings(**{**vars(settings), "text": ("python",)})
+    assert training_sources(named, tokenizer) == (("python",), "")
