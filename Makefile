@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh machine:
 #   make demo   sets up, fetches a real model, converts it at degree 2 and 3, prints what it cost
 #   make test   sets up and passes the tests
-# make refined: an hour of refinement on top (SOURCES="novels.txt=2 samples" UNSEEN="drama=hamlet.txt" name the texts).
+# make refined: an hour of refinement on top (SOURCES="novels.txt=2 samples" KINDS="drama=hamlet.txt" name the texts).
 # make bench measures speed, memory and what more tokens or fewer units do (about an hour on two cores).
 PYTHON ?= python3
 VENV ?= .venv

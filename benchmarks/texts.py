@@ -26,13 +26,17 @@ def main() -> None:
     parser.add_argument("twin")
     parser.add_argument("--against", required=True, help="the original")
     parser.add_argument("--text", action="append", default=[], metavar="KIND=SOURCE")
+    parser.add_argument(
+        "--seen", action="append", default=[], metavar="KIND", help="seen, though the record can't tell"
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="of every kind")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("-o", "--output")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     texts = BUILT_IN | parse(options.text)
-    found = compare_kinds(options.twin, options.against, texts, tokens=options.tokens, window=options.window)
+    how = {"tokens": options.tokens, "window": options.window, "seen": options.seen}
+    found = compare_kinds(options.twin, options.against, texts, **how)
     written = write_kinds(found, Path(options.output or Path(options.twin) / "evaluation"))
     if options.json:
         print(json.dumps(found, indent=2))

@@ -7,6 +7,7 @@ The calibration tokens are the beginning of the text, so the larger sets hold th
 
 import argparse
 import json
+import tempfile
 import time
 
 import torch
@@ -53,9 +54,12 @@ def main() -> None:
     for degree in degrees:
         for tokens in sizes:
             started = time.monotonic()
-            twin, _ = surgery.convert(
-                options.model, calibration=options.text, tokens=tokens, degree=degree, length=WINDOW, measure=0
-            )
+            with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
+                file.write(original.tokenizer.decode(ids[:tokens]))
+                file.flush()
+                twin, _ = surgery.convert(
+                    options.model, calibration=file.name, tokens=tokens, degree=degree, length=WINDOW, measure=0
+                )
             seconds = time.monotonic() - started
             lost = perplexity(twin, unseen).nats - before.nats
             rows.append({"degree": degree, "tokens": tokens, "nats_lost": lost, "seconds": seconds})

@@ -10,7 +10,7 @@ Whether a kind was seen is read from the twin's own record: the texts that its f
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,12 +73,14 @@ def compare_kinds(
     window: int = 512,
     batch: int = 4,
     seed: int = 0,
+    seen: Collection[str] = (),
 ) -> dict[str, Any]:
     """Measures a twin against its original on several kinds of text.
 
     Args:
         texts: sources by kind, see the module.
-        tokens: of every kind, in windows of `window`.
+        tokens: of every kind, in windows of `window`, or of what the model takes at most.
+        seen: kinds that were seen, though the record cannot tell from the names of the texts.
     Returns:
         `kinds`: a row each with `nats`, `nats_lost`, `divergence` (KL(original ‖ twin)) and their 95 % intervals;
         `unseen`: mean and worst over the kinds that the twin has not seen (None where it has seen all); nats a token.
@@ -90,7 +92,12 @@ def compare_kinds(
     if tokenizer is None or other is None or tokenizer.get_vocab() != other.get_vocab():
         raise EvaluationError("the two models have different tokenizers", where=f"{twin} and {against}")
     report = _record(twin)
+    network: Any = original.model
+    window = min(window, getattr(network.config.get_text_config(), "max_position_embeddings", None) or window)
+    if unknown := set(seen) - set(texts):
+        raise RecipeError(f"no kind {min(unknown)!r} is measured", where="--seen")
     kinds = [_kind(name, source, twin, report, tokenizer, tokens, window) for name, source in texts.items()]
+    kinds = [replace(kind, seen="kind") if kind.seen == "no" and kind.name in seen else kind for kind in kinds]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     first, second = original.model.to(device), changed.model.to(device)
     rows = []

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import surgery
-from surgery.calibration.texts import tokens_of
+from surgery.calibration.inputs import calibration_inputs
 from surgery.losses import token_nats
 from surgery.models import loading
 from surgery.saving.report import read_report
@@ -26,14 +26,17 @@ COUNTS = (0, 1, 10, 100, 10**9)
 
 def main(twin: str, model: str, text: str | None = None) -> None:
     report = read_report(twin)
-    recipe, used = report["recipe"], report["calibration"]["tokens"]
+    recipe = report["recipe"]
     loaded = loading.loaded(model)
-    ids = tokens_of(text or recipe["calibration"], loaded.tokenizer, used + recipe["measure"])
-    length = recipe["length"]
-    unseen = ids[used:][: (len(ids) - used) // length * length].view(-1, length)
-    batches = [{"input_ids": part} for part in unseen.split(4)]
-    lost = token_nats(surgery.load(twin), batches) - token_nats(loaded.model, batches)
-    counts = torch.bincount(ids[:used], minlength=int(ids.max()) + 1)[unseen[:, 1:]]
+    much = {name: recipe[name] for name in ("tokens", "length", "batch", "seed", "short", "random_tokens")}
+    given = text or recipe["calibration"]
+    data = calibration_inputs(given, loaded.model, loaded.tokenizer, **much, unseen=recipe["measure"])
+    lost = token_nats(surgery.load(twin), data.unseen) - token_nats(loaded.model, data.unseen)
+    seen, unseen = (
+        torch.cat([batch["input_ids"].flatten() for batch in data.batches]),
+        torch.cat([batch["input_ids"] for batch in data.unseen]),
+    )
+    counts = torch.bincount(seen, minlength=int(unseen.max()) + 1)[unseen[:, 1:]]
     table = Table(
         "tokens", "share", "nats lost each", "share of the loss", title=f"{twin}: {lost.mean():+.4f} nats a token"
     )
@@ -42,7 +45,7 @@ def main(twin: str, model: str, text: str | None = None) -> None:
         share, each = chosen.double().mean(), lost[chosen].mean() if chosen.any() else torch.zeros(())
         table.add_row(name, f"{share:.1%}", f"{each:+.3f}", f"{share * each / lost.mean():.1%}")
 
-    place = torch.arange(1, length).expand_as(lost)
+    place = torch.arange(1, unseen.shape[1]).expand_as(lost)
     for low, high in pairwise(POSITIONS):
         row(f"position {low} to {high - 1}", (place >= low) & (place < high))
     for low, high in pairwise(COUNTS):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from surgery.calibration.automatic import available
 from surgery.calibration.common_pile import PARTS
-from surgery.calibration.mixtures import Given, Mixture, Part
+from surgery.calibration.mixtures import Given, Mixture
 from surgery.calibration.texts import SAMPLES, label
 from surgery.calibration.windows import TextPieces, joined, sequences, vocabulary, with_random_tokens
 from surgery.errors import CalibrationError
@@ -111,33 +111,37 @@ def calibration_inputs(
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limit = known if isinstance(known, int) and known > 0 else 1 << 30
     length = min(length, limit)
-    mixture, note = available(Mixture.of(source)) if is_named(source) else (None, "")
-    rest: Tensor | None = None
-    rows: list[dict[str, Any]] = []
-    if mixture is not None and not mixture.is_inputs:
-        found = []
-        mixture, more = _large_enough(mixture, tokens, length)
-        note = "; ".join(filter(None, (note, more)))
-        for part in mixture.parts:
-            pieces = _pieces(part, mixture, tokens, length, unseen, short)
-            if part.source == SAMPLES:
-                found.append(pieces.of_samples(model, tokenizer, seed, limit))
-            else:
-                found.append(pieces.of_text(part.source, tokenizer))
-            about = {"source": label(part.source), "share": part.share, "short": pieces.short}
-            rows.append({**about, "tokens": found[-1].tokens, "end": found[-1].end})
-        sets, rest = joined(found)
-        if random_tokens > 0:
-            words = vocabulary(tokenizer, model)
-            sets = [with_random_tokens(ids, random_tokens, *words, seed) for ids in sets]
-        inputs = [_text_inputs(ids, model) for ids in sets]
-    else:
+    mixture, missing = available(Mixture.of(source)) if is_named(source) else (None, "")
+    if mixture is None or mixture.is_inputs:
         inputs = _given(mixture.parts[0].source if mixture else source, model, length)
+        return _batched(inputs, mixture.name if mixture else "given", model, length, batch)
+    mixture, small = _large_enough(mixture, tokens, length)
+    found, rows = [], []
+    for part in mixture.parts:
+        least = 2 if mixture.one else 1
+        own, further = round(tokens * part.share), round(unseen * part.share)
+        pieces = TextPieces(own, length, part.short(short), further, least)
+        if part.source == SAMPLES:
+            windows = pieces.of_samples(model, tokenizer, seed, limit)
+        else:
+            windows = pieces.of_text(part.source, tokenizer)
+        found.append(windows)
+        about = {"source": label(part.source), "share": part.share, "short": pieces.short}
+        rows.append({**about, "tokens": windows.tokens, "end": windows.end})
+    sets, rest = joined(found)
+    if random_tokens > 0:
+        words = vocabulary(tokenizer, model)
+        sets = [with_random_tokens(ids, random_tokens, *words, seed) for ids in sets]
+    data = _batched([_text_inputs(ids, model) for ids in sets], mixture.name, model, length, batch)
+    measured = () if rest is None else tuple(_split(_text_inputs(rest, model), batch))
+    return replace(data, unseen=measured, parts=tuple(rows), note="; ".join(filter(None, (missing, small))))
+
+
+def _batched(inputs: Sequence[dict[str, Tensor]], name: str, model: Any, length: int, batch: int) -> Calibration:
+    """Inputs of one length each in batches of as many tokens as `batch` sequences of `length` have, described."""
     batches = tuple(part for item in inputs for part in _split(item, max(1, batch * length // _length(item, length))))
     _check_ids(batches, model)
-    further = () if rest is None else tuple(_split(_text_inputs(rest, model), batch))
-    described = _described(batches, mixture.name if mixture else "given", model)
-    return replace(described, unseen=further, parts=tuple(rows), note=note)
+    return _described(batches, name, model)
 
 
 def is_named(source: Any) -> TypeGuard[Given]:
@@ -168,12 +172,6 @@ def _large_enough(mixture: Mixture, tokens: int, length: int) -> tuple[Mixture, 
     if len(small) == len(mixture.parts):
         raise CalibrationError(f"{tokens} tokens are too few for any part of {mixture.name}", fix="more --tokens")
     return mixture.without(small), f"{len(small)} of {len(mixture.parts)} sources left out, as {tokens} tokens are few"
-
-
-def _pieces(part: Part, mixture: Mixture, tokens: int, length: int, unseen: int, short: float | None) -> TextPieces:
-    """A part's own share of everything."""
-    least = 2 if mixture.one else 1
-    return TextPieces(round(tokens * part.share), length, part.short(short), round(unseen * part.share), least)
 
 
 def _given(source: Any, model: Any, length: int) -> list[dict[str, Tensor]]:

@@ -57,6 +57,10 @@ def test_what_was_calibrated_on_is_seen_and_its_kind_too(place):
     assert {row["kind"]: row["seen"] for row in found["kinds"]} == {
         "novels": "text", "novel": "kind", "drama": "no", "sentences": "no"
     }  # fmt: skip
+    told = compared(place, f"drama={place}/drama.txt", seen=["drama"])
+    assert (told["kinds"][0]["seen"], told["unseen"]) == ("kind", None), "what the record cannot tell"
+    with pytest.raises(RecipeError, match="no kind 'verse'"):
+        compared(place, f"drama={place}/drama.txt", seen=["verse"])
     unseen = [row["nats_lost"]["value"] for row in found["kinds"] if row["seen"] == "no"]
     assert found["unseen"]["kinds"] == 2
     assert found["unseen"]["mean"]["value"] == pytest.approx(sum(unseen) / 2)
