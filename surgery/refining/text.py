@@ -18,7 +18,7 @@ from surgery.refining.packing import PackedWindows, cut_out, pack, packable
 from surgery.refining.settings import RefineSettings
 from surgery.runtime.files import replacing
 
-SPREAD, SPREAD_MOST = 8, 1_000_000  # times the tokens of a text that are read to train on, and where that ends
+SPREAD, SPREAD_MOST = 4, 500_000  # times the tokens of a text that are read to train on, and where that ends
 
 
 def training_sources(settings: RefineSettings, tokenizer: Any) -> tuple[tuple[str, ...], str]:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 
@@ -12,7 +13,9 @@ from surgery.calibration.inputs import calibration_inputs
 from surgery.calibration.mixtures import Mixture
 from surgery.calibration.texts import documents
 from surgery.errors import CalibrationError
+from tests import tiny
 from tests.calibration.support import MODEL, Characters
+from tests.commands import process
 from tests.hub_server import Hub
 
 
@@ -137,3 +140,26 @@ def test_small_parts_of_broad_are_left_out_where_there_are_few_tokens(hub):
     enough = calibration_inputs("broad", MODEL, Characters(), tokens=8192, **settings)
     assert (len(enough.parts), enough.note) == (len(PARTS), "")
     assert enough.parts[0]["source"] == next(iter(PARTS)), "with its commit"
+
+
+def test_a_conversion_fetches_broad_text_once_and_needs_no_network_again(hub, tmp_path):
+    tiny.save_with_tokenizer("llama", tmp_path / "base")
+    for number, source in enumerate(PARTS):
+        put(hub, source, [f"kind {number} of text, page {page}. " * 20 for page in range(60)])
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    online = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+    command = ["convert", tmp_path / "base", "--tokens", 8192, "--length", 32, "--measure", 512]
+    done = process(*command, "-o", tmp_path / "one", env=kept | online)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "one" / "surgery.json").read_text())
+    assert report["recipe"]["calibration"] == report["calibration"]["source"] == "broad"
+    assert [part["source"] for part in report["calibration"]["parts"]] == list(PARTS)
+    assert report["calibration"]["note"] == ""
+    fetched = [line for line in hub.log if "resolve" in line]
+    assert len(fetched) == len(PARTS)
+    hub.shutdown()
+    hub.server_close()
+    again = process(*command, "-o", tmp_path / "two", env=kept | online)
+    assert again.returncode == 0, again.stderr
+    other = json.loads((tmp_path / "two" / "surgery.json").read_text())
+    assert other["calibration"]["fingerprint"] == report["calibration"]["fingerprint"]
