@@ -4,7 +4,7 @@
 #
 #   recipes/refined.sh MODEL OUT [SOURCE[=SHARE] …]
 #
-# Without sources the default mixture is read: broad text from the Hub, or samples, python and code without a network.
+# Without sources the defaults are read: broad text from the Hub, or what there is without a network.
 # KINDS="novel=alice.txt drama=hamlet.txt"    further kinds to measure on
 # SEEN="novel"                                those that were seen, though the names of the texts do not tell
 # TOKENS=1200k, CONVERT_TOKENS=65536          what is trained and calibrated on; LENGTH=256 tokens a training window

@@ -12,8 +12,6 @@ from surgery.calibration.samples import knows_english, start_tokens
 from surgery.calibration.texts import BROAD, SAMPLES, label
 from surgery.errors import CalibrationError
 
-OFFLINE = (f"{SAMPLES}=4", "python", "code")  # what there is without a network
-FEW_WINDOWS = 16
 MOST_MISSING = 1 / 3  # of the shares of `broad`
 
 
@@ -42,20 +40,19 @@ def available(mixture: Mixture) -> tuple[Mixture, str]:
     return left, f"left out of {BROAD}, since they cannot be had: {names}"
 
 
-def automatic(tokenizer: Any, generates: bool, windows: int) -> tuple[str | list[str], str]:
-    """The sources for a model with this tokenizer, and a plain word on why they are not `broad`, where they are not.
+def automatic(tokenizer: Any, generates: bool) -> tuple[str, str]:
+    """The source for a model with this tokenizer, and a plain word on why it is not `broad`, where it is not.
 
     Args:
         generates: whether the model can draw samples.
-        windows: how many will be read in all; few are not shared out.
     """
-    samples = generates and tokenizer is not None and bool(start_tokens(tokenizer))
+    drawn = generates and tokenizer is not None and bool(start_tokens(tokenizer))
+    otherwise = SAMPLES if drawn else "python"
     if tokenizer is None or not knows_english(tokenizer):
-        return SAMPLES if samples else "python", ""
+        return otherwise, ""
     try:
         available(Mixture.of(BROAD))
     except CalibrationError as error:
-        cost = "a quadratic twin of this loses a fifth more on texts of other kinds than one of broad text"
-        sources = list(OFFLINE) if windows >= FEW_WINDOWS else SAMPLES
-        return sources if samples else "python", f"{error.what}; {cost}; --calibration FILE.txt … mends it"
+        cost = f"calibrated on {otherwise} a quadratic twin loses a fifth more, or worse, on texts of other kinds"
+        return otherwise, f"{error.what}; {cost}; --calibration FILE.txt … mends it"
     return BROAD, ""

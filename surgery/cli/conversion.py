@@ -46,7 +46,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
     "--calibration",
     multiple=True,
     help="broad, samples, python, code, hub:NAME, or a .txt, .jsonl or .safetensors file; repeatable, with shares as "
-    "in novels.txt=2.  [default: broad, fetched from the Hub; samples=4, python, code where not]",
+    "in novels.txt=2.  [default: broad, fetched from the Hub; samples where it cannot be]",
 )
 @click.option("--tokens", type=terminal.COUNT, help="Calibration tokens, as in 200k or 1M.  [default: 65536]")
 @click.option("--length", type=int, help="Tokens a sequence.  [default: 512]")

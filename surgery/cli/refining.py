@@ -19,7 +19,7 @@ from surgery.cli import terminal
     "--text",
     multiple=True,
     help="broad, samples, python, code, hub:NAME or a text file; repeatable, with shares as in novels.txt=2.  "
-    "[default: broad, fetched from the Hub; samples=4, python and code where it cannot be]",
+    "[default: broad, fetched from the Hub; python=2, code=2 and samples where it cannot be]",
 )
 @click.option("--tokens", type=terminal.COUNT, help="Tokens to train on, as in 200k or 4M.  [default: 1M]")
 @click.option("--length", type=int, help="Tokens a window.  [default: 256]")

@@ -129,7 +129,7 @@ def evaluation_plan(planned: EvalSettings, processes: int) -> str:
 def source_name(given: Any) -> str:
     """Calibration sources, for a person."""
     if given == "auto":
-        return "broad, or the model's own samples=4, python and code where that cannot be fetched"
+        return "broad, or the model's own samples where that cannot be fetched"
     if isinstance(given, dict):
         return ", ".join(f"{source}={share:g}" for source, share in given.items())
     return given if isinstance(given, str) else ", ".join(given)

@@ -147,8 +147,8 @@ def _chosen_source(plan: Recipe, loaded: loading.LoadedModel) -> tuple[Recipe, s
     """`auto` spelled out, and a plain word on it; see :func:`surgery.calibration.automatic.automatic`."""
     if plan.calibration != AUTO:
         return plan, ""
-    sources, note = automatic(loaded.tokenizer, is_causal(loaded.model), plan.tokens // plan.length)
-    return plan.model_copy(update={"calibration": sources}), note
+    source, note = automatic(loaded.tokenizer, is_causal(loaded.model))
+    return plan.model_copy(update={"calibration": source}), note
 
 
 def _probe(model: Any, data: Calibration) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ class Recipe(BaseModel):
     calibration: str | list[str] | dict[str, float] = Field(
         "auto",
         description="broad, samples, python, code, hub:NAME, or a .txt/.jsonl/.safetensors file; several, with "
-        "shares (SOURCE=2); auto: broad, fetched once; samples=4, python, code where it cannot be",
+        "shares (SOURCE=2); auto: broad, fetched once; samples where it cannot be",
     )
     tokens: int = Field(65536, ge=1, description="calibration tokens")
     length: int = Field(512, ge=2, description="tokens a sequence")

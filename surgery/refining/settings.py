@@ -33,7 +33,7 @@ class RefineSettings:
 
     Attributes:
         text: training texts, each with its share of the tokens (SOURCE=2), 1 where it says none; auto: broad, or
-            samples=4, python and code where that cannot be fetched.
+            python=2, code=2 and samples where that cannot be fetched.
         tokens, length: tokens to train on, in windows of this many; a shorter text is gone through again.
         batch, accumulate: windows a forward pass and process, and forward passes a step.
         train: coefficients, readout, block, all or lora.

@@ -12,7 +12,7 @@ import torch
 from surgery.calibration.automatic import automatic, available
 from surgery.calibration.mixtures import Mixture, seen_of
 from surgery.calibration.samples import sample
-from surgery.calibration.texts import AUTO, SAMPLES, frame, label, tokenised
+from surgery.calibration.texts import AUTO, BROAD, SAMPLES, frame, label, tokenised
 from surgery.errors import CalibrationError
 from surgery.refining.packing import PackedWindows, cut_out, pack, packable
 from surgery.refining.settings import RefineSettings
@@ -21,12 +21,15 @@ from surgery.runtime.files import replacing
 SPREAD, SPREAD_MOST = 4, 500_000  # times the tokens of a text that are read to train on, and where that ends
 
 
+OFFLINE = ("python=2", "code=2", SAMPLES)  # without a network; samples take longer to draw than to train on
+
+
 def training_sources(settings: RefineSettings, tokenizer: Any) -> tuple[tuple[str, ...], str]:
     """`auto` spelled out, and a plain word on what could not be had."""
     if settings.text != (AUTO,):
         return settings.text, ""
-    sources, note = automatic(tokenizer, True, settings.tokens // settings.length)
-    return (sources,) if isinstance(sources, str) else tuple(sources), note
+    source, note = automatic(tokenizer, generates=True)
+    return (source,) if source == BROAD or not note else OFFLINE, note
 
 
 def training_windows(

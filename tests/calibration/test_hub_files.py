@@ -93,7 +93,7 @@ def test_a_file_that_is_not_there_is_a_clear_error_and_leaves_nothing(hub):
 def test_broad_is_what_is_taken_where_it_can_be_had(hub):
     for source in PARTS:
         put(hub, source, ["some text " * 50])
-    assert automatic(Characters(), generates=True, windows=64) == ("broad", "")
+    assert automatic(Characters(), generates=True) == ("broad", "")
     mixture = Mixture.of("broad")
     assert available(mixture) == (mixture, "")
 
@@ -109,11 +109,10 @@ def test_a_part_that_is_missing_is_left_out_and_named(hub):
 
 
 def test_without_a_network_there_are_samples_and_a_plain_word(hub):
-    sources, note = automatic(Characters(), generates=True, windows=64)
-    assert sources == ["samples=4", "python", "code"]
-    assert automatic(Characters(), generates=True, windows=4)[0] == "samples", "too few to be shared out"
+    source, note = automatic(Characters(), generates=True)
+    assert source == "samples"
     assert "could not be fetched" in note and "--calibration" in note
-    assert automatic(Characters(), generates=False, windows=64)[0] == "python"
+    assert automatic(Characters(), generates=False)[0] == "python"
     with pytest.raises(CalibrationError, match="of broad cannot be had"):
         available(Mixture.of("broad"))
 
@@ -127,7 +126,7 @@ def test_a_tokenizer_that_does_not_know_english_is_not_given_any(hub):
 
     for source in PARTS:
         put(hub, source, ["some text " * 50])
-    assert automatic(Residues(), generates=True, windows=64) == ("samples", "")
+    assert automatic(Residues(), generates=True) == ("samples", "")
 
 
 def test_small_parts_of_broad_are_left_out_where_there_are_few_tokens(hub):

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 import surgery
-from surgery.calibration.automatic import OFFLINE
 from surgery.models import loading
 from surgery.refining.run import refined
 from surgery.refining.settings import RefineSettings
-from surgery.refining.text import training_sources, training_windows
+from surgery.refining.text import OFFLINE, training_sources, training_windows
 from tests.refining.support import settings_of
 
 
