@@ -197,5 +197,5 @@ def check_source(source: str) -> None:
     raise RecipeError(
         f"no calibration source {source!r}{did_you_mean(source, BUILT_IN)}",
         cause="neither an existing file nor a built-in source",
-        fix=f"one of {', '.join(BUILT_IN)}, hub:NAME, or a .txt, .jsonl or .safetensors file",
+        fix=f"one of {', '.join(BUILT_IN)}, hub:NAME, or a .txt, .jsonl or .safetensors file; or token ids",
     )
