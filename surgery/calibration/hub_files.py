@@ -88,7 +88,7 @@ def _pieces(source: str) -> Iterator[bytes]:
         file = folder / f"{number:06d}"
         if not file.is_file():
             content = _fetched(source, number * PIECE)
-            with replacing(file) as temporary:
+            with replacing(file, several=True) as temporary:
                 temporary.write_bytes(content)
         content = file.read_bytes()
         if content:

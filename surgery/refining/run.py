@@ -167,7 +167,7 @@ class _Refinement:
         stored = getattr(torch, self.loaded.source.dtype)
         after = run.restore_best(torch.float32 if settings.train == LORA else stored)
         more = {"shared_bytes": trainee.shared_bytes, "sharded": self.sharded, "control": None}
-        return record_of(settings, run, self.ranges, after) | more, trainee
+        return record_of(settings, run, self.ranges, after) | more | {"note": self.note}, trainee
 
     def _objective(self, network: Any) -> Objective:
         settings, blocks = self.settings, [paths for paths, _ in self.replaced]

@@ -19,17 +19,17 @@ from surgery.refining.settings import RefineSettings
 from surgery.runtime.files import replacing
 
 SPREAD, SPREAD_MOST = 4, 500_000  # times the tokens of a text that are read to train on, and where that ends
-
-
 OFFLINE = ("python=2", "code=2", SAMPLES)  # without a network; samples take longer to draw than to train on
 
 
 def training_sources(settings: RefineSettings, tokenizer: Any) -> tuple[tuple[str, ...], str]:
     """`auto` spelled out, and a plain word on what could not be had."""
-    if settings.text != (AUTO,):
-        return settings.text, ""
-    source, note = automatic(tokenizer, generates=True)
-    return (source,) if source == BROAD or not note else OFFLINE, note
+    text, note = settings.text, ""
+    if text == (AUTO,):
+        source, note = automatic(tokenizer, generates=True)
+        text = (source,) if source == BROAD or not note else OFFLINE
+    _, missing = available(Mixture.of(text))
+    return text, "; ".join(filter(None, (note, missing)))
 
 
 def training_windows(

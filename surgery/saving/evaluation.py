@@ -72,7 +72,6 @@ def trust_notes(report: dict[str, Any]) -> list[str]:
             f"{text['stride']}. Brackets are 95 % bootstrap intervals over {text['windows']} windows, paired."
         )
         conversion = (report["models"]["twin"] or {}).get("conversion")
-        used = conversion["calibration"] if conversion else {"source": None, "tokens": 0}
         refined = ((conversion or {}).get("refined_on") or {}).get(label(text["source"]))
         if refined:
             first, last = report["settings"]["skip"], report["settings"]["skip"] + report["settings"]["tokens"]
@@ -81,7 +80,7 @@ def trust_notes(report: dict[str, Any]) -> list[str]:
                 f"The twin was refined on this text, all but tokens {refined['begin']:,} to {refined['end']:,}; "
                 + ("they alone were measured." if outside else "part of what was measured here was SEEN IN TRAINING.")
             )
-        elif end := seen_of(used, text["source"]):
+        elif conversion and (end := seen_of(conversion["calibration"], text["source"])):
             seen = report["settings"]["skip"] < end
             lines.append(
                 f"The twin was calibrated on tokens from among the first {end:,} of this text; "

@@ -39,3 +39,15 @@ def test_what_is_wrong_is_said(pair, given, said):
 def test_an_output_that_holds_a_model_is_refused(pair):
     with pytest.raises(SurgeryError, match="holds a model"):
         plan(pair, output=pair / "base")
+
+
+def test_what_is_said_of_a_text_needs_no_conversion_to_be_known():
+    """A twin from elsewhere, without its report."""
+    from surgery.saving.evaluation import trust_notes
+
+    text = {"source": "python", "tokens": 100, "window": 32, "stride": 32, "windows": 4}
+    report = {"text": text, "models": {"twin": {"conversion": None}}, "settings": {"skip": 0}, "reused": []}
+    (line,) = trust_notes(report)
+    assert "100 tokens predicted" in line
+    seen = {"calibration": {"source": "python", "tokens": 50}, "refined_on": None}
+    assert "SEEN BY THE FIT" in trust_notes(report | {"models": {"twin": {"conversion": seen}}})[1]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import surgery
+from surgery.errors import CalibrationError
 from surgery.models import loading
 from surgery.refining.run import refined
 from surgery.refining.settings import RefineSettings
@@ -33,8 +34,6 @@ def test_what_was_held_out_once_stays_so(place, tmp_path):
 
 
 def test_text_the_conversion_saw_is_not_held_out(place, tmp_path):
-    from surgery.errors import CalibrationError
-
     short = tmp_path / "short.txt"
     short.write_text((place / "text.txt").read_text()[:9000])
     surgery.convert(
@@ -78,3 +77,5 @@ def test_without_a_network_what_there_is_is_trained_on_and_said(place, tmp_path)
     assert "cannot be had" in note
     named = RefineSettings(**{**vars(settings), "text": ("python",)})
     assert training_sources(named, tokenizer) == (("python",), "")
+    with pytest.raises(CalibrationError, match="of broad cannot be had"):
+        training_sources(RefineSettings(**{**vars(settings), "text": ("broad",)}), tokenizer)
