@@ -73,12 +73,13 @@ class _Gunzip:
         self.member = zlib.decompressobj(zlib.MAX_WBITS | 16)
 
     def __call__(self, piece: bytes) -> bytes:
-        text = self.member.decompress(piece)
-        if self.member.eof and self.member.unused_data:
+        texts = []
+        while piece:
+            if self.member.eof:
+                self.member = zlib.decompressobj(zlib.MAX_WBITS | 16)
+            texts.append(self.member.decompress(piece))
             piece = self.member.unused_data
-            self.member = zlib.decompressobj(zlib.MAX_WBITS | 16)
-            return text + self(piece)
-        return text
+        return b"".join(texts)
 
 
 def _pieces(source: str) -> Iterator[bytes]:

@@ -70,6 +70,9 @@ def test_long_documents_are_cut_and_empty_ones_passed_over(hub, monkeypatch):
 def test_several_gzip_members_and_plain_files_are_read(hub):
     put(hub, SOURCE, ["one", "two"], packed=lambda text: b"".join(map(gzip.compress, text.splitlines(True))))
     assert list(documents(SOURCE)) == ["one", "two"]
+    many = SOURCE.replace("0000", "0001")
+    put(hub, many, map(str, range(3000)), packed=lambda text: b"".join(map(gzip.compress, text.splitlines(True))))
+    assert len(list(documents(many))) == 3000
     plain = SOURCE.removesuffix(".gz")
     put(hub, plain, ["one", "two"], packed=bytes)
     assert list(documents(plain)) == ["one", "two"]
