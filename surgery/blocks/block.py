@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from surgery.blocks import experts
 from surgery.blocks.parts import attribute, weight_and_bias
+from surgery.blocks.residual import Residual
 from surgery.blocks.weights import BlockWeights, Map
 from surgery.closed_form.activations import ACTIVATIONS, Activation, recognise
 from surgery.closed_form.block_polynomial import BlockPolynomial
@@ -54,7 +55,7 @@ class Block:
         width, hidden, out: d, h, o.
         parameters: number of weights and biases.
         experts: how many; 1 for an ordinary block.
-        additive: the layer's output is its residual stream plus the block's output, seen in a forward pass.
+        residual: how the block's output joins the residual stream, seen in a forward pass; None where not known.
         calls: how often it runs in one forward pass, seen in one; more than once where layers share their weights.
     """
 
@@ -74,7 +75,7 @@ class Block:
     out: int
     parameters: int
     experts: int = 1
-    additive: bool = False
+    residual: Residual | None = None
     calls: int = 1
 
     @property
@@ -92,6 +93,12 @@ class Block:
         """Paths at which conversion puts something new."""
         return (self.path,)
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Paths of all that says what it computes and what becomes of it."""
+        norm = "" if self.residual is None else self.residual.norm
+        return tuple(path for path in (*self.first, self.last, self.activation_path, norm) if path)
+
     def as_dict(self) -> dict[str, Any]:
         """Its row in `surgery inspect --json`: the same keys whatever its kind."""
         values = {"half": "", **asdict(self)}
@@ -103,8 +110,8 @@ class Block:
         return 2 * degree + 1
 
     def modules(self, model: nn.Module) -> dict[str, Any]:
-        """Its maps and its activation, by path."""
-        return {path: attribute(model, path) for path in (*self.first, self.last, self.activation_path) if path}
+        """Its maps, its activation and the norm that its output passes through, by path."""
+        return {path: attribute(model, path) for path in self.parts}
 
     def maps(self, modules: Mapping[str, Any]) -> tuple[Map, Map | None]:
         """Gate and up, or the only one and None."""

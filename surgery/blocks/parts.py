@@ -47,6 +47,8 @@ def is_norm(module: nn.Module) -> bool:
     return bool(own) and not list(module.children()) and all(parameter.dim() == 1 for parameter in own)
 
 
-def norms_around(model: nn.Module, path: str) -> list[nn.Module]:
-    """Normalisation layers of the layer that the block at `path` belongs to."""
-    return [module for module in model.get_submodule(layer_of(path)).modules() if is_norm(module)]
+def norms_around(model: nn.Module, path: str) -> dict[str, nn.Module]:
+    """Normalisation layers of the layer that the block at `path` belongs to, by path."""
+    layer = layer_of(path)
+    inside = model.get_submodule(layer).named_modules(prefix=layer)
+    return {name: module for name, module in inside if is_norm(module)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.blocks.block import Block, Call, near
-from surgery.blocks.experts import Routing
+from surgery.blocks.block import Block, Call
+from surgery.blocks.experts import Routing, folded
 from surgery.blocks.parts import attribute, layer_of, norms_around
+from surgery.blocks.residual import INPUT, LAYER, NORM, Residual, joined, stream_of, without_blocks
 from surgery.errors import CalibrationError, ModelError
 from surgery.runtime.weights_on_disk import weights_present
 
@@ -41,7 +42,7 @@ def verify_each(
     Raises:
         CalibrationError: a block computes NaN or infinite values.
     Returns:
-        the blocks in the order in which they run, those last that run several times; with `additive` and `calls` filled
+        the blocks in the order in which they run, those last that run several times; with `residual` and `calls` filled
         in, gate and up exchanged where the recomputation says so, and activations found that no module holds; and by
         path what speaks against the others.
     """
@@ -65,11 +66,43 @@ def verify_each(
                     cause="another part of the layer uses the same function",
                     fix=LEAVE_OUT,
                 )
-            additive = checked.calls == 1 and _additive(checked, watch)
-            good.append(replace(checked, additive=additive))
+            good.append(checked)
         except ModelError as error:
             bad[block.path] = error
+    good = _with_residuals(model, good, watch, run)
     return tuple(sorted(good, key=lambda block: block.calls > 1)), bad
+
+
+def _with_residuals(model: nn.Module, blocks: Sequence[Block], watch: _Watch, run: Callable[[], object]) -> list[Block]:
+    """The blocks with `residual` filled in; one more run where what was seen does not say it of all."""
+    known = [replace(block, residual=_joined(model, block, watch, watch.bases(block))) for block in blocks]
+    open_ = [block for block in known if block.residual is None and block.calls == 1 and block.path != _layer(block)]
+    if not open_:
+        return known
+    without = without_blocks(
+        model, {block.path: _layer(block) for block in open_}, {block.path: block.exit for block in open_}, run
+    )
+    return [
+        replace(block, residual=_joined(model, block, watch, {LAYER: without[block.path]}))
+        if block.path in without
+        else block
+        for block in known
+    ]
+
+
+def _joined(model: nn.Module, block: Block, watch: _Watch, bases: Mapping[str, Tensor]) -> Residual | None:
+    total = watch.layers.get(_layer(block))
+    if total is None:
+        return None
+    inside = {path: seen for path, seen in watch.normed.items() if path.startswith(f"{_layer(block)}.")}
+    written = watch.seen[block.exit][-1][1]
+    if block.routed:
+        written = folded(model.get_submodule(block.path), written)
+    return joined(written, total, bases, inside)
+
+
+def _layer(block: Block) -> str:
+    return layer_of(block.path)
 
 
 def _holds_activation(block: Block) -> bool:
@@ -85,14 +118,14 @@ class _Watch:
         seen: (input, output) of every call of a block's modules, by path.
         activated: how often a module that is some block's activation was called, by id.
         routed: where a mixture's tokens go, by path.
-        normed: (input, output) of every norm near a block.
-        layers: what the blocks' layers write, by path.
+        normed: (input, output) of the last call of every norm near a block, by path.
+        layers: what the blocks' layers write in their last call, by path.
     """
 
     seen: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     activated: Counter[int] = field(default_factory=Counter)
     routed: dict[str, Routing] = field(default_factory=dict)
-    normed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    normed: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     layers: dict[str, Tensor] = field(default_factory=dict)
 
     @contextmanager
@@ -107,8 +140,8 @@ class _Watch:
             for block in blocks:
                 for path in {block.entry, *block.first, block.last}:
                     on(model.get_submodule(path), partial(self._call, path))
-                for norm in norms_around(model, block.path):
-                    on(norm, self._norm)
+                for path, norm in norms_around(model, block.path).items():
+                    on(norm, partial(self._norm, path))
                 layer = layer_of(block.path)
                 on(model.get_submodule(layer), partial(self._layer, layer))
                 if block.routed:
@@ -127,14 +160,20 @@ class _Watch:
         if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
             self.seen.setdefault(path, []).append((args[0].detach(), output.detach()))
 
-    def _norm(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def bases(self, block: Block) -> dict[str, Tensor]:
+        """What the block's output may be added to, as far as it can be told from what was seen."""
+        entered = self.seen[block.entry][-1][0]
+        read = [before for before, after in self.normed.values() if after.data_ptr() == entered.data_ptr()]
+        return dict.fromkeys([NORM] if read else [], read[-1] if read else entered) | {INPUT: entered}
+
+    def _norm(self, path: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if args and isinstance(output, Tensor):
-            self.normed.append((args[0], output))
+            self.normed[path] = args[0].detach(), output.detach()
 
     def _layer(self, path: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        first = output[0] if isinstance(output, tuple) else output
-        if isinstance(first, Tensor):
-            self.layers[path] = first.detach()
+        stream = stream_of(output)
+        if stream is not None:
+            self.layers[path] = stream.detach()
 
     def _routing(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.routed[path] = Routing.of(module, args, kwargs)
@@ -148,18 +187,6 @@ def _check_finite(block: Block, seen: Mapping[str, list[tuple[Tensor, Tensor]]])
             cause="the weights are damaged, or the precision is too low for this model",
             fix="load it with --dtype float32, or check the checkpoint",
         )
-
-
-def _additive(block: Block, watch: _Watch) -> bool:
-    """Whether the block reads the residual stream, normalised, and the layer writes that stream plus its output."""
-    entered, written = watch.seen[block.entry][0][0], watch.seen[block.last][0][1]
-    total = watch.layers.get(layer_of(block.path))
-    for before, after in watch.normed:
-        if total is None or not before.numel() == total.numel() == written.numel():
-            continue
-        if after.data_ptr() == entered.data_ptr():
-            return near(before.flatten() + written.flatten(), total)
-    return False
 
 
 def _recomputed(model: nn.Module, block: Block, watch: _Watch) -> Block:

@@ -24,7 +24,8 @@ class Arrival:
     Attributes:
         x: the block's input, (tokens, d).
         keep: which rows are real tokens, bool.
-        residual: the residual stream that the block's output will be added to, (tokens, d), where it is known.
+        residual: the residual stream that the block's output will be added to, (tokens, d), where it is known (see
+            :class:`surgery.blocks.residual.Residual`).
         size: norm of the residual stream (or, where unknown, of the layer's input), (tokens,).
         held: rows of held-out sequences, which choose the ridge instead of fitting; the last ones of a batch.
         known_sink: rows known beforehand to be attention sinks (see :func:`first_token_is_sink`), bool.
@@ -51,13 +52,6 @@ class Station:
     twin: tuple[Arrival, ...]
     original: tuple[Arrival, ...]  # empty unless the original stream runs too
     number: int = 0  # of the first pass, among those of all processes
-
-
-def behind(arrival: Arrival, other: Arrival, rows: slice | Tensor) -> Tensor:
-    """How far the twin's residual stream is behind the original's; 0 where it is not known."""
-    if arrival.residual is None or other.residual is None:
-        return torch.zeros_like(arrival.x[rows])
-    return other.residual[rows] - arrival.residual[rows]
 
 
 def kept_rows(block: Block, batch: Mapping[str, Tensor], flat: Tensor) -> Tensor:

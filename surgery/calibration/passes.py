@@ -15,6 +15,7 @@ Memory: the local variables of the suspended passes, about three hidden states p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from surgery.blocks.block import Block
 from surgery.blocks.experts import Routing, folded
 from surgery.blocks.parts import attribute, layer_of, norms_around
+from surgery.blocks.residual import INPUT, LAYER, stream_of
 from surgery.calibration.arrivals import Arrival, Station, kept_rows
 from surgery.calibration.held_out import fitted_sequences
 from surgery.errors import CalibrationError, ModelError
@@ -42,25 +44,33 @@ class _Pass(greenlet):
     normed: tuple[Tensor, Tensor] | None = None
     size: Tensor | None = None
     routing: Routing | None = None
+    layer: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None  # where it is, and what that was called with
+    without: str = ""  # path of the block that writes nothing while its layer is run for what else it writes
+    base: Tensor | None = None
 
 
 class _Fork(nn.Module):
     """Stands where a module of a block was: the original for passes of the original stream, the twin's for others."""
 
-    def __init__(self, stands_for: Callable[..., Any], entrance: bool, routed: bool) -> None:
+    def __init__(self, stands_for: Callable[..., Any], path: str, block: Block) -> None:
         super().__init__()
-        self.routed = routed
+        self.block = block
         self.original = stands_for
         self.current = stands_for
-        self.entrance = entrance
+        self.entrance, self.exit = path == block.entry, path == block.exit
+        self.from_layer = block.residual is not None and block.residual.base == LAYER
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         me = getcurrent()
         if not isinstance(me, _Pass):
             return self.current(x, *args, **kwargs)
-        if self.entrance:
+        if me.without == self.block.path and self.exit:
+            return x.new_zeros(*x.shape[:-1], self.block.out)
+        if self.entrance and not me.without:
             assert me.parent is not None
-            if self.routed:
+            if self.from_layer:
+                self._run_without(me)
+            if self.block.routed:
                 self._wait_routed(me, x, args, kwargs)
             else:
                 me.parent.switch(x)
@@ -68,6 +78,14 @@ class _Fork(nn.Module):
                 answer, me.answer = me.answer.view(*x.shape[:-1], -1), None
                 return answer
         return (self.original if me.original else self.current)(x, *args, **kwargs)
+
+    def _run_without(self, me: _Pass) -> None:
+        """Runs the layer once more, from its beginning, for what it writes without this block."""
+        assert me.layer is not None
+        layer, args, kwargs = me.layer
+        me.without = self.block.path
+        me.base = stream_of(layer(*args, **kwargs))
+        me.without = ""
 
     def _wait_routed(self, me: _Pass, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         original = cast(nn.Module, self.original)
@@ -143,12 +161,13 @@ class Passes:
         torch.set_grad_enabled(False)
         for block in self.blocks:
             for path in block.replaced_paths:
-                fork = _Fork(attribute(self.model, path), path == block.entry, block.routed)
+                fork = _Fork(attribute(self.model, path), path, block)
                 install(self.model, path, fork)
                 self._forks[path] = fork
             layer = self.model.get_submodule(layer_of(block.path))
-            self._hooks.append(layer.register_forward_pre_hook(_note_size, with_kwargs=True))
-            for norm in norms_around(self.model, block.path):
+            rerun = block.residual is not None and block.residual.base == LAYER
+            self._hooks.append(layer.register_forward_pre_hook(partial(_note_layer, rerun), with_kwargs=True))
+            for norm in norms_around(self.model, block.path).values():
                 self._hooks.append(norm.register_forward_hook(_note_norm))
         return self
 
@@ -214,11 +233,9 @@ class Passes:
             fork.original = fork.current
 
     def _originals(self, block: Block) -> dict[str, Any]:
-        paths = {*block.first, block.last, block.activation_path}
         return {
             path: self._forks[path].original if path in self._forks else attribute(self.model, path)
-            for path in paths
-            if path
+            for path in block.parts
         }
 
     def _arrival(self, block: Block, x: Any, forward: _Pass, number: int) -> Arrival:
@@ -229,9 +246,10 @@ class Passes:
                 where=block.path,
                 cause="the calibration inputs do not exercise it, or it runs before an earlier one",
             )
-        normed = forward.normed is not None and forward.normed[1].data_ptr() == x.data_ptr()
+        base = _base(block, x, forward)
         if self.aside is not None:
-            for held in (x, *(forward.normed or ())[:1]):
+            waiting = (x, base, forward.normed[0] if forward.normed is not None else None)
+            for held in {id(part): part for part in waiting if part is not None}.values():
                 in_file(held, self.aside)
         flat = x.detach().flatten(0, -2)
         if not bool(torch.isfinite(flat).all()):
@@ -241,11 +259,9 @@ class Passes:
                 cause="the weights are damaged, or the precision is too low for this model",
                 fix="load it with --dtype float32, or check the checkpoint",
             )
-        residual = None
-        if normed and forward.normed is not None:
-            residual = forward.normed[0].detach().flatten(0, -2)
-        forward.normed, routing, forward.routing = None, forward.routing, None
-        size = residual.norm(dim=-1) if residual is not None and block.additive else forward.size
+        residual = None if base is None else base.detach().reshape(-1, base.shape[-1])
+        forward.normed, forward.base, routing, forward.routing = None, None, forward.routing, None
+        size = forward.size if residual is None else residual.norm(dim=-1)
         if size is None or len(size) != len(flat):
             size = flat.norm(dim=-1)
         rows = len(next(iter(batch.values())))
@@ -268,10 +284,25 @@ class Passes:
         return tuple(pair)
 
 
-def _note_size(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _base(block: Block, x: Tensor, forward: _Pass) -> Tensor | None:
+    """The stream that the block's output joins, where it is known how."""
+    if block.residual is None:
+        return None
+    if block.residual.base == INPUT:
+        return x
+    if block.residual.base == LAYER:
+        return forward.base
+    found = forward.normed is not None and forward.normed[1].data_ptr() == x.data_ptr()
+    return forward.normed[0] if found and forward.normed is not None else None
+
+
+def _note_layer(rerun: bool, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     me, hidden = getcurrent(), args[0] if args else kwargs.get("hidden_states")
-    if isinstance(me, _Pass) and isinstance(hidden, Tensor):
-        me.size = hidden.detach().flatten(0, -2).norm(dim=-1)
+    if isinstance(me, _Pass) and not me.without:
+        if rerun:
+            me.layer = layer, args, kwargs
+        if isinstance(hidden, Tensor):
+            me.size = hidden.detach().flatten(0, -2).norm(dim=-1)
 
 
 def _note_norm(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -149,6 +149,7 @@ def ridge_path(
     ridges: Sequence[float] = RIDGES,
     anchor: tuple[Tensor, Tensor] | None = None,
     free: int = 1,
+    counts: Tensor | None = None,
 ) -> RidgeSolution:
     """min_B Σ w‖t − Bᵀf‖² + λ·n·mean(f²)·‖B − prior‖², with the λ that leaves the smallest held-out residual.
 
@@ -162,6 +163,8 @@ def ridge_path(
         free: how many of the last features (sink units, the constant) are not pulled.
         anchor: features and targets of rows that belong to every fit but to no score (attention sinks); they are added
             to `fit`.
+        counts: how much an error of each output counts, (q,); alike where None. It decides on λ alone: for one λ the
+            outputs do not depend on each other.
     """
     ordered = sorted(ridges)
     size = float(fit.gram.diagonal()[:-free].mean())
@@ -169,6 +172,8 @@ def ridge_path(
         fit.add_rows(*anchor)
     system = _Regularised(fit.full_gram(), size, free)
     sketch = _directions(prior)
+    if counts is not None:
+        sketch = counts.to(sketch)[:, None] * sketch
     begin = prior @ sketch
     seen = fit.cross @ sketch - system.gram @ begin
     scores: dict[int, float] = {}
@@ -229,14 +234,21 @@ def solved(lower: Tensor, right: Tensor) -> Tensor:
     return solution
 
 
-def most_useful(fit: RidgeSums, prior: Tensor, count: int, free: int = 1, ridge: float = ROUNDS_RIDGE) -> Tensor:
+def most_useful(
+    fit: RidgeSums,
+    prior: Tensor,
+    count: int,
+    free: int = 1,
+    ridge: float = ROUNDS_RIDGE,
+    counts: Tensor | None = None,
+) -> Tensor:
     """Which `count` features to keep so that little is lost once the others' share is taken over by those kept.
 
     Backward elimination: with all outputs re-solved, leaving out feature j adds ‖B_j‖² ÷ [(Fᵀ W F + λ)⁻¹]_jj to the
     squared error (Hassibi & Stork, NeurIPS 1992, for many outputs). Exact for one feature, so it goes in rounds.
 
     Args:
-        prior, free, ridge: as in :func:`ridge_path`; the `free` last features are kept beside the `count`.
+        prior, free, ridge, counts: as in :func:`ridge_path`; the `free` last features are kept beside the `count`.
     Returns:
         their numbers, ascending, (count + free,).
     """
@@ -253,7 +265,9 @@ def most_useful(fit: RidgeSums, prior: Tensor, count: int, free: int = 1, ridge:
         if goal >= left:
             continue
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[kept][:, kept]))
-        costs = (inverse @ pulled[kept]).square().sum(-1) / inverse.diagonal()
+        solution = inverse @ pulled[kept]
+        solution = solution if counts is None else solution * counts.to(solution)
+        costs = solution.square().sum(-1) / inverse.diagonal()
         best = costs[:-free].topk(goal).indices.sort().values
         kept = torch.cat([kept[best], kept[-free:]])
     return kept

@@ -18,18 +18,19 @@ from torch import Tensor
 from surgery.closed_form.forms import Affine
 from surgery.closed_form.moments import InputMoments
 
-MASSIVE = 20.0  # a residual stream this many times the median is a sink's
+MASSIVE = 5.0  # a residual stream this many times the median is a sink's (Gemma 3 270M: 5 to 16, SmolLM2: hundreds)
+OUTLYING = 20.0  # the same of a block's output, which differs more between ordinary tokens
 MOST_SINKS = 0.02  # of all tokens; more than that are no exception but the distribution
 SAME_KIND = 0.8  # cosine between x − μ of two sinks that share a unit
 MOST_KINDS = 4
 SMALLEST_KIND = 0.25  # share of the sinks that must be alike
 SHRINKAGE = 1e-3  # of the mean variance, added to Σ
-WRITER = 0.3  # share of the residual stream's norm at a sink that a block must write to get a unit for it
+WRITER = 0.15  # share of the residual stream's norm at a sink that a block must write to get a unit for it
 
 
 def ordinary(sizes: Tensor) -> Tensor:
-    """Which of the norms (tokens,) are no sink's, bool: all up to 20 times the median."""
-    return sizes <= MASSIVE * sizes.median()
+    """Which norms of outputs, (tokens,), are no sink's, bool: all up to 20 times the median. NaN is none of them."""
+    return sizes <= OUTLYING * sizes.nanmedian()
 
 
 def threshold(sizes: Tensor) -> float:
@@ -38,14 +39,13 @@ def threshold(sizes: Tensor) -> float:
     return limit if float((sizes > limit).double().mean()) <= MOST_SINKS else float("inf")
 
 
-def written(size: Tensor, output: Tensor) -> bool:
+def written(size: Tensor, norms: Tensor) -> bool:
     """Whether the block itself writes what makes its sinks massive (or takes it away), rather than passing it on.
 
     Args:
         size: norms of the residual stream at the sinks, before the block.
-        output: the block's outputs there, (number of sinks, out).
+        norms: of what the block adds to it there.
     """
-    norms = output.float().norm(dim=-1)
     return bool(len(norms)) and float((norms / (norms + size)).median()) > WRITER
 
 

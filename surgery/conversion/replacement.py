@@ -12,13 +12,15 @@ from torch import Tensor
 
 from surgery.calibration.arrivals import Station
 from surgery.calibration.passes import Passes
-from surgery.calibration.repeated import repeated_station, split_repeated
+from surgery.calibration.repeated import repeated_arrivals, repeated_station, split_repeated
 from surgery.conversion.partial_run import PartialRun
 from surgery.conversion.task import ConversionTask, Replacements
 from surgery.fitting.either import fit
 from surgery.runtime import processes
 from surgery.runtime.progress import Progress
 from surgery.saving.modules import modules_for
+
+ROUNDS = 3  # of fitting a block that several layers share to what it receives with its polynomial in its place
 
 
 def replace_blocks(
@@ -38,7 +40,7 @@ def replace_blocks(
     once, repeated = split_repeated(blocks)
     like = task.like()
     done = Replacements([], [])
-    follow = task.plan.refit and task.plan.target == "stream" and any(block.additive for block in once)
+    follow = task.plan.refit and task.plan.target == "stream" and any(block.residual for block in blocks)
     aside = None if probe is None else partial.folder
     finished = processes.from_first(partial.finished(blocks))
     passed = [] if len(finished) == len(blocks) else task.batches()  # nothing is left to calibrate, so nothing runs
@@ -46,7 +48,11 @@ def replace_blocks(
         Passes(model, passed, once, follow, task.first_is_sink, probe, aside) as passes,
         Progress(len(blocks), task.quiet or not processes.first()) as progress,
     ):
-        for station in chain(passes, (repeated_station(block, passes) for block in repeated)):
+        unfinished = [block for block in repeated if follow and block.path not in finished]
+        original = {block.path: repeated_arrivals(block, passes) for block in unfinished}
+        for station in chain(
+            passes, (repeated_station(block, passes, original.pop(block.path, ())) for block in repeated)
+        ):
             if station.block.path in finished:
                 entry, row, modules = partial.load(station.block, like)
                 passes.replace(modules)
@@ -69,9 +75,13 @@ def _replace(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fits one block and puts its replacement in; its entry and its row."""
     block, begun = station.block, time.monotonic()
-    fitted = fit(station, task.settings(degrees.get(block.path, task.plan.degree), form), task.given.get(block.path))
-    entry, modules = modules_for(fitted, form, task.like())
-    passes.replace(modules)
+    settings = task.settings(degrees.get(block.path, task.plan.degree), form)
+    for round_ in range(ROUNDS if block.calls > 1 and station.original else 1):
+        if round_:
+            station = replace(station, twin=repeated_arrivals(block, passes))
+        fitted = fit(station, settings, task.given.get(block.path))
+        entry, modules = modules_for(fitted, form, task.like())
+        passes.replace(modules)
     for number, output in enumerate(fitted.outputs):  # none of blocks inside which the passes wait
         passes.answer(number, output)
     for number, output in enumerate(fitted.written):

@@ -6,6 +6,7 @@ polynomials and the sinks. The second, over all, gives the normal equations of t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from surgery.closed_form.moments import (
 from surgery.fitting.features import HiddenPolynomial
 from surgery.fitting.readout import CHUNK, Readout, kept_readout, mistaken, refit
 from surgery.fitting.sample import Sample, take_sample
+from surgery.fitting.target import Target
 from surgery.runtime import processes
 
 
@@ -107,6 +109,7 @@ def fit_block(
     given: GaussianMixture | None = None,
     cache_bytes: int = 0,
     original: BlockWeights | None = None,
+    corrections: Sequence[Tensor] = (),
 ) -> FittedBlock:
     """The least-squares optimal polynomial of one block.
 
@@ -115,24 +118,26 @@ def fit_block(
         given: distribution of the block's input for `assume="gaussian"`; measured where None.
         cache_bytes: memory that may be spent to keep hidden vectors, so that `outputs` come back.
         original: the block's weights, where they are not in modules of its own.
+        corrections: what the block should write beyond its own output, by batch, (tokens, out) each.
     Raises:
         CalibrationError: too few tokens for the unknowns, or values that are not finite.
     """
     block = station.block
     original = original or block.weights(station.modules)
-    sample = take_sample(station, original, settings.degree, settings.unit_tokens)
+    target = Target.of(station, corrections)
+    sample = take_sample(target, original, settings.degree, settings.unit_tokens)
     inputs = InputMoments.of(sample.x[~sample.massive])
     at = Preactivations.of(inputs, original.gate, original.up)
     moments = _moments(original, at, sample, settings, given)
     units = solve_units(moments)
     if settings.guard and settings.degree == 2 and units.b is not None:
         units = guarded(moments, units)
-    writer = settings.degree > 1 and sinks.written(sample.size[sample.sink], sample.output[sample.sink])
+    writer = settings.degree > 1 and sinks.written(sample.size[sample.sink], sample.reaching[sample.sink])
     pointing = sinks.directions(inputs, sample.x[sample.sink if writer else []])
     prior, twin = _features(original, at, units, pointing, sample.x.dtype)
     if settings.refit:
         wanted = max(1, round(settings.units * block.hidden)) if settings.degree > 1 else None
-        readout = refit(station, original, twin, prior, sample, len(pointing.bias), cache_bytes, wanted)
+        readout = refit(target, original, twin, prior, sample, len(pointing.bias), cache_bytes, wanted)
     else:
         readout = kept_readout(prior, twin(sample.x[sample.sink]), sample.aim, len(pointing.bias))
     del prior
@@ -152,7 +157,7 @@ def fit_block(
         ridge=readout.choice.ridge,
         condition=max(hidden.units.condition, readout.choice.condition),
         sink_tokens=int(sample.sink.sum()),
-        sink_error=_sink_error(sample, predicted, writer),
+        sink_error=_sink_error(target, sample, predicted, writer),
         sink_units=len(pointing.bias),
         sink_mistaken=int((sample.ordinary & ~ordinary).sum()),
         quadrature_error=hidden.units.error,
@@ -214,9 +219,9 @@ def _r2(predicted: Tensor, truth: Tensor, rows: Tensor) -> float:
     return float(1 - (p - t).square().sum() / (t - t.mean(0)).square().sum().clamp_min(1e-300))
 
 
-def _sink_error(sample: Sample, predicted: Tensor, writer: bool) -> float:
+def _sink_error(target: Target, sample: Sample, predicted: Tensor, writer: bool) -> float:
     if not len(sample.aim):
         return 0.0
-    truth = (sample.aim if writer else sample.output[sample.sink]).double()
+    truth = target.joining((sample.aim if writer else sample.output[sample.sink]).double())
     after = truth.norm(dim=-1) + sample.size[sample.sink].double()
-    return float(((predicted[sample.sink].double() - truth).norm(dim=-1) / after).median())
+    return float(((target.joining(predicted[sample.sink].double()) - truth).norm(dim=-1) / after).median())

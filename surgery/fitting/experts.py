@@ -11,6 +11,7 @@ its readout.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, ClassVar
@@ -20,11 +21,12 @@ from torch import Tensor
 
 from surgery.blocks import experts
 from surgery.blocks.block import Block, ExpertsBlock
-from surgery.calibration.arrivals import Arrival, Station, behind
+from surgery.calibration.arrivals import Arrival, Station
 from surgery.closed_form.block_polynomial import BlockPolynomial
 from surgery.errors import CalibrationError
 from surgery.fitting.block import FitSettings, FittedBlock, fit_block
 from surgery.fitting.sample import TOKENS_PER_UNKNOWN
+from surgery.fitting.target import Target
 from surgery.runtime import processes
 
 HELD_TOKENS = 8  # fewer held-out tokens choose no ridge
@@ -89,7 +91,7 @@ def fit_experts(station: Station, settings: FitSettings) -> FittedExperts:
             where=block.path,
             fix="use assume: data",
         )
-    corrections = _corrections(station, module)
+    corrections = _corrections(station, module)  # by batch, (tokens, out), per unit of routing weight
     least = TOKENS_PER_UNKNOWN * (2 * settings.degree + 1)
     kept = settings if settings.units < 1 else replace(settings, refit=False)
     prior_rows = _layer_sample(station, max(settings.unit_tokens, 4 * block.width))
@@ -98,7 +100,7 @@ def fit_experts(station: Station, settings: FitSettings) -> FittedExperts:
     starved: list[int] = []
     for number in range(experts.count(module)):
         original = experts.weights(module, number)
-        mine = _station_of(station, number, corrections)
+        mine, own = _part_of(station, number, corrections)
         seen = [sum(int((a.keep & (a.held == held)).sum()) for a in mine.twin) for held in (False, True)]
         fit, held = (int(processes.sum_number(tokens_here)) for tokens_here in seen)
         tokens.append(fit + held)
@@ -106,7 +108,7 @@ def fit_experts(station: Station, settings: FitSettings) -> FittedExperts:
             starved.append(number)
             found = fit_block(prior_rows, kept, original=original)
         else:
-            found = fit_block(mine, settings, original=original)
+            found = fit_block(mine, settings, original=original, corrections=own)
         # Maps in the precision they are stored in: all experts' in float64 would be the largest thing in memory.
         rounded = found.polynomial.to(station.twin[0].x.dtype)
         fitted.append(replace(found, polynomial=rounded, outputs=(), written=()))
@@ -115,34 +117,32 @@ def fit_experts(station: Station, settings: FitSettings) -> FittedExperts:
 
 def _corrections(station: Station, module: Any) -> tuple[Tensor, ...]:
     """What the block should add beyond its own output on the twin's stream, per token and unit of routing weight."""
-    if not station.original or not station.block.additive:
+    if not station.original or station.block.residual is None:
         return ()
-    found = []
-    for arrival, other in zip(station.twin, station.original, strict=True):
+    found, target = [], Target.of(station)
+    for number in range(len(station.twin)):
+        arrival, other = target.arrivals(number)
         assert arrival.routing is not None and other.routing is not None
         own = experts.recomputed(module, arrival.x, arrival.routing)
-        missing = experts.recomputed(module, other.x, other.routing) - own + behind(arrival, other, slice(None))
+        missing = target.wanted(number, slice(None), experts.recomputed(module, other.x, other.routing)) - own
         fitted = arrival.routing.index < experts.count(module)
         total = (arrival.routing.weight * fitted).sum(-1, keepdim=True).to(missing)
         found.append(missing / total.clamp_min(1e-6))
     return tuple(found)
 
 
-def _station_of(station: Station, number: int, corrections: tuple[Tensor, ...]) -> Station:
-    """The tokens routed to one expert, as if at a block of its own."""
-    block = replace(_mixture(station).one(number), additive=bool(corrections))
-    twin, aims = [], []
+def _part_of(station: Station, number: int, corrections: Sequence[Tensor]) -> tuple[Station, tuple[Tensor, ...]]:
+    """The tokens routed to one expert, as if at a block of its own, and their corrections."""
+    block = replace(_mixture(station).one(number), residual=station.block.residual if corrections else None)
+    twin, own = [], []
     for batch, arrival in enumerate(station.twin):
         assert arrival.routing is not None
         rows, weight = arrival.routing.of_expert(number)
         rows, order = rows.sort()  # held-out rows stay last
-        mine = _rows(arrival, rows, weight[order].float())
-        twin.append(mine)
+        twin.append(_rows(arrival, rows, weight[order].float()))
         if corrections:
-            zero = torch.zeros_like(mine.x[:, :1]).expand(-1, block.out)
-            twin[-1] = replace(mine, residual=zero)
-            aims.append(replace(mine, residual=corrections[batch][rows]))
-    return Station(block, {}, tuple(twin), tuple(aims), station.number)
+            own.append(corrections[batch][rows])
+    return Station(block, station.modules, tuple(twin), (), station.number), tuple(own)
 
 
 def _mixture(station: Station) -> ExpertsBlock:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from surgery.blocks.weights import BlockWeights
-from surgery.calibration.arrivals import Arrival, Station, behind
+from surgery.calibration.arrivals import Arrival, Station
 from surgery.closed_form.ridge import HeldRows, RidgeSolution, RidgeSums, most_useful, ridge_path
 from surgery.errors import CalibrationError
 from surgery.fitting.features import HiddenPolynomial
 from surgery.fitting.sample import Sample
+from surgery.fitting.target import Target
 from surgery.runtime import processes
 
 CHUNK = 2048  # tokens whose hidden vectors are held at once
@@ -83,56 +84,57 @@ class _Sums:
 
 
 @dataclass(frozen=True)
-class _Aim:
+class _Objective:
     """What the block should write, and which tokens count how much for it.
 
-    The target is the original block's output on the twin's stream, or, with the original stream at hand, what
-    brings the twin's residual stream back to the original's: f(x₀) + r₀ − r (at sinks only in a block that writes
-    them: elsewhere a small relative difference would be huge). Tokens are weighted by 1/‖r‖², since whatever reads the
-    residual stream normalises it first; the sinks together weigh as much as all other tokens do. A sink is what is one
-    in the original.
+    At sinks the stream is the target only in a block that writes them: elsewhere a small relative difference would be
+    huge. Tokens are weighted by 1/‖r‖², since whatever reads the residual stream normalises it first (and by how much
+    an error counts after a norm of the block's own); the sinks together weigh as much as all other tokens do. A sink is
+    what is one in the original.
 
     Attributes:
         typical: median norm of the residual stream.
+        length: median of what the block's output is divided by on its way into the stream.
         sink_limit: norm from which on a token is a sink.
         sink_boost: number of ordinary tokens per sink token.
         writer: whether the block writes what makes its sinks massive.
     """
 
     original: BlockWeights
-    additive: bool
+    target: Target
     typical: Tensor
+    length: Tensor
     sink_limit: float
     sink_boost: float
     writer: bool
 
-    def of(self, arrival: Arrival, other: Arrival, rows: slice, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Target (n, out), weight (n,) and which rows are sinks (n,).
+    def of(self, number: int, rows: slice, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Target (n, out), weight (n,) and which rows are sinks (n,), of some rows of a batch.
 
         Args:
-            other: the same rows in the original stream, `arrival` itself where it does not run.
-            output: what the original block writes there.
+            output: what the original block writes there, in its own stream where that runs.
         """
+        arrival, other = self.target.arrivals(number)
         size = torch.maximum(arrival.size[rows], other.size[rows])
-        total = (other.size[rows].square() + output.float().norm(dim=-1).square()).sqrt()
+        total = (other.size[rows].square() + self.target.reaching(output).square()).sqrt()
         massive = total > self.sink_limit
         sink = massive | arrival.known_sink[rows]
-        target, weight = output, torch.ones_like(size)
-        if self.additive:
-            if other is not arrival:
-                target = output + behind(arrival, other, rows)
-                if not self.writer:
-                    target[sink] = self.original(arrival.x[rows][sink])
+        wanted, weight = self.target.wanted(number, rows, output), torch.ones_like(size)
+        if self.target.in_stream:
+            if not self.writer and wanted is not output:
+                wanted[sink] = self.original(arrival.x[rows][sink])
             weight = (self.typical / size.clamp_min(1e-6 * self.typical)).square().clamp_max(WEIGHT_LIMIT)
+            length = self.target.lengths(output).clamp_min(1e-6 * self.length)
+            weight = weight * (self.length / length).square().clamp_max(WEIGHT_LIMIT)
         share = torch.where(massive, self.sink_boost, YOUNG_SINKS * self.sink_boost)
         weight = torch.where(sink, share * (self.typical / total).square(), weight)
         if arrival.weight is not None:
             weight = weight * arrival.weight[rows].square()
-        return target, weight, sink
+        return wanted, weight, sink
 
 
 def refit(
-    station: Station,
+    target: Target,
     original: BlockWeights,
     twin: HiddenPolynomial,
     prior: Tensor,
@@ -141,7 +143,7 @@ def refit(
     cache_bytes: int = 0,
     units: int | None = None,
 ) -> Readout:
-    """Ridge regression of what the block should write (:class:`_Aim`) on the polynomial's hidden vector.
+    """Ridge regression of what the block should write (:class:`_Objective`) on the polynomial's hidden vector.
 
     The held-out sequences are fitted in no block: r₀ − r is smaller where the earlier blocks were fitted, which no
     ridge chosen there would know. A token that only the twin makes a sink does not count.
@@ -153,43 +155,45 @@ def refit(
         cache_bytes: memory that may be spent on keeping hidden vectors until the answer is known.
         units: how many units to keep beside the sink units, the most useful ones; all where None.
     """
-    block = station.block
+    station, block = target.station, target.station.block
     tokens = sum(len(arrival.x) for arrival in station.twin)
     hold = block.whole and tokens * prior.shape[0] * station.twin[0].x.element_size() <= cache_bytes
     typical = processes.together(torch.cat([arrival.size[arrival.keep] for arrival in station.twin])).median()
-    aim = _Aim(original, block.additive, typical, sample.limit, sample.sink_boost, writer=sink_units > 0)
+    length = target.lengths(sample.output[sample.ordinary]).median()
+    objective = _Objective(original, target, typical, length, sample.limit, sample.sink_boost, writer=sink_units > 0)
     sums = _Sums.zeros(prior, station)
-    hidden, written = _summed(station, twin, aim, sums, sink_units, hold)
+    hidden, written = _summed(twin, objective, sums, sink_units, hold)
     fit, held_rows, anchor = sums.over_processes()
     if not (float(fit.weight) and len(held_rows.features)):
         raise CalibrationError("no tokens are left to fit on", where=block.path, fix="give more text")
     free, kept = sink_units + 1, None
     if units is not None and units < len(prior) - free:
-        kept = most_useful(fit, prior, units, free)
+        kept = most_useful(fit, prior, units, free, counts=target.counts)
         fit, held_rows, prior = fit.at(kept), held_rows.at(kept), prior[kept]
         anchor = (anchor[0][:, kept], anchor[1])
         hidden = [[part[:, kept] for part in parts] for parts in hidden]
-    choice = ridge_path(fit, held_rows, prior, anchor=anchor, free=free)
+    choice = ridge_path(fit, held_rows, prior, anchor=anchor, free=free, counts=target.counts)
     solution = choice.weight.to(station.twin[0].x)
     outputs = (torch.cat([part @ solution for part in parts]) for parts in hidden if parts)
     return Readout(choice, tuple(outputs), tuple(torch.cat(parts) for parts in written if parts), kept)
 
 
 def _summed(
-    station: Station, twin: HiddenPolynomial, aim: _Aim, sums: _Sums, sink_units: int, hold: bool
+    twin: HiddenPolynomial, objective: _Objective, sums: _Sums, sink_units: int, hold: bool
 ) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
     """Adds all tokens to the sums; by batch: hidden vectors where they are to be held, and what the original writes."""
+    station = objective.target.station
     hidden: list[list[Tensor]] = [[] for _ in station.twin]
     written: list[list[Tensor]] = [[] for _ in station.twin]
-    for number, arrival in enumerate(station.twin):
-        other = station.original[number] if station.original else arrival
+    for number in range(len(station.twin)):
+        arrival, other = objective.target.arrivals(number)
         for rows, held in _pieces(arrival):
-            features, output = twin(arrival.x[rows]), aim.original(other.x[rows])
+            features, output = twin(arrival.x[rows]), objective.original(other.x[rows])
             if hold:
                 hidden[number].append(features)
             if station.block.whole and other is not arrival:  # else the passes wait inside and finish it themselves
                 written[number].append(output)
-            target, weight, sink = aim.of(arrival, other, rows, output)
+            target, weight, sink = objective.of(number, rows, output)
             root = weight.sqrt().to(features)[:, None]
             real = arrival.keep[rows] & ~(mistaken(features[:, -1 - sink_units : -1]) & ~sink)
             sums.add(features * root, target * root, real, sink, held)

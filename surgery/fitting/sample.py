@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from surgery.blocks.weights import BlockWeights
-from surgery.calibration.arrivals import Arrival, Station, behind
+from surgery.calibration.arrivals import Arrival, Station
 from surgery.closed_form import sinks
 from surgery.errors import CalibrationError
+from surgery.fitting.target import Target
 from surgery.runtime import processes
 
 TOKENS_PER_UNKNOWN = 20
@@ -25,6 +26,7 @@ class Sample:
         rows: of each batch, by number; all else is of these rows of all processes, (tokens, …).
         x, y, z: the block's input and its units' preactivations; z is None in a plain block.
         output, size: what the original writes there, and the norm of the residual stream before it.
+        reaching: norm of what the output adds to the stream.
         ordinary, sink, held, massive: which rows are no sinks, are sinks in the original, are held out, and are
             massive in the twin.
         limit: norm from which on a token is a sink.
@@ -37,6 +39,7 @@ class Sample:
     z: Tensor | None
     output: Tensor
     size: Tensor
+    reaching: Tensor
     ordinary: Tensor
     sink: Tensor
     held: Tensor
@@ -50,12 +53,13 @@ class Sample:
         return float(self.ordinary.sum()) / max(1, int(self.sink.sum()))
 
 
-def take_sample(station: Station, original: BlockWeights, degree: int, tokens: int) -> Sample:
+def take_sample(target: Target, original: BlockWeights, degree: int, tokens: int) -> Sample:
     """About `tokens` tokens, drawn from all batches alike (always several per input dimension).
 
     Raises:
         CalibrationError: too few for a unit of this degree, or an output that is not finite.
     """
+    station = target.station
     rows = _drawn(station, max(tokens, 4 * station.block.width))
 
     def gathered(name: str, arrivals: tuple[Arrival, ...] = station.twin) -> Tensor:
@@ -76,23 +80,22 @@ def take_sample(station: Station, original: BlockWeights, degree: int, tokens: i
     output = nn.functional.linear(original.hidden(y, z), *original.down)
     if not bool(torch.isfinite(output).all()):
         raise CalibrationError("the block's output holds NaN or infinite values", where=station.block.path)
-    norm = output.float().norm(dim=-1)
+    norm = target.reaching(output)
     total = (size.square() + norm.square()).sqrt()
     limit = sinks.threshold(total)
     truly = gathered("size", station.original or station.twin)
     sink = ((truly.square() + norm.square()).sqrt() > limit) | gathered("known_sink")
     aim = output[sink]
-    if station.original and station.block.additive:
+    if target.in_stream:
         own = [len(at) for at in rows]
         before = sum(processes.gather(sum(own))[: processes.rank()])
         parts = sink[before : before + sum(own)].split(own)
-        triples = zip(
-            station.twin, station.original, (at[part] for at, part in zip(rows, parts, strict=True)), strict=True
-        )
-        aim = processes.together(
-            torch.cat([original(other.x[at]) + behind(twin, other, at) for twin, other, at in triples])
-        )
-    return Sample(rows, x, y, z, output, size, ~sink, sink, held, total > limit, limit, aim)
+        chosen = [at[part] for at, part in zip(rows, parts, strict=True)]
+        aims = [
+            target.wanted(number, at, original(target.arrivals(number)[1].x[at])) for number, at in enumerate(chosen)
+        ]
+        aim = processes.together(torch.cat(aims))
+    return Sample(rows, x, y, z, output, size, norm, ~sink, sink, held, total > limit, limit, aim)
 
 
 def _drawn(station: Station, wanted: int) -> tuple[Tensor, ...]:

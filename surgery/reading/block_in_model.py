@@ -100,7 +100,7 @@ def surroundings(model: Any, block: BlockInModel, probe: Mapping[str, Tensor]) -
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     norms = [module for module in model.modules() if is_norm(module)]
-    inside = norms_around(model, block.path)
+    inside = list(norms_around(model, block.path).values())
     written: dict[int, nn.Module] = {}
     kept: list[Tensor] = []  # so that no address is used twice
     seen: dict[str, Any] = {"norm": None, "final_norm": None, "normed_after": False}

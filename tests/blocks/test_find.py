@@ -21,8 +21,7 @@ def test_every_shape_is_found_and_confirmed(name, ids):
     with torch.no_grad():
         confirmed = verify_all(model, found.blocks, run(model, name, ids))
     assert [block.path for block in confirmed] == [block.path for block in found.blocks]
-    parallel_or_post_norm = {"gpt_neox", "phi", "bert", "gemma2"}
-    assert all(block.additive == (name not in parallel_or_post_norm) for block in confirmed)
+    assert all(block.residual is not None for block in confirmed)
 
 
 def test_what_is_not_a_known_mixture_is_named_and_left_alone():

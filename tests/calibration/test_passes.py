@@ -39,7 +39,7 @@ def test_inputs_and_outputs_are_those_of_a_plain_forward_pass(name, ids):
             for number, arrival in enumerate(station.twin):
                 torch.testing.assert_close(arrival.x, seen[station.block.path][number], rtol=0, atol=0)
                 torch.testing.assert_close(station.original[number].x, arrival.x, rtol=0, atol=0)
-                assert (arrival.residual is not None) or not station.block.additive
+                assert (arrival.residual is not None) or station.block.residual is None
     with torch.no_grad():
         for batch, logits in zip(batches, before, strict=True):
             torch.testing.assert_close(model(**batch).logits, logits, rtol=0, atol=0)

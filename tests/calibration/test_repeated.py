@@ -46,7 +46,7 @@ def confirmed(model, ids):
 def test_every_call_is_counted_and_recomputed(ids):
     (block,) = confirmed(albert(), ids)
     assert block.calls == 3
-    assert not block.additive
+    assert block.residual is not None and block.residual.normed == "sum"
     assert [block.calls for block in confirmed(hrm(), ids)] == [4, 2]
 
 
@@ -85,7 +85,7 @@ def test_a_shared_block_is_fitted_on_all_its_calls(make, ids, tmp_path):
 def test_what_was_fitted_on_one_call_only_does_worse(ids, monkeypatch):
     """The negative control: inputs of the first layer say too little about those of the third."""
     from surgery.calibration import repeated
-    from surgery.calibration.repeated import _received
+    from surgery.calibration.repeated import _calls
 
     def error():
         original, twin = albert(), surgery.convert(albert(), calibration=ids, length=32)[0]
@@ -93,8 +93,8 @@ def test_what_was_fitted_on_one_call_only_does_worse(ids, monkeypatch):
         return float(sums.residual.sum())
 
     together = error()
-    received = _received
-    monkeypatch.setattr(repeated, "_received", lambda *given: received(*given)[:1])
+    of_all = _calls
+    monkeypatch.setattr(repeated, "_calls", lambda *given: of_all(*given)[:1])
     assert together < 0.9 * error()
 
 

@@ -25,7 +25,7 @@ def test_the_units_kept_are_better_than_others(ids):
     """Negative control: the same number of units, drawn at random."""
     kept, _ = surgery.convert(tiny.make("llama"), calibration=ids, length=24, units=0.25)
 
-    def drawn(fit, prior, count, free=1):
+    def drawn(fit, prior, count, free=1, counts=None):
         order = torch.randperm(len(prior) - free, generator=torch.Generator().manual_seed(1))[:count]
         return torch.cat([order.sort().values, torch.arange(len(prior) - free, len(prior))])
 
