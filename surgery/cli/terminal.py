@@ -96,6 +96,8 @@ def print_blocks(seen: Inspection) -> None:
         ["", "block", "kind", "activation", "widths", "parameters", "forms at degree 2"],
         rows,
     )
+    if seen.note:
+        click.echo(seen.note)
     for path, reason in seen.survey.left_alone:
         click.echo(f"left alone: {path}: {reason}")
 

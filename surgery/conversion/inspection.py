@@ -24,11 +24,13 @@ class Inspection:
     architecture: str
     survey: Survey
     native: bool
+    note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "model": self.name,
             "architecture": self.architecture,
+            **({"note": self.note} if self.note else {}),
             "blocks": [{**block.as_dict(), "forms": self.forms(block)} for block in self.survey.blocks],
             "left_alone": [{"path": path, "reason": reason} for path, reason in self.survey.left_alone],
         }
@@ -49,12 +51,12 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
         ModelError: nothing there, or not a transformers model.
     """
     name = str(model)
-    network, config = loading.load_meta(name, revision)
+    network, config, note = loading.load_meta(name, revision)
     found = survey(network)
     hidden = found.blocks[0].hidden if found.blocks else 0
     stored = loading.stored_dtype(Path(name), config)
     native = native_config(network, found.blocks, hidden + 1) is not None or llama_config(network, stored) is not None
-    return Inspection(name, type(network).__name__, found, native and not found.left_alone)
+    return Inspection(name, type(network).__name__, found, native and not found.left_alone, note)
 
 
 def plan_conversion(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:

@@ -78,8 +78,11 @@ def prepared(
     known = model_identity(loaded, plan.model, given)
     data = processes.looked_up(lambda: _inputs(plan.calibration if named else calibration, loaded, plan, known))
     data = replace(data, note=data.note or note)
-    if data.note and not quiet and processes.first():
-        print(f"calibration: {data.source}; {data.note}", file=sys.stderr)
+    if not quiet and processes.first():
+        if loaded.source.note:
+            print(f"{loaded.source.name}: {loaded.source.note}", file=sys.stderr)
+        if data.note:
+            print(f"calibration: {data.source}; {data.note}", file=sys.stderr)
     probe = _probe(network, data)
     blocks, others = _seen_to_run(network, blocks, probe, plan)
     check_repeated(blocks, plan)

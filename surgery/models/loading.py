@@ -15,6 +15,7 @@ from torch import nn
 
 from surgery.errors import ModelError
 from surgery.models import delta, modeling_polynomial
+from surgery.models.architecture import Architecture, class_by_weights, general_class, named_class
 from surgery.runtime import weights_on_disk
 
 
@@ -28,6 +29,7 @@ class Source:
         revision: the commit the Hub resolved to, where there is one.
         architecture: the model class.
         dtype: the precision of the stored weights; the twin is saved in it.
+        note: a plain word where the class is not the one that the configuration names.
     """
 
     name: str
@@ -35,9 +37,10 @@ class Source:
     revision: str | None
     architecture: str
     dtype: str
+    note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "note" or value}
 
 
 @dataclass(frozen=True)
@@ -83,26 +86,36 @@ def load_config(name: str, revision: str | None = None) -> Any:
         raise _unreadable(name, error) from error
 
 
-def model_class(config: Any) -> Any:
-    """The architecture named in the configuration, else the most general class for its type."""
-    for architecture in config.architectures or []:
-        found = getattr(transformers, architecture, None)
-        if found is not None:
-            return found
-    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
-        if type(config) in auto._model_mapping:
-            return auto._model_mapping[type(config)]
-    raise ModelError(
-        f"transformers knows no model class for model type {config.model_type!r}",
-        cause="the model needs custom code, which is not run here",
-    )
+def architecture(name: str, config: Any, revision: str | None = None) -> Architecture:
+    """The model class of a checkpoint: the one its configuration names, else what its weights say.
+
+    Raises ModelError where that is not known.
+    """
+    path, _, kind = locate(name)
+    if config.model_type == modeling_polynomial.MODEL_TYPE:
+        return Architecture(modeling_polynomial.PolynomialModel)
+    found = named_class(config)
+    if found is not None:
+        return Architecture(found)
+    if kind == "gguf":
+        return Architecture(general_class(config))
+    try:
+        return class_by_weights(config, path, revision=revision)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise _unreadable(name, error) from error
 
 
-def load_meta(name: str, revision: str | None = None) -> tuple[nn.Module, Any]:
-    """The model's structure on the meta device: no weights are read."""
+def load_meta(name: str, revision: str | None = None) -> tuple[nn.Module, Any, str]:
+    """The model's structure on the meta device, its configuration, and a plain word where its class was in doubt.
+
+    No weights are read (but for their names, where the configuration names no known class).
+    """
     config = load_config(name, revision)
+    found = architecture(name, config, revision)
     with torch.device("meta"):
-        return model_class(config)._from_config(config), config
+        return found.cls._from_config(config), config, found.note
 
 
 def load(
@@ -155,7 +168,8 @@ def loaded(
     options = dict(extra, revision=revision, dtype=getattr(torch, stored if dtype == "auto" else dtype))
     if device_map is not None:
         options["device_map"] = device_map
-    model = _weights(name, path, config, options, merged)
+    kind_of_model = architecture(name, config, revision)
+    model = _weights(name, path, kind_of_model.cls, options, merged)
     if kind == "gguf":
         _forget_quantization(model)
     try:
@@ -164,13 +178,12 @@ def loaded(
         tokenizer = None
     model.eval()
     commit = getattr(model.config, "_commit_hash", None)
-    return LoadedModel(model, tokenizer, Source(public_name(name, kind), kind, commit, type(model).__name__, stored))
+    source = Source(public_name(name, kind), kind, commit, type(model).__name__, stored, kind_of_model.note)
+    return LoadedModel(model, tokenizer, source)
 
 
-def _weights(name: str, path: str, config: Any, options: dict[str, Any], merged: Path | None) -> Any:
+def _weights(name: str, path: str, cls: Any, options: dict[str, Any], merged: Path | None) -> Any:
     """The model with its weights; what it keeps on disk of its own goes with it."""
-    twin = config.model_type == modeling_polynomial.MODEL_TYPE
-    cls = modeling_polynomial.PolynomialModel if twin else model_class(config)
     ours: list[Path] = []
     device_map = options.get("device_map")
     if isinstance(device_map, dict) and "disk" in device_map.values():

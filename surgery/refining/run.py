@@ -279,7 +279,7 @@ def plan_refinement(
 
 
 def _planned(settings: RefineSettings, processes: int) -> dict[str, Any]:
-    twin, _ = loading.load_meta(settings.twin)
+    twin, *_ = loading.load_meta(settings.twin)
     inside = set(named_trainable(twin, "block"))
     trainable = with_lora(twin, settings)[1] if settings.train == LORA else named_trainable(twin, settings.train)
     count = sum(value.numel() for value in trainable.values())
