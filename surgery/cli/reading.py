@@ -13,6 +13,7 @@ from surgery.cli import terminal
 @click.command()
 @click.argument("twin")
 @click.option("--block", type=click.IntRange(0), required=True, help="Its number, as `surgery inspect` counts.")
+@click.option("--expert", type=click.IntRange(0), help="Which expert of it, where the block is a mixture.")
 @click.option(
     "--output",
     "direction",

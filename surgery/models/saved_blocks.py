@@ -190,6 +190,35 @@ class SavedExperts(SavedBlock):
     def read(self, model: nn.Module) -> BlockPolynomial:
         raise ModelError("a mixture of experts is not one polynomial", where=self.path)
 
+    def read_expert(self, model: nn.Module, number: int) -> BlockPolynomial:
+        """What one expert computes, float64."""
+        module: Any = attribute(model, self.path)
+
+        def stored(name: str) -> Tensor:
+            found: Tensor = getattr(module, name)[number].detach().double()
+            return found
+
+        down = Affine(stored("down_weight"), stored("down_bias"))
+        if module.degree == 1:
+            return BlockPolynomial.affine(down)
+        gate, a = Affine(stored("gate_weight"), stored("gate_bias")), stored("coefficients").T
+        if not module.gated:
+            return BlockPolynomial(gate, None, a, None, down)
+        up = Affine(stored("up_weight"), stored("up_bias"))
+        return BlockPolynomial(gate, up, a, stored("cross_coefficients").T, down)
+
+    def routed_to(self, model: nn.Module, number: int, x: Tensor, index: Tensor | None = None, *_: Any) -> Tensor:
+        """The inputs of one expert among the arguments of the module's call, (tokens, d): NaN where a token goes
+        elsewhere."""
+        module: Any = attribute(model, self.path)
+        if index is None:  # the inputs are there once for each expert, zero where a token goes elsewhere
+            own = x.reshape(module.number, -1, x.shape[-1])[number]
+            here = own.any(-1)
+        else:
+            own = x.reshape(-1, x.shape[-1])
+            here = index[..., number].any(-1).flatten() if index.dim() == 3 else (index == number).any(-1).flatten()
+        return own.masked_fill(~here[:, None], torch.nan)
+
 
 KINDS: dict[str, type[SavedBlock]] = {
     "affine": SavedAffine,

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from surgery.closed_form import sinks
+from surgery.errors import CalibrationError
 
 BEFORE, AFTER = 18, 5  # tokens shown around the one that drives a direction most
 APART = 12  # tokens between two examples
+LEAST_ROWS = 2
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,20 @@ class Activity:
 
     @staticmethod
     def of(ids: Tensor, x: Tensor, size: Tensor) -> Activity:
-        """From inputs (tokens, d), and norms (tokens,) that are massive at attention sinks."""
-        ordinary = sinks.ordinary(size)
+        """From inputs (tokens, d) and norms (tokens,), massive at attention sinks; NaN where the block sees no token.
+
+        Raises CalibrationError where too few rows are left.
+        """
+        there = ~size.isnan()
+        ordinary = there & sinks.ordinary(size)
         ordinary &= torch.arange(len(size)) % ids.shape[1] != 0
-        x = x.double()
+        if int(ordinary.sum()) < LEAST_ROWS:
+            raise CalibrationError(
+                f"the block sees {int(ordinary.sum())} ordinary tokens of this text, too few to say anything",
+                cause="few tokens are routed to this expert" if not bool(there.all()) else "the text is short",
+                fix="more --tokens, another --text, or another --expert",
+            )
+        x = x.double().nan_to_num(0.0)
         mean = x[ordinary].mean(0)
         away = x[ordinary] - mean
         return Activity(ids, x, ordinary, mean, away.T @ away / len(away))
@@ -48,6 +60,11 @@ class Activity:
         root = values.clamp_min(0).sqrt() * keep
         inverse = torch.where(keep, 1 / root.clamp_min(1e-300), torch.zeros_like(root))
         return (vectors * root) @ vectors.T, (vectors * inverse) @ vectors.T
+
+
+def _word(tokenizer: Any, token: int) -> str:
+    """A token as it is read; by its number where there is no tokenizer."""
+    return str(token) if tokenizer is None else str(tokenizer.decode([token]))
 
 
 def examples(activity: Activity, values: Tensor, tokenizer: Any, count: int) -> list[dict[str, Any]]:
@@ -65,7 +82,7 @@ def examples(activity: Activity, values: Tensor, tokenizer: Any, count: int) -> 
         rows = slice(window * length + start, window * length + end)
         found.append(
             {
-                "tokens": [tokenizer.decode([int(token)]) for token in activity.ids[window, start:end]],
+                "tokens": [_word(tokenizer, int(token)) for token in activity.ids[window, start:end]],
                 "values": [round(float(value), 5) for value in values[rows]],
                 "peak": place - start,
                 "value": float(values[at]),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from surgery.blocks.parts import is_norm, norms_around
 from surgery.closed_form.block_polynomial import BlockPolynomial
 from surgery.errors import ModelError, RecipeError
 from surgery.models import modeling_polynomial
-from surgery.models.saved_blocks import SavedBlock, saved_block, saved_blocks
+from surgery.models.saved_blocks import SavedBlock, SavedExperts, saved_block, saved_blocks
 from surgery.runtime.hooks import hooked
 
 
@@ -31,6 +32,8 @@ class BlockInModel:
         norm: the module whose output is the block's input; None where the block reads the stream itself.
         final_norm: the same for the unembedding; None where there is none of either.
         normed_after: the block's output passes through a norm before it is added to the stream.
+        expert: its number, where the block is one expert of a mixture.
+        routed_to: what the arguments of the module's call bring to it, (tokens, d), NaN elsewhere; None of any other.
     """
 
     index: int
@@ -41,18 +44,20 @@ class BlockInModel:
     norm: nn.Module | None = None
     final_norm: nn.Module | None = None
     normed_after: bool = False
+    expert: int | None = None
+    routed_to: Callable[..., Tensor] | None = None
 
 
 class NotATwinError(ModelError):
     """A model none of whose blocks is a polynomial."""
 
 
-def find_block(model: Any, index: int) -> BlockInModel:
-    """Block `index` of a twin.
+def find_block(model: Any, index: int, expert: int | None = None) -> BlockInModel:
+    """Block `index` of a twin, or one expert of it.
 
     Raises:
         NotATwinError: no block of the model is a polynomial.
-        RecipeError: there is no such block, or it was not converted.
+        RecipeError: there is no such block or expert, or it was not converted.
     """
     entries = {saved.path: saved for saved in twin_blocks(model)}
     others = {block.path for block in survey(model).blocks} - set(entries)
@@ -75,10 +80,20 @@ def find_block(model: Any, index: int) -> BlockInModel:
             f"block {index} ({path}) was not converted", fix=f"choose one of {converted}, or give --fit to fit it now"
         )
     saved = entries[path]
-    if saved.routed:
-        raise RecipeError(f"block {index} ({path}) is a mixture of experts, which is not explained yet")
     first, last = (model.get_submodule(part) for part in (saved.paths[0], saved.paths[-1]))
-    return BlockInModel(index, path, first, last, saved.read(model))
+    if not isinstance(saved, SavedExperts):
+        if expert is not None:
+            raise RecipeError(f"block {index} ({path}) is no mixture of experts", where="--expert", fix="leave it out")
+        return BlockInModel(index, path, first, last, saved.read(model))
+    if expert is None or expert >= first.number:
+        raise RecipeError(
+            f"block {index} ({path}) is a mixture of {first.number} experts"
+            + ("" if expert is None else f", and {expert} is none of them"),
+            where="--expert",
+            fix=f"name one of them, as in --expert {first.number - 1}",
+        )
+    own = partial(saved.routed_to, model, expert)
+    return BlockInModel(index, path, first, last, saved.read_expert(model, expert), expert=expert, routed_to=own)
 
 
 def twin_blocks(model: Any) -> list[SavedBlock]:
@@ -135,8 +150,11 @@ class _BlockReached(Exception):  # noqa: N818 - no error
 def _recorded(block: BlockInModel, rows: list[tuple[Tensor, Tensor, Tensor]]) -> Iterator[None]:
     entered: dict[str, Tensor] = {}
 
-    def leave(_: nn.Module, __: Any, output: Tensor) -> None:
+    def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         x, written = entered["x"], output.detach().flatten(0, -2)
+        if block.routed_to is not None:
+            x = block.routed_to(*args, *kwargs.values())
+            written = block.polynomial(x.double()).to(x)
         stream = entered.get("stream", x).float().norm(dim=-1)
         rows.append((x, written, torch.maximum(stream, written.float().norm(dim=-1))))
         raise _BlockReached
@@ -144,7 +162,10 @@ def _recorded(block: BlockInModel, rows: list[tuple[Tensor, Tensor, Tensor]]) ->
     def note(name: str) -> Any:
         return lambda _, args: entered.update({name: args[0].detach().flatten(0, -2)})
 
-    handles = [block.entry.register_forward_pre_hook(note("x")), block.exit.register_forward_hook(leave)]
+    handles = [
+        block.entry.register_forward_pre_hook(note("x")),
+        block.exit.register_forward_hook(leave, with_kwargs=True),
+    ]
     if block.norm is not None:
         handles.append(block.norm.register_forward_pre_hook(note("stream")))
     with hooked(handles):
@@ -155,7 +176,8 @@ def recorded_activity(
     model: Any, block: BlockInModel, batches: Sequence[Mapping[str, Tensor]]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The block over all tokens of `batches`: inputs (tokens, d), outputs (tokens, out), and the larger of the norms of
-    the residual stream before it and of its output, (tokens,): massive at attention sinks.
+    the residual stream before it and of its output, (tokens,): massive at attention sinks. All NaN where a token does
+    not go to this expert.
 
     Every forward pass ends at the block: the layers behind it cost nothing.
     """

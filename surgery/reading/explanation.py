@@ -33,7 +33,7 @@ class ExplainSettings:
 
     Attributes:
         twin: Hub id, folder or .gguf file.
-        block: its number, as `surgery inspect` counts.
+        block, expert: its number, as `surgery inspect` counts; and which expert of it, where it is a mixture.
         output: direction of its output (see :mod:`surgery.reading.directions`); None for a survey of its own.
         minus: a direction to subtract, as in the difference of two logits.
         pairs: eigenpairs to show.
@@ -56,6 +56,7 @@ class ExplainSettings:
     words: int = at_least(0, 8)
     contexts: int = at_least(0, 4)
     fit: int | None = at_least(2, None)
+    expert: int | None = at_least(0, None)
     revision: str | None = None
     dtype: str = "float32"
     seed: int = 0
@@ -116,7 +117,7 @@ def explained(settings: ExplainSettings, quiet: bool = True) -> dict[str, Any]:
         "settings": asdict(settings) | _public(settings),
         "model": loaded.source.as_dict(),
         "block": {
-            "index": block.index, "path": block.path, "degree": block.polynomial.degree,
+            "index": block.index, "path": block.path, "expert": block.expert, "degree": block.polynomial.degree,
             "width": block.polynomial.width, "hidden": len(block.polynomial.gate.bias), "out": block.polynomial.out,
         },
         "text": inputs.as_dict() | {"source": _public(settings)["text"], "left_out": int((~seen.ordinary).sum())},
@@ -143,7 +144,7 @@ def _block(settings: ExplainSettings, loaded: loading.LoadedModel, quiet: bool) 
         return calibration_inputs(settings.text, model, loaded.tokenizer, **much)
 
     try:
-        found = find_block(model, settings.block)
+        found = find_block(model, settings.block, settings.expert)
         if found.polynomial.degree < 2:
             raise RecipeError("the block is affine: it has no quadratic part", where=found.path)
         return found, inputs()
@@ -157,7 +158,7 @@ def _block(settings: ExplainSettings, loaded: loading.LoadedModel, quiet: bool) 
     }
     recipe |= {"calibration": settings.text, "measure": 0, "form": "custom", "seed": settings.seed}
     convert(model, tokenizer=loaded.tokenizer, quiet=quiet, **recipe)
-    return find_block(model, settings.block), inputs()
+    return find_block(model, settings.block, settings.expert), inputs()
 
 
 def _public(settings: ExplainSettings) -> dict[str, str]:
