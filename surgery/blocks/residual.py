@@ -111,6 +111,8 @@ def without_blocks(
             try:
                 with silent([model.get_submodule(exits[path])]):
                     output = stream_of(layer(*args, **kwargs))
+            except Exception:  # a layer that cannot be run twice is one of which nothing is known
+                output = None
             finally:
                 again = False
             if output is not None:
@@ -127,5 +129,5 @@ def without_blocks(
 
 def stream_of(output: Any) -> Tensor | None:
     """The residual stream among what a layer returns."""
-    first = output[0] if isinstance(output, tuple) else output
+    first = output[0] if isinstance(output, tuple | list) and output else output
     return first if isinstance(first, Tensor) else None

@@ -76,11 +76,11 @@ def verify_each(
 def _with_residuals(model: nn.Module, blocks: Sequence[Block], watch: _Watch, run: Callable[[], object]) -> list[Block]:
     """The blocks with `residual` filled in; one more run where what was seen does not say it of all."""
     known = [replace(block, residual=_joined(model, block, watch, watch.bases(block))) for block in blocks]
-    open_ = [block for block in known if block.residual is None and block.calls == 1 and block.path != _layer(block)]
-    if not open_:
+    left = [block for block in known if block.residual is None and block.calls == 1 and block.path != _layer(block)]
+    if not left:
         return known
     without = without_blocks(
-        model, {block.path: _layer(block) for block in open_}, {block.path: block.exit for block in open_}, run
+        model, {block.path: _layer(block) for block in left}, {block.path: block.exit for block in left}, run
     )
     return [
         replace(block, residual=_joined(model, block, watch, {LAYER: without[block.path]}))
@@ -164,7 +164,7 @@ class _Watch:
         """What the block's output may be added to, as far as it can be told from what was seen."""
         entered = self.seen[block.entry][-1][0]
         read = [before for before, after in self.normed.values() if after.data_ptr() == entered.data_ptr()]
-        return dict.fromkeys([NORM] if read else [], read[-1] if read else entered) | {INPUT: entered}
+        return ({NORM: read[-1]} if read else {}) | {INPUT: entered}
 
     def _norm(self, path: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if args and isinstance(output, Tensor):

@@ -160,8 +160,9 @@ def _probe(model: Any, data: Calibration) -> dict[str, Tensor]:
 
 
 def _once(model: Any, probe: Mapping[str, Tensor]) -> None:
+    cache = {"use_cache": False} if model.can_generate() else {}  # layers are run twice, which a cache would remember
     with torch.no_grad():
-        model(**probe)
+        model(**probe, **cache)
 
 
 def _moments_file(plan: Recipe, blocks: Sequence[Block]) -> dict[str, GaussianMixture]:

@@ -69,13 +69,13 @@ class Target:
         arrival, other = self.arrivals(number)
         if self.corrections:
             return output + self.corrections[number][rows]
-        if other is arrival or arrival.residual is None or other.residual is None:
+        residual = self.station.block.residual
+        if other is arrival or residual is None or arrival.residual is None or other.residual is None:
             return output
         missing = other.residual[rows] - arrival.residual[rows]
-        if self.norm is not None:
-            return output + self.norm.moving(output, missing)
-        residual = self.station.block.residual
-        return output + (missing if residual is None else missing / residual.scale)
+        if residual.normed == OUTPUT:  # by a norm of a form that is not known, nothing can be aimed through
+            return output if self.norm is None else output + self.norm.moving(output, missing)
+        return output + missing / residual.scale
 
     def joining(self, output: Tensor) -> Tensor:
         """What the output adds to the stream, (tokens, out)."""

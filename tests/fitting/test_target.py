@@ -12,6 +12,7 @@ from surgery.blocks.find import survey
 from surgery.blocks.parts import layer_of
 from surgery.blocks.residual import INPUT, LAYER, NORM, OUTPUT, SUM, Residual, stream_of
 from surgery.blocks.verify import verify_all, verify_each
+from surgery.closed_form.normalisation import Normalisation
 from surgery.conversion import preparation, replacement
 from surgery.fitting import either
 from surgery.models.modeling_polynomial import install
@@ -24,6 +25,9 @@ SHARED = {**tiny.COMMON, "num_hidden_layers": 4, "num_hidden_groups": 2}
 MORE = {
     "olmo2": lambda: T.Olmo2ForCausalLM(T.Olmo2Config(**tiny.COMMON)),
     "gemma3": lambda: T.Gemma3ForCausalLM(T.Gemma3TextConfig(**tiny.COMMON, num_key_value_heads=2, head_dim=8)),
+    "openai-gpt": lambda: T.OpenAIGPTLMHeadModel(
+        T.OpenAIGPTConfig(vocab_size=96, n_embd=tiny.WIDTH, n_layer=2, n_head=4, n_positions=128)
+    ),
     "granite": lambda: T.GraniteForCausalLM(T.GraniteConfig(**tiny.COMMON, residual_multiplier=0.3)),
     "albert": lambda: T.AlbertModel(T.AlbertConfig(**SHARED, embedding_size=16)),
     "qwen2_moe": lambda: build(T.Qwen2MoeForCausalLM, "qwen2_moe"),
@@ -60,6 +64,7 @@ def confirmed(model):
         ("olmo2", INPUT, OUTPUT),
         ("bert", INPUT, SUM),
         ("albert", INPUT, SUM),
+        ("openai-gpt", INPUT, SUM),
     ],
 )
 def test_how_a_block_joins_its_stream_is_seen_in_a_run(name, base, normed):
@@ -174,3 +179,9 @@ def test_the_target_of_another_shape_undoes_less(name, wrong, monkeypatch):
     with monkeypatch.context() as patch:
         right = left(patch, name)
     assert left(monkeypatch, name, lambda block: replace(block, residual=wrong)) > 1.05 * right
+
+
+def test_through_a_norm_of_another_form_nothing_is_aimed(monkeypatch):
+    """Taken for no norm at all, its block would aim at something of another length."""
+    monkeypatch.setattr(Normalisation, "of", staticmethod(lambda *_: None))
+    assert left(monkeypatch, "gemma2") > SHAPES["gemma2"][1]
