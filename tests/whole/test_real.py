@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-MODEL = Path(__file__).parents[2] / "build" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "build" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+GEMMA = ROOT / "build" / "gemma-3-270m-q4_k_m.gguf"
+ANTIBERTY = ROOT / "build" / "antiberty"
+HEAVY = "EVQLVQSGPEVKKPGTSVKVSCKASGFTFMSSAVQWVRQARGQRLEWIGWIVIGSGNTNYAQKFQERVTITRDMSTSTAYMELSSLRSEDTAVYYCAAPYCSS"
+HEAVY += "ISCNDGFDIWGQGTMVTVS"
+LIGHT = (
+    "DVVMTQTPFSLPVSLGDQASISCRSSQSLVHSNGNTYLHWYLQKPGQSPKLLIYKVSNRFSGVPDRFSGSGSGTDFTLKISRVEAEDLGVYFCSQSTHVPYTFGGGTKLEIK"
+)
 
 
 @pytest.mark.slow
@@ -24,3 +32,37 @@ def test_smollm2_keeps_its_language(degree, source, limit, tmp_path):
     assert 0 < report["perplexity"]["nats"] < limit
     assert any(row["sink_units"] for row in report["blocks"])
     assert (tmp_path / "twin" / "chat_template.jinja").exists()
+
+
+@pytest.mark.slow
+def test_gemma_keeps_its_language_and_its_sinks(tmp_path):
+    """Norms after its blocks, and sinks that four blocks write, less than 20 times as large as other tokens."""
+    command = [sys.executable, "-m", "surgery", "convert", GEMMA, "-o", tmp_path / "twin", "--degree", 3]
+    command += ["--tokens", 8192, "--measure", 2048, "--calibration", "python"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "twin" / "surgery.json").read_text())
+    assert len(report["blocks"]) == 18
+    assert 0 < report["perplexity"]["nats"] < 0.2
+    assert sum(row["sink_units"] > 0 for row in report["blocks"]) >= 4
+
+
+@pytest.mark.slow
+def test_antiberty_is_a_masked_model_and_keeps_its_predictions(tmp_path):
+    """Its configuration names a class of its authors' own."""
+    command = [
+        sys.executable,
+        "benchmarks/degrees.py",
+        ANTIBERTY,
+        "--vocabulary",
+        ANTIBERTY / "vocab.txt",
+        "--rows",
+        64,
+    ]
+    command += ["--sequences", HEAVY, LIGHT, "--degrees", 2, "--json", tmp_path / "rows.json"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "by its weights it is a BertForMaskedLM" in done.stdout
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert abs(row["nats"]) < 0.05
+    assert min(block["r2_held"] for block in row["blocks"]) > 0.8
