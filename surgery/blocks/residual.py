@@ -11,8 +11,7 @@ what the layer writes when the block writes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,13 +83,6 @@ def joined(
     return None
 
 
-@contextmanager
-def silent(exits: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, these modules write nothing: zeros."""
-    with hooked(module.register_forward_hook(lambda _, __, output: torch.zeros_like(output)) for module in exits):
-        yield
-
-
 def without_blocks(
     model: nn.Module, layers: Mapping[str, str], exits: Mapping[str, str], run: Callable[[], object]
 ) -> dict[str, Tensor]:
@@ -109,7 +101,7 @@ def without_blocks(
                 return
             again = True
             try:
-                with silent([model.get_submodule(exits[path])]):
+                with hooked([model.get_submodule(exits[path]).register_forward_hook(_nothing)]):
                     output = stream_of(layer(*args, **kwargs))
             except Exception:  # a layer that cannot be run twice is one of which nothing is known
                 output = None
@@ -125,6 +117,10 @@ def without_blocks(
     ):
         run()
     return found
+
+
+def _nothing(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+    return torch.zeros_like(output)
 
 
 def stream_of(output: Any) -> Tensor | None:

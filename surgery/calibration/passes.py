@@ -58,7 +58,7 @@ class _Fork(nn.Module):
         self.original = stands_for
         self.current = stands_for
         self.entrance, self.exit = path == block.entry, path == block.exit
-        self.from_layer = block.residual is not None and block.residual.base == LAYER
+        self.from_layer = _from_layer(block)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         me = getcurrent()
@@ -165,8 +165,8 @@ class Passes:
                 install(self.model, path, fork)
                 self._forks[path] = fork
             layer = self.model.get_submodule(layer_of(block.path))
-            rerun = block.residual is not None and block.residual.base == LAYER
-            self._hooks.append(layer.register_forward_pre_hook(partial(_note_layer, rerun), with_kwargs=True))
+            note = partial(_note_layer, _from_layer(block))
+            self._hooks.append(layer.register_forward_pre_hook(note, with_kwargs=True))
             for norm in norms_around(self.model, block.path).values():
                 self._hooks.append(norm.register_forward_hook(_note_norm))
         return self
@@ -284,13 +284,18 @@ class Passes:
         return tuple(pair)
 
 
+def _from_layer(block: Block) -> bool:
+    """Whether the stream that the block's output joins is found by running the layer without it."""
+    return block.residual is not None and block.residual.base == LAYER
+
+
 def _base(block: Block, x: Tensor, forward: _Pass) -> Tensor | None:
     """The stream that the block's output joins, where it is known how."""
     if block.residual is None:
         return None
     if block.residual.base == INPUT:
         return x
-    if block.residual.base == LAYER:
+    if _from_layer(block):
         return forward.base
     found = forward.normed is not None and forward.normed[1].data_ptr() == x.data_ptr()
     return forward.normed[0] if found and forward.normed is not None else None
