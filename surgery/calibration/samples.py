@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,9 +59,25 @@ def _continued(model: Any, prompt: Tensor, length: int) -> Tensor:
     new = length - prompt.shape[1]
     how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": int(prompt[0, 0])}
     mask = torch.ones_like(prompt)
-    with fast_autocast(prompt.device):
+    with fast_autocast(prompt.device), _no_saved_settings(model):
         out: Tensor = model.generate(prompt, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, **how)
     return out[:, :length].cpu()
+
+
+@contextmanager
+def _no_saved_settings(model: Any) -> Iterator[None]:
+    """`generate` starts from its own defaults: the penalties, filters and beams saved with a model would bend what is
+    drawn (and it fills whatever a call leaves open from them). The end-of-text token, which is never drawn, is kept."""
+    from transformers import GenerationConfig
+
+    saved = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=saved.bos_token_id, eos_token_id=saved.eos_token_id, pad_token_id=saved.pad_token_id
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = saved
 
 
 def knows_english(tokenizer: Any) -> bool:

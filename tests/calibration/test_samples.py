@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from surgery.calibration.inputs import calibration_inputs
 from surgery.calibration.openings import openings
@@ -41,6 +42,51 @@ def test_every_other_sample_goes_on_from_an_opening_that_the_tokenizer_knows():
     assert not knows_english(Residues()) and knows_english(Characters())
     drawn = sample(model, Residues(), 8, length + 6)
     assert not any(row[1 : 1 + length].tolist() in begun for row in drawn)
+
+
+SETTINGS = (
+    {"repetition_penalty": 5.0},
+    {"min_p": 0.5},
+    {"typical_p": 0.2},
+    {"epsilon_cutoff": 0.01},
+    {"eta_cutoff": 0.02},
+    {"top_h": 0.2},
+    {"no_repeat_ngram_size": 1},
+    {"encoder_repetition_penalty": 3.0},
+    {"bad_words_ids": [[5], [6], [7]]},
+    {"suppress_tokens": [5, 6, 7]},
+    {"begin_suppress_tokens": [5, 6, 7]},
+    {"sequence_bias": [[[5], 50.0]]},
+    {"forced_eos_token_id": 2},
+    {"exponential_decay_length_penalty": (1, 5.0)},
+    {"guidance_scale": 3.0},
+    {"num_beams": 3},
+    {"do_sample": True, "num_return_sequences": 2},
+    {"max_length": 3},
+    {"max_time": 1e-9},
+    {"stop_strings": ["a"]},
+    {"return_dict_in_generate": True, "output_scores": True},
+    {"renormalize_logits": True, "remove_invalid_values": True},
+    {"use_cache": False},
+    {"cache_implementation": "static"},
+    {"prompt_lookup_num_tokens": 3},
+    {"watermarking_config": {"greenlist_ratio": 0.1, "bias": 50.0}},
+)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: next(iter(settings)))
+def test_samples_are_drawn_from_the_model_whatever_generation_settings_are_saved_with_it(settings):
+    model = tiny.make("llama")
+
+    def drawn():
+        torch.manual_seed(1)
+        return sample(model, Characters(), 4, 12)
+
+    plain = drawn()
+    saved = GenerationConfig.from_dict({**model.generation_config.to_dict(), **settings})
+    model.generation_config = saved
+    assert torch.equal(plain, drawn())
+    assert model.generation_config is saved
 
 
 def test_samples_never_leave_the_models_positions():
