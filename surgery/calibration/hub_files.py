@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from surgery.calibration.text_files import Chat, plain_chat, text_of
 from surgery.errors import CalibrationError
 from surgery.runtime.files import replacing
 
@@ -26,8 +27,8 @@ def is_hub_file(source: str) -> bool:
     return NAME.fullmatch(source) is not None
 
 
-def hub_file_texts(source: str) -> Iterator[str]:
-    """The "text" of every line, in order, cut at LONGEST characters; fetched as they are asked for.
+def hub_file_texts(source: str, chat: Chat = plain_chat) -> Iterator[str]:
+    """The text of every line, in order, cut at LONGEST characters; fetched as they are asked for.
 
     Raises:
         CalibrationError: the file cannot be reached, or holds something else.
@@ -37,10 +38,9 @@ def hub_file_texts(source: str) -> Iterator[str]:
             record = json.loads(line)
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise CalibrationError(f"line {number} is not JSON: {error}", where=source) from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise CalibrationError(f'line {number} has no "text"', where=source)
-        if record["text"].strip():
-            yield record["text"][:LONGEST]
+        text = text_of(record, f"{source}:{number}", chat)
+        if text.strip():
+            yield text[:LONGEST]
 
 
 def problem(source: str) -> str:

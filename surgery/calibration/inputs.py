@@ -27,10 +27,13 @@ from torch import Tensor
 
 from surgery.calibration.automatic import available
 from surgery.calibration.common_pile import PARTS
+from surgery.calibration.given import check_ids, given_inputs
 from surgery.calibration.mixtures import Given, Mixture
 from surgery.calibration.texts import SAMPLES, label
-from surgery.calibration.windows import TextPieces, joined, sequences, vocabulary, with_random_tokens
+from surgery.calibration.windows import TextPieces, joined, vocabulary, with_random_tokens
 from surgery.errors import CalibrationError
+
+LONGEST_NAME = 255  # characters, of a file on most systems
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Calibration:
 
 
 def calibration_inputs(
-    source: Given | Tensor | Sequence[Mapping[str, Tensor]] | Mapping[str, Tensor],
+    source: Any,
     model: Any,
     tokenizer: Any,
     *,
@@ -97,8 +100,8 @@ def calibration_inputs(
     """Batches from any source.
 
     Args:
-        source: a source name (see the module), several or shares by name, token ids of shape (tokens,) or (sequences,
-            length), or model inputs.
+        source: a source name (see the module), several or shares by name; or token ids, texts, model inputs or a
+            dataset, see :mod:`surgery.calibration.given`.
         tokens: how many to use at most.
         length: tokens a sequence; lowered to the model's own limit.
         batch: sequences a forward pass; of short ones as many as have the same number of tokens.
@@ -111,9 +114,10 @@ def calibration_inputs(
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limit = known if isinstance(known, int) and known > 0 else 1 << 30
     length = min(length, limit)
-    mixture, missing = available(Mixture.of(source)) if is_named(source) else (None, "")
+    mixture, missing = available(Mixture.of(spelled(source))) if is_named(source) else (None, "")
     if mixture is None or mixture.is_inputs:
-        inputs = _given(mixture.parts[0].source if mixture else source, model, length)
+        given = _tensor_file(mixture.parts[0].source) if mixture else source
+        inputs = [_with_decoder(part, model) for part in given_inputs(given, tokenizer, tokens, length)]
         return _batched(inputs, mixture.name if mixture else "given", model, length, batch)
     mixture, small = _large_enough(mixture, tokens, length)
     found, rows = [], []
@@ -132,25 +136,38 @@ def calibration_inputs(
     if random_tokens > 0:
         words = vocabulary(tokenizer, model)
         sets = [with_random_tokens(ids, random_tokens, *words, seed) for ids in sets]
-    data = _batched([_text_inputs(ids, model) for ids in sets], mixture.name, model, length, batch)
-    measured = () if rest is None else tuple(_split(_text_inputs(rest, model), batch))
+    data = _batched([_with_decoder({"input_ids": ids}, model) for ids in sets], mixture.name, model, length, batch)
+    measured = () if rest is None else tuple(_split(_with_decoder({"input_ids": rest}, model), batch))
     return replace(data, unseen=measured, parts=tuple(rows), note="; ".join(filter(None, (missing, small))))
 
 
 def _batched(inputs: Sequence[dict[str, Tensor]], name: str, model: Any, length: int, batch: int) -> Calibration:
     """Inputs of one length each in batches of as many tokens as `batch` sequences of `length` have, described."""
     batches = tuple(part for item in inputs for part in _split(item, max(1, batch * length // _length(item, length))))
-    _check_ids(batches, model)
+    check_ids(batches, _embeddings(model))
     return _described(batches, name, model)
 
 
 def is_named(source: Any) -> TypeGuard[Given]:
     """Whether what is given are sources by name, instead of tensors."""
     if isinstance(source, Mapping):
-        return all(isinstance(share, int | float) for share in source.values())
-    return isinstance(source, str) or (
-        isinstance(source, Sequence) and len(source) > 0 and all(isinstance(item, str) for item in source)
-    )
+        return len(source) > 0 and all(isinstance(share, int | float) for share in source.values())
+    if isinstance(source, str | Path):
+        return True
+    several = isinstance(source, Sequence) and len(source) > 0 and all(isinstance(item, str | Path) for item in source)
+    return several and not all(_is_text(item) for item in source)
+
+
+def _is_text(item: str | Path) -> bool:
+    """Whether a string is itself a text: no name of a source has lines or is as long as this."""
+    return isinstance(item, str) and ("\n" in item or len(item) > LONGEST_NAME)
+
+
+def spelled(named: Any) -> str | list[str] | dict[str, float]:
+    """Sources by name as a recipe holds them, paths as strings."""
+    if isinstance(named, Mapping):
+        return {str(source): float(share) for source, share in named.items()}
+    return str(named) if isinstance(named, str | Path) else [str(source) for source in named]
 
 
 def _large_enough(mixture: Mixture, tokens: int, length: int) -> tuple[Mixture, str]:
@@ -174,58 +191,35 @@ def _large_enough(mixture: Mixture, tokens: int, length: int) -> tuple[Mixture, 
     return mixture.without(small), f"{len(small)} of {len(mixture.parts)} sources left out, as {tokens} tokens are few"
 
 
-def _given(source: Any, model: Any, length: int) -> list[dict[str, Tensor]]:
-    """Model inputs that are not made here: a file's, or a caller's token ids or tensors by name."""
-    if isinstance(source, str):
-        return _tensor_file(Path(source).expanduser())
-    if isinstance(source, Tensor):
-        return [_text_inputs(source if source.dim() == 2 else sequences(source.flatten(), length), model)]
-    if isinstance(source, Mapping):
-        return [dict(source)]
-    if all(isinstance(item, Mapping) for item in source):
-        return [dict(item) for item in source]
-    raise CalibrationError(
-        f"a sequence of {type(source[0]).__name__} is no calibration input",
-        fix="give token ids as one tensor, or inputs by name: {'input_ids': …}, one such dict or several",
-    )
-
-
-def _check_ids(batches: Sequence[Mapping[str, Tensor]], model: Any) -> None:
-    """Raises CalibrationError for token ids that the model has no embeddings for."""
-    try:
-        table = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    except (AttributeError, NotImplementedError):
-        return
-    for name in ("input_ids", "decoder_input_ids"):
-        largest = max((int(batch[name].max()) for batch in batches if name in batch and batch[name].numel()), default=0)
-        if isinstance(table, int) and largest >= table:
-            raise CalibrationError(
-                f"token {largest} is not in the model's vocabulary of {table}",
-                where=name,
-                cause="the ids come from another model's tokenizer",
-                fix="tokenize with the model's own",
-            )
-
-
 def _length(inputs: Mapping[str, Tensor], otherwise: int) -> int:
     ids = inputs.get("input_ids")
     return otherwise if ids is None else ids.shape[1]
 
 
-def _text_inputs(ids: Tensor, model: Any) -> dict[str, Tensor]:
-    inputs = {"input_ids": ids.long()}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids.long()
+def _with_decoder(inputs: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """An encoder-decoder's decoder reads the same ids where nothing else is said."""
+    if set(inputs) == {"input_ids"} and getattr(model.config, "is_encoder_decoder", False):
+        return inputs | {"decoder_input_ids": inputs["input_ids"]}
     return inputs
 
 
-def _tensor_file(path: Path) -> list[dict[str, Tensor]]:
+def _embeddings(model: Any) -> int | None:
+    """How many tokens the model has embeddings for, where it has any."""
+    try:
+        table = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        return None
+    return table if isinstance(table, int) else None
+
+
+def _tensor_file(source: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
+    path = Path(source).expanduser()
     if not path.is_file():
         raise CalibrationError("there is no such calibration file", where=str(path))
     try:
-        return [load_file(path)]
+        return dict(load_file(path))
     except Exception as error:
         raise CalibrationError(f"not a readable safetensors file: {error}", where=str(path)) from error
 

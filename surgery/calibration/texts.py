@@ -2,8 +2,7 @@
 
 python              English that ships with Python: its language reference and the docstrings of its library
 code                the source code of Python's library
-FILE.txt            plain text
-FILE.jsonl          one JSON object a line with a "text" field
+FILE                plain text, JSON lines or JSON, see :mod:`surgery.calibration.text_files`
 hub:NAME[:CONFIG[:SPLIT]]   a Hub dataset with a "text" column (needs `datasets`)
 hub:NAME@COMMIT/FILE        one .json(l)(.gz) file of a Hub dataset, see :mod:`surgery.calibration.hub_files`
 """
@@ -11,10 +10,9 @@ hub:NAME@COMMIT/FILE        one .json(l)(.gz) file of a Hub dataset, see :mod:`s
 from __future__ import annotations
 
 import ast
-import json
 import sysconfig
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 
 from surgery.calibration.hub_files import hub_file_texts, is_hub_file
+from surgery.calibration.text_files import Chat, Messages, file_texts, plain_chat, text_of
 from surgery.errors import CalibrationError, RecipeError, did_you_mean
 
 AUTO, SAMPLES, BROAD = "auto", "samples", "broad"
@@ -31,18 +30,26 @@ MODULES_PER_TOPIC = 4  # there are about four modules with long docstrings to a 
 CHARACTERS_PER_TOKEN = 6  # an overestimate of English, so that enough text is read and no more
 
 
-def documents(source: str) -> Iterator[str]:
-    """The texts of a text source, in order."""
+def documents(source: str, chat: Chat = plain_chat) -> Iterator[str]:
+    """The texts of a text source, in order; chat messages as `chat` writes them."""
     if source == "python":
         yield from _python_english()
     elif source == "code":
         yield from _python_code(Path(sysconfig.get_paths()["stdlib"]))
     elif is_hub_file(source):
-        yield from hub_file_texts(source)
+        yield from hub_file_texts(source, chat)
     elif source.startswith("hub:"):
-        yield from _hub_texts(source)
+        yield from _hub_texts(source, chat)
     else:
-        yield from _file_texts(Path(source).expanduser())
+        path = Path(source).expanduser()
+        if not path.is_file():
+            known = ", ".join(BUILT_IN)
+            raise CalibrationError(
+                "there is no such calibration file",
+                where=str(path),
+                fix=f"give a .txt, .jsonl or .safetensors file, hub:NAME, or one of: {known}",
+            )
+        yield from file_texts(path, chat)
 
 
 def _python_english() -> Iterator[str]:
@@ -93,33 +100,7 @@ def _docstrings(root: Path) -> Iterator[str]:
             yield "\n\n".join(long)
 
 
-def _file_texts(path: Path) -> Iterator[str]:
-    if not path.is_file():
-        known = ", ".join(BUILT_IN)
-        raise CalibrationError(
-            "there is no such calibration file",
-            where=str(path),
-            fix=f"give a .txt, .jsonl or .safetensors file, hub:NAME, or one of: {known}",
-        )
-    try:
-        if path.suffix == ".jsonl":
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-                if not line.strip():
-                    continue
-                record = json.loads(line)
-                if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                    raise CalibrationError('a line without a "text" string', where=f"{path}:{number}")
-                yield record["text"]
-        else:
-            yield path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CalibrationError(
-            f"the file cannot be read as UTF-8 {'JSON lines' if path.suffix == '.jsonl' else 'text'}: {error}",
-            where=str(path),
-        ) from error
-
-
-def _hub_texts(source: str) -> Iterator[str]:
+def _hub_texts(source: str, chat: Chat) -> Iterator[str]:
     _, name, *rest = source.split(":")
     config, split = [*rest, None, None][:2]
     try:
@@ -131,10 +112,9 @@ def _hub_texts(source: str) -> Iterator[str]:
     try:
         stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         for row in stream:
-            if not isinstance(row.get("text"), str):
-                raise CalibrationError(f"the dataset has no text column, only {sorted(row)}", where=source)
-            if row["text"].strip():
-                yield row["text"]
+            text = text_of(row, source, chat)
+            if text.strip():
+                yield text
     except CalibrationError:
         raise
     except Exception as error:
@@ -145,7 +125,12 @@ def _hub_texts(source: str) -> Iterator[str]:
 
 
 def tokenised(source: str, tokenizer: Any, count: int) -> list[array[int]]:
-    """Documents of a text source as ids, each closed by the end-of-text token; `count` ids in all, or fewer.
+    """Documents of a text source as ids, see :func:`ids_of`."""
+    return ids_of(documents(source, chat_of(tokenizer)), tokenizer, count)
+
+
+def ids_of(texts: Iterable[str], tokenizer: Any, count: int) -> list[array[int]]:
+    """Texts as ids, each closed by the end-of-text token; `count` ids in all, or fewer.
 
     In arrays of 4 bytes an id: a list takes ten times as much, and training texts have tens of millions.
     """
@@ -157,7 +142,7 @@ def tokenised(source: str, tokenizer: Any, count: int) -> list[array[int]]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     found: list[array[int]] = []
     left = count
-    for text in documents(source):
+    for text in texts:
         budget = left * CHARACTERS_PER_TOKEN * 4
         ids = list(tokenizer(text[:budget], add_special_tokens=False, verbose=False)["input_ids"]) + end
         found.append(array("i", ids[:left]))
@@ -165,6 +150,20 @@ def tokenised(source: str, tokenizer: Any, count: int) -> list[array[int]]:
         if left <= 0:
             break
     return found
+
+
+def chat_of(tokenizer: Any) -> Chat:
+    """Writes chat messages in the tokenizer's template, as the model has seen them in training."""
+
+    def written(messages: Messages) -> str:
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise CalibrationError(
+                "the text is chat messages, and the model's tokenizer has no chat template",
+                fix='write them out as "text"',
+            )
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+    return written
 
 
 def tokens_of(source: str, tokenizer: Any, count: int, skip: int = 0) -> Tensor:

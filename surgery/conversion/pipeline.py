@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from surgery.blocks.find import survey
-from surgery.calibration.inputs import is_named
-from surgery.calibration.mixtures import Given, Mixture
+from surgery.calibration.inputs import is_named, spelled
+from surgery.calibration.mixtures import Mixture
 from surgery.calibration.texts import label
 from surgery.closed_form.moments import GaussianMixture
 from surgery.conversion.budget import Budget, convert_within
@@ -41,7 +40,7 @@ def convert(
     model: Any,
     *,
     tokenizer: Any = None,
-    calibration: Given | Tensor | Sequence[Mapping[str, Tensor]] | Mapping[str, Tensor] | None = None,
+    calibration: Any = None,
     moments: Mapping[str, GaussianMixture] | None = None,
     recipe: Recipe | None = None,
     output: str | Path | None = None,
@@ -58,8 +57,8 @@ def convert(
         model: Hub id, folder, .gguf file, or a transformers model in memory, which is changed in place and put in
             evaluation mode; on error it is as it was, but for that mode.
         tokenizer: for a model in memory, to calibrate on text and to be saved along.
-        calibration: a source name (see :mod:`surgery.calibration.texts`), several or shares by name, token ids, or
-            model inputs; default from the recipe.
+        calibration: a source name (see :mod:`surgery.calibration.texts`), several or shares by name; or token ids,
+            texts, model inputs or a dataset (see :mod:`surgery.calibration.given`); default from the recipe.
         moments: distribution of each block's input by path, for `assume="gaussian"`; measured where absent.
         recipe: settings; `settings` (any field of :class:`~surgery.conversion.recipe.Recipe`) override it.
         output: folder to save the twin to, verified by reloading it in a fresh process.
@@ -107,7 +106,7 @@ def _plan(
     given = {
         "model": model,
         "output": None if output is None else str(output),
-        "calibration": _as_data(calibration) if named else None,
+        "calibration": spelled(calibration) if named else None,
     }
     plan = load_recipe(None, chosen | {name: value for name, value in given.items() if value is not None})
     if model is not None:
@@ -115,13 +114,6 @@ def _plan(
     if calibration is None or named:
         Mixture.of(plan.calibration).check()
     return plan
-
-
-def _as_data(named: Any) -> str | list[str] | dict[str, float]:
-    """Sources as a recipe holds them."""
-    if isinstance(named, Mapping):
-        return {str(source): float(share) for source, share in named.items()}
-    return named if isinstance(named, str) else list(named)
 
 
 def _claimed(plan: Recipe, overwrite: bool, restart: bool) -> Path | None:

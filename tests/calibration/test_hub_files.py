@@ -79,7 +79,7 @@ def test_several_gzip_members_and_plain_files_are_read(hub):
 
 
 @pytest.mark.parametrize(
-    ("packed", "words"), [(bytes, "not what its name says"), (lambda _: gzip.compress(b"[1]\n"), 'no "text"')]
+    ("packed", "words"), [(bytes, "not what its name says"), (lambda _: gzip.compress(b"[1]\n"), 'without a "text"')]
 )
 def test_a_file_of_another_kind_is_a_clear_error(packed, words, hub):
     put(hub, SOURCE, ["one"], packed=packed)
