@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import traceback
+from pathlib import Path
 
 import click
 
 from surgery.cli import conversion, evaluation, publishing, reading, refining
 from surgery.errors import EXIT_USER, SurgeryError
+from surgery.runtime.files import CAUSES, not_written
 from surgery.version import __version__
 
-EXIT_INTERNAL, EXIT_INTERRUPTED = 1, 130
+EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -44,10 +47,17 @@ def _leave_group() -> None:
         processes.leave()
 
 
+def _terminated(*_: object) -> None:
+    """A terminated process cleans up as an interrupted one does."""
+    click.echo("terminated; what is finished is kept, run the same command to go on", err=True)
+    sys.exit(EXIT_TERMINATED)
+
+
 def main() -> None:
     """Entry point: errors a user can mend exit with 2 and no traceback; defects exit with 1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_MININTERVAL", "0.5")
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         cli.main(standalone_mode=False)
         _leave_group()
@@ -63,7 +73,11 @@ def main() -> None:
     except MemoryError:
         click.echo("error: out of memory\n  next step: lower --tokens or --batch", err=True)
         sys.exit(EXIT_USER)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in CAUSES:
+            where = Path(str(error.filename)) if error.filename else Path.cwd()
+            click.echo(f"error: {not_written(error, 'a file could not be written', where)}", err=True)
+            sys.exit(EXIT_USER)
         with tempfile.NamedTemporaryFile("w", prefix="surgery-", suffix=".log", delete=False) as log:
             traceback.print_exc(file=log)
         kind = sys.exc_info()[0]

@@ -22,7 +22,8 @@ from surgery.conversion.recipe import Recipe
 from surgery.errors import CheckpointError
 from surgery.models.loading import LoadedModel
 from surgery.models.saved_blocks import saved_block
-from surgery.runtime.files import replacing, write_json
+from surgery.runtime.files import as_os_error, not_written, replacing, write_json
+from surgery.saving.folder import kept_beside
 from surgery.version import __version__
 
 SOME = 4096  # elements of a tensor that tell it from another
@@ -31,7 +32,7 @@ SAMPLES, MERGED = "samples.safetensors", "merged"
 
 def partial_folder(target: Path) -> Path:
     """Where an interrupted conversion to `target` keeps what is finished."""
-    return target.with_name(target.name + ".partial")
+    return kept_beside(target, "partial")
 
 
 def merged_folder(target: Path) -> Path:
@@ -79,9 +80,7 @@ def kept_samples(
         with replacing(file) as temporary:
             save_file(data.as_tensors(), temporary, metadata={"key": key, "calibration": json.dumps(data.as_dict())})
     except Exception as error:
-        raise CheckpointError(
-            f"the samples could not be kept: {error}", where=str(file.parent), cause="the disk is full, or not writable"
-        ) from error
+        raise not_written(as_os_error(error), "the samples could not be kept", file.parent) from error
     return data
 
 
@@ -144,12 +143,8 @@ class PartialRun:
             with replacing(self._file(block)) as temporary:
                 save_file(tensors, temporary, metadata={"entry": json.dumps(entry), "row": json.dumps(row)})
         except Exception as error:
-            raise CheckpointError(
-                f"a finished block could not be kept: {error}",
-                where=str(self.folder),
-                cause="the disk is full, or the folder is not writable",
-                fix="free some space and run the same command: the blocks before this one are not redone",
-            ) from error
+            what = "a finished block could not be kept (those before it are not redone)"
+            raise not_written(as_os_error(error), what, self.folder) from error
 
     def load(self, block: Block, like: Tensor) -> tuple[dict[str, Any], dict[str, Any], dict[str, nn.Module]]:
         """What :meth:`keep` was given for a block, with the modules' dtype and device as `like`."""

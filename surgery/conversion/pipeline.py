@@ -29,7 +29,7 @@ from surgery.models import loading
 from surgery.runtime import processes, weights_on_disk
 from surgery.runtime.stopwatch import Stopwatch
 from surgery.saving.checkpoint import save
-from surgery.saving.folder import check_target, whole_folder
+from surgery.saving.folder import check_room, check_target, whole_folder
 from surgery.saving.forms import finish_custom, finish_native
 from surgery.saving.reload import main_output, verified
 from surgery.saving.report import Report, write_report
@@ -80,6 +80,8 @@ def convert(
     torch.manual_seed(plan.seed)
     with watch.timing("load"):
         loaded = _loaded(plan, target) if named else loading.from_memory(model, tokenizer)
+    if target is not None:
+        check_room(target, loaded.model, _stored(loaded, plan))
     on_disk = weights_on_disk.read_when_used(loaded.source.name) if plan.offload else nullcontext()
     with watch.timing("prepare"), on_disk:
         ready = prepared(loaded, plan, moments, calibration, quiet)
@@ -184,7 +186,7 @@ def _store(
 ) -> None:
     """Writes the twin and has it read by a fresh process."""
     network, plan = ready.task.model, ready.task.plan
-    dtype = loaded.source.dtype if plan.save_dtype == "auto" else plan.save_dtype
+    dtype = _stored(loaded, plan)
     if plan.offload:
         assert partial.folder is not None
         with whole_folder(target) as place:
@@ -197,6 +199,11 @@ def _store(
     partial.close()
     if made.account is not None:
         plot_costs(made.account, target / "budget.png")
+
+
+def _stored(loaded: loading.LoadedModel, plan: Recipe) -> str:
+    """Precision of the saved weights."""
+    return loaded.source.dtype if plan.save_dtype == "auto" else plan.save_dtype
 
 
 def _public(plan: Recipe) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from surgery.refining.training import Training
 from surgery.runtime import processes
 from surgery.runtime.settings import checked_settings
 from surgery.saving.checkpoint import save
-from surgery.saving.folder import check_target
+from surgery.saving.folder import check_room, check_target, kept_beside
 from surgery.saving.reload import probe_inputs
 from surgery.saving.report import read_verified_report
 
@@ -129,6 +129,7 @@ class _Refinement:
             )
         self.loaded = loading.loaded(settings.twin)
         self.twin: Any = self.loaded.model
+        check_room(out, self.twin, self.loaded.source.dtype)
         self.teacher = load_teacher(settings, self.twin)
         text, self.note = processes.looked_up(lambda: training_sources(settings, self.loaded.tokenizer))
         self.settings = settings = replace(settings, text=text)
@@ -141,7 +142,7 @@ class _Refinement:
             self.student, self.trainable = with_lora(self.twin, settings)
         else:
             self.student, self.trainable = self.twin, named_trainable(self.twin, settings.train)
-        self.place = out.with_name(out.name + ".refining")
+        self.place = kept_beside(out, "refining")
         if restart and accelerator.is_main_process:
             shutil.rmtree(self.place, ignore_errors=True)
         accelerator.wait_for_everyone()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.runtime.files import write_json
+from surgery.runtime.files import as_os_error, write_json
 from surgery.saving.folder import whole_folder
 from surgery.saving.reload import verify_saved
 from surgery.saving.report import write_report
@@ -64,8 +64,8 @@ def _write(model: Any, tokenizer: Any | None, folder: Path, dtype: str) -> None:
     model.config.dtype = wanted
     try:
         model.save_pretrained(folder, state_dict=state)
-    except Exception as error:  # safetensors reports a full disk by an exception of its own
-        raise OSError(str(error)) from error
+    except Exception as error:
+        raise as_os_error(error) from error
     finally:
         model.config.dtype = before
     config = json.loads((folder / "config.json").read_text())
