@@ -14,6 +14,7 @@ The model type is its own, so that a loader without this file stops instead of b
 missing weights.
 """
 
+import copy
 import os
 import shutil
 
@@ -21,20 +22,14 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 MODEL_TYPE = "polynomial_twin"
 FORMAT = 3  # the highest read here; see format_of
-AUTO_CLASSES = (
-    "AutoModel",
-    "AutoModelForCausalLM",
-    "AutoModelForMaskedLM",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForImageClassification",
-)
+PREFIX = "Polynomial"  # of the names of the classes made here, before the base class's or the Auto class's
+MAPPING = "_model_mapping"
+PATHS = ("path", "first", "activation", "last", "half")  # what places a block's entry names
 
 
 def multiply_add(row: torch.Tensor, a: torch.Tensor, b: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
@@ -214,9 +209,34 @@ def install(model: nn.Module, path: str, module: nn.Module) -> None:
         setattr(parent, name, module)
 
 
+def has_place(model: nn.Module, path: str) -> bool:
+    """Whether there is something at a dotted path."""
+    for name in path.split("."):
+        children = getattr(model, "_modules", {})
+        if name not in children and not hasattr(model, name):
+            return False
+        model = children[name] if name in children else getattr(model, name)
+    return True
+
+
+def moved(model: nn.Module, block: dict) -> dict:
+    """An entry of `polynomial_blocks` with its paths as they are in `model`: in a class without a head, or with another
+    one, than the class the entry was written for, they begin otherwise."""
+    prefix = model.base_model_prefix + "."
+
+    def found(path):
+        for other in (path, path.removeprefix(prefix), prefix + path):
+            if has_place(model, other):
+                return other
+        raise ValueError(f"there is nothing at {path} in {type(model).__name__}, to which this twin cannot be loaded")
+
+    return block | {name: found(block[name]) for name in PATHS if isinstance(block.get(name), str) and block[name]}
+
+
 _REGISTERED: list[bool] = []
 _MODELS: dict[str, type] = {}
 _CONFIGS: dict[str, type] = {}
+_DISPATCHERS: dict[str, type] = {}
 
 
 class PolynomialConfig(PreTrainedConfig):
@@ -232,6 +252,20 @@ class PolynomialConfig(PreTrainedConfig):
         if config_dict.get("polynomial_format", 0) > FORMAT:
             raise ValueError(f"this twin has format {config_dict['polynomial_format']}; this file reads up to {FORMAT}")
         return config_class_for(base_type).from_dict(config_dict, **kwargs)
+
+    def __reduce__(self):
+        base_type = getattr(self, "base_model_type", None)
+        if base_type is None:
+            return super().__reduce__()
+        return restored_config, (base_type, self.__dict__)
+
+
+def restored_config(base_model_type: str, values: dict):
+    """A pickled configuration: its class, which is made here, is not one that pickle finds by its name."""
+    config_class = config_class_for(base_model_type)
+    config = config_class.__new__(config_class)
+    config.__dict__.update(values)
+    return config
 
 
 def config_class_for(base_model_type: str) -> type:
@@ -252,9 +286,14 @@ def config_class_for(base_model_type: str) -> type:
 
 
 class PolynomialModel(PreTrainedModel):
-    """Dispatches to a subclass of the original model class with its blocks replaced."""
+    """Dispatches to a subclass of the original model class with its blocks replaced.
+
+    Its subclasses `PolynomialAutoModel…` dispatch as the Auto class of that name does: `PolynomialAutoModel` to the
+    model without a head, `PolynomialAutoModelForSequenceClassification` to the one with that head.
+    """
 
     config_class = PolynomialConfig
+    auto_class = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
@@ -269,24 +308,38 @@ class PolynomialModel(PreTrainedModel):
                 f"this is a delta of {config.polynomial_delta['base']}, not a whole checkpoint: load it with "
                 "polysurgery, surgery.load(NAME), or make it whole with `surgery export NAME --form full -o OUT`"
             )
-        model_class = model_class_for(config)
+        model_class = model_class_for(config, cls.auto_class)
         return model_class.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
     @classmethod
     def _from_config(cls, config, **kwargs):
         if "config_for_dispatch" in cls.__dict__:
             return super()._from_config(config, **kwargs)
-        return model_class_for(config)._from_config(config, **kwargs)
+        return model_class_for(config, cls.auto_class)._from_config(config, **kwargs)
 
 
-def model_class_for(config) -> type:
-    """The subclass of `config.base_architecture` that replaces its blocks on construction."""
+def model_class_for(config, auto_class=None) -> type:
+    """The subclass of `config.base_architecture`, or of what `auto_class` has for it, that replaces its blocks."""
     name = config.base_architecture
+    if auto_class is not None:
+        base = getattr(transformers, name)
+        classes = _classes(_mapping(auto_class).get(base.config_class, None))
+        name = name if base in classes or classes[0] is None else classes[0].__name__
+    return model_class(name, config.base_model_type)
+
+
+def model_class(name: str, base_model_type: str) -> type:
+    """The subclass of transformers' model class of this name that replaces its blocks on construction."""
     if name not in _MODELS:
         base = getattr(transformers, name)
 
         def __init__(self, config, *args, **kwargs):
-            base.__init__(self, config, *args, **kwargs)
+            elsewhere = config.base_architecture != name
+            config = copy.deepcopy(config) if elsewhere else config
+            as_stock(base, self, config, *args, **kwargs)
+            if elsewhere:
+                config.polynomial_blocks = [moved(self, block) for block in config.polynomial_blocks]
+                config.base_architecture = name
             for block in config.polynomial_blocks:
                 for path, module in build(block).items():
                     install(self, path, module)
@@ -307,28 +360,71 @@ def model_class_for(config) -> type:
             "__init__": __init__,
             "__module__": __name__,
             "save_pretrained": save_pretrained,
-            "config_class": config_class_for(config.base_model_type),
+            "config_class": config_class_for(base_model_type),
             "config_for_dispatch": True,
             # The base class fills its computed buffers in its own `_init_weights`, which custom code may be spared.
             "is_custom_code": classmethod(lambda cls: False),
             "_auto_class": None,  # else saving again would write this generated name into auto_map
         }
-        _MODELS[name] = type(f"Polynomial{name}", (base, PolynomialModel), members)
+        _MODELS[name] = type(f"{PREFIX}{name}", (base, PolynomialModel), members)
     return _MODELS[name]
+
+
+def as_stock(base: type, model: nn.Module, config, *args, **kwargs) -> None:
+    """`base.__init__`. Heads that transformers shares between architectures ask an Auto class for the model below them,
+    by the configuration's type: they are given the stock one meanwhile."""
+    if not any(cls.__module__ == "transformers.modeling_layers" for cls in base.__mro__):
+        base.__init__(model, config, *args, **kwargs)
+        return
+    ours = ("auto_map", "model_type", "architectures")
+    values = {name: value for name, value in config.to_dict().items() if name not in ours}
+    stock = CONFIG_MAPPING[config.base_model_type].from_dict(values)
+    stock._attn_implementation = config._attn_implementation
+    base.__init__(model, stock, *args, **kwargs)
+    for part in model.modules():
+        if type(getattr(part, "config", None)) is type(stock):
+            part.config = config
+
+
+def dispatcher(auto_class: str) -> type:
+    """What `auto_class` loads a twin by."""
+    if auto_class not in _DISPATCHERS:
+        members = {"auto_class": auto_class, "__module__": __name__}
+        _DISPATCHERS[auto_class] = type(f"{PREFIX}{auto_class}", (PolynomialModel,), members)
+    return _DISPATCHERS[auto_class]
+
+
+def __getattr__(name: str):
+    """The classes made here, by their names, as pickle and `auto_map` ask for them."""
+    base = name.removeprefix(PREFIX)
+    if base != name and base in auto_classes():
+        return dispatcher(base)
+    if base != name and isinstance(getattr(transformers, base, None), type):
+        return model_class(base, getattr(transformers, base).config_class.model_type)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def auto_map(base_architecture: str) -> dict[str, str]:
     """Which Auto classes serve the base architecture, for config.json."""
-    found = {"AutoConfig": "modeling_polynomial.PolynomialConfig"}
     base = getattr(transformers, base_architecture)
-    for name in AUTO_CLASSES:
-        mapping = getattr(transformers, name)._model_mapping
-        if base in _classes(mapping.get(base.config_class, None)):
-            found[name] = "modeling_polynomial.PolynomialModel"
-    if len(found) == 1:  # part of a larger architecture (Mllama's decoder), which no Auto class serves by itself
-        causal = base_architecture.endswith("ForCausalLM")
-        found["AutoModelForCausalLM" if causal else "AutoModel"] = "modeling_polynomial.PolynomialModel"
-    return found
+    names = [name for name in auto_classes() if base.config_class in _mapping(name)]
+    if not names:  # part of a larger architecture (Mllama's decoder), which no Auto class serves by itself
+        names = ["AutoModelForCausalLM" if base_architecture.endswith("ForCausalLM") else "AutoModel"]
+    found = {"AutoConfig": "modeling_polynomial.PolynomialConfig"}
+    return found | {name: f"modeling_polynomial.{PREFIX}{name}" for name in names}
+
+
+def auto_classes() -> list[str]:
+    """Those of transformers' Auto classes that load models."""
+    return [name for name in vars(modeling_auto) if name.startswith("AutoModel") and hasattr(_auto(name), MAPPING)]
+
+
+def _auto(name: str):
+    return getattr(modeling_auto, name)
+
+
+def _mapping(auto_class: str):
+    return getattr(_auto(auto_class), MAPPING)
 
 
 def _classes(entry) -> tuple:
@@ -345,5 +441,5 @@ def register() -> None:
 
 
 def _register_models(config_class: type) -> None:
-    for name in AUTO_CLASSES:
-        getattr(transformers, name).register(config_class, PolynomialModel, exist_ok=True)
+    for name in auto_classes():
+        _auto(name).register(config_class, dispatcher(name), exist_ok=True)

@@ -23,8 +23,7 @@ def compare(folder: str, file: str, form: str, **where) -> dict:
     trust = form == "custom"
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     if trust:
-        name = next(name for name in config.auto_map if name.startswith("AutoModel"))
-        cls = getattr(transformers, name)
+        cls = auto_class_of(config)
     else:
         cls = getattr(transformers, config.architectures[0])
     options = {"trust_remote_code": True} if trust else {}
@@ -49,6 +48,17 @@ def compare(folder: str, file: str, form: str, **where) -> dict:
         text = model.generate(tensors["prompt"], do_sample=False, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS)
         seen["generates"] = torch.equal(text, tensors["generated"])
     return seen
+
+
+def auto_class_of(config):
+    """The Auto class that loads the class a custom twin was made from, and not one with another head."""
+    base = getattr(transformers, config.base_architecture)
+    names = [name for name in config.auto_map if name.startswith("AutoModel")]
+    for name in names:
+        found = getattr(transformers, name)._model_mapping.get(base.config_class, None)
+        if base in (found if isinstance(found, tuple) else (found,)):
+            return getattr(transformers, name)
+    return getattr(transformers, names[0])
 
 
 def main(arguments: list[str]) -> None:
