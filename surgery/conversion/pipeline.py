@@ -171,6 +171,7 @@ def _reported(loaded: loading.LoadedModel, ready: Preparation, made: _Made, watc
     return Report(
         recipe=plan.resolved() | _public(plan),
         source=loaded.source.as_dict(),
+        companions=loaded.companions.as_dict(),
         calibration=task.data.as_dict(),
         form=made.form,
         blocks=tuple(made.replaced.rows),
@@ -190,12 +191,14 @@ def _store(
     if plan.offload:
         assert partial.folder is not None
         with whole_folder(target) as place:
-            write_shards(network, partial.folder, ready.files, loaded.tokenizer, place, dtype)
+            beside = loaded.tokenizer, loaded.companions
+            write_shards(network, partial.folder, ready.files, *beside, place, dtype)
             answer = main_output(made.replaced.outcome)
             seen = verified(place, ready.probe, answer, dtype, made.form, on_disk=True)
             write_report(place, report.as_dict(), seen)
     else:
-        save(network, loaded.tokenizer, target, report.as_dict(), ready.probe, dtype=dtype, form=made.form)
+        how: dict[str, Any] = {"dtype": dtype, "form": made.form, "companions": loaded.companions}
+        save(network, loaded.tokenizer, target, report.as_dict(), ready.probe, **how)
     partial.close()
     if made.account is not None:
         plot_costs(made.account, target / "budget.png")

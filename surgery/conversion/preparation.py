@@ -139,7 +139,9 @@ def _inputs(source: Any, loaded: loading.LoadedModel, plan: Recipe, known: str) 
     settings |= {"short": plan.short, "unseen": measured}
 
     def draw() -> Calibration:
-        return calibration_inputs(source, loaded.model, loaded.tokenizer, **settings)
+        ids_only = not is_named(source) or Mixture.of(source).is_inputs
+        tokenizer = loaded.tokenizer if ids_only else loaded.text_tokenizer
+        return calibration_inputs(source, loaded.model, tokenizer, **settings)
 
     drawn = is_named(source) and any(part.source == SAMPLES for part in Mixture.of(source).parts)
     target = Path(plan.output) if plan.output and drawn else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from surgery.errors import ModelError
 from surgery.models import delta, modeling_polynomial
 from surgery.models.architecture import Architecture, class_by_weights, general_class, named_class
+from surgery.models.companions import Companions, companions, has_tokenizer
 from surgery.runtime import weights_on_disk
 
 
@@ -45,11 +46,28 @@ class Source:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, its tokenizer where it has one, and where both came from."""
+    """A model, its tokenizer where it has one, and where both came from.
+
+    Attributes:
+        companions: what else stands beside its weights.
+    """
 
     model: nn.Module
     tokenizer: Any | None
     source: Source
+    companions: Companions = field(default_factory=Companions)
+
+    @property
+    def text_tokenizer(self) -> Any | None:
+        """Its tokenizer, to be used. Raises ModelError where there is one that does not load."""
+        if self.tokenizer is None and self.companions.tokenizer:
+            raise ModelError(
+                f"the model's tokenizer does not load: {self.companions.tokenizer}",
+                where=self.source.name,
+                cause="its files are damaged, or it needs code or a package that is not there",
+                fix="mend or replace them, or give token ids",
+            )
+        return self.tokenizer
 
 
 def locate(name: str) -> tuple[str, dict[str, str], str]:
@@ -81,7 +99,7 @@ def load_config(name: str, revision: str | None = None) -> Any:
     modeling_polynomial.register()
     path, extra, _ = locate(name)
     try:
-        return transformers.AutoConfig.from_pretrained(path, revision=revision, **extra)
+        return transformers.AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False, **extra)
     except Exception as error:
         raise _unreadable(name, error) from error
 
@@ -169,21 +187,31 @@ def loaded(
     if device_map is not None:
         options["device_map"] = device_map
     kind_of_model = architecture(name, config, revision)
-    model = _weights(name, path, kind_of_model.cls, options, merged)
+    model, left_over = _weights(name, path, kind_of_model.cls, options, merged)
     if kind == "gguf":
         _forget_quantization(model)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=revision, **extra)
-    except Exception:
-        tokenizer = None
+    tokenizer, problem = _tokenizer(path, kind, revision, extra)
     model.eval()
     commit = getattr(model.config, "_commit_hash", None)
-    source = Source(public_name(name, kind), kind, commit, type(model).__name__, stored, kind_of_model.note)
-    return LoadedModel(model, tokenizer, source)
+    beside = companions(path, kind, commit or revision, problem)
+    note = "; ".join(filter(None, (kind_of_model.note, left_over, beside.note)))
+    source = Source(public_name(name, kind), kind, commit, type(model).__name__, stored, note)
+    return LoadedModel(model, tokenizer, source, beside)
 
 
-def _weights(name: str, path: str, cls: Any, options: dict[str, Any], merged: Path | None) -> Any:
-    """The model with its weights; what it keeps on disk of its own goes with it."""
+def _tokenizer(path: str, kind: str, revision: str | None, extra: dict[str, str]) -> tuple[Any | None, str]:
+    """A checkpoint's tokenizer, or None and why it does not load; no reason where there is none."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False, **extra), ""
+    except Exception as error:
+        if not has_tokenizer(path, kind, revision):
+            return None, ""
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return None, first[:300]
+
+
+def _weights(name: str, path: str, cls: Any, options: dict[str, Any], merged: Path | None) -> tuple[Any, str]:
+    """The model with its weights, and a plain word on tensors it does not take; what it keeps on disk goes with it."""
     ours: list[Path] = []
     device_map = options.get("device_map")
     if isinstance(device_map, dict) and "disk" in device_map.values():
@@ -206,7 +234,11 @@ def _weights(name: str, path: str, cls: Any, options: dict[str, Any], merged: Pa
             where=name,
             cause="the checkpoint is incomplete, or was saved for another class",
         )
-    return model
+    others = sorted(info.get("unexpected_keys", ()))
+    if not others:
+        return model, ""
+    named = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+    return model, f"{len(others)} tensors of the checkpoint have no place in {type(model).__name__} ({named})"
 
 
 def placed(device: str) -> Any:
@@ -264,7 +296,7 @@ def _load_delta(
     source = Source(
         public_name(name, kind), kind, getattr(config, "_commit_hash", None), type(twin).__name__, described["dtype"]
     )
-    return LoadedModel(twin, original.tokenizer, source)
+    return LoadedModel(twin, original.tokenizer, source, original.companions)
 
 
 def from_memory(model: Any, tokenizer: Any | None) -> LoadedModel:
@@ -316,6 +348,13 @@ def _unreadable(name: str, error: Exception) -> ModelError:
             where=name,
             cause="it needs more memory than there is",
             fix="convert it with --offload, which leaves the weights on disk",
+        )
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            "the model's architecture comes as code with the checkpoint, and such code is not run",
+            where=name,
+            cause="transformers does not know its type, or this version does not yet",
+            fix="upgrade transformers, or convert a checkpoint of an architecture that transformers has",
         )
     if "No space left" in str(error):
         return ModelError(

@@ -66,4 +66,5 @@ def export_full(folder: Path, out: Path, base: str | None = None, overwrite: boo
     loaded = loading.loaded(str(folder), dtype="auto", base=base)
     probe = probe_ids(loaded.model)
     described = {key: value for key, value in report.items() if key != "exported_from"} | {"form": "custom"}
-    return save(loaded.model, loaded.tokenizer, out, described, probe, dtype=loaded.source.dtype)
+    how: dict[str, Any] = {"dtype": loaded.source.dtype, "companions": loaded.companions}
+    return save(loaded.model, loaded.tokenizer, out, described, probe, **how)

@@ -77,6 +77,7 @@ def export_onnx(folder: Path, out: Path, base: str | None = None, overwrite: boo
         operators = sorted({node.op_type for node in graph.node})
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(place)
+        loaded.companions.write(place)
         model.config.save_pretrained(place)
         seen = {"verified": True, "form": "onnx", "difference": difference, "operators": operators}
         write_report(place, {**report, "form": "onnx", "exported_from": folder.name}, seen)

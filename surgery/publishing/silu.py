@@ -82,4 +82,5 @@ def export_silu(folder: Path, out: Path, overwrite: bool = False) -> dict[str, A
     if not float((after - before).norm() / before.norm()) < TOLERANCE["float32"]:
         raise ModelError("the exported network computes something else than the twin", where=str(folder))
     described = {**report, "form": "silu", "exported_from": folder.name}
-    return save(wide, loaded.tokenizer, out, described, probe, dtype=loaded.source.dtype, form="native")
+    how: dict[str, Any] = {"dtype": loaded.source.dtype, "form": "native", "companions": loaded.companions}
+    return save(wide, loaded.tokenizer, out, described, probe, **how)

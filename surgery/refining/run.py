@@ -131,7 +131,7 @@ class _Refinement:
         self.twin: Any = self.loaded.model
         check_room(out, self.twin, self.loaded.source.dtype)
         self.teacher = load_teacher(settings, self.twin)
-        text, self.note = processes.looked_up(lambda: training_sources(settings, self.loaded.tokenizer))
+        text, self.note = processes.looked_up(lambda: training_sources(settings, self.loaded.text_tokenizer))
         self.settings = settings = replace(settings, text=text)
         if self.note and not quiet and accelerator.is_main_process:
             print(f"text: {', '.join(text)}; {self.note}", file=sys.stderr)
@@ -229,7 +229,8 @@ class _Refinement:
             report |= {"refinement": record, "form": form}
             report.pop("exported_from", None)
             probe = probe_inputs({"input_ids": self.windows.ids[:2].to(student.device)})
-            save(student, self.loaded.tokenizer, self.out, report, probe, dtype=dtype, form=form)
+            how: dict[str, Any] = {"dtype": dtype, "form": form, "companions": self.loaded.companions}
+            save(student, self.loaded.tokenizer, self.out, report, probe, **how)
             plot_refinement(record, self.out / "refinement.png")
             shutil.rmtree(self.place, ignore_errors=True)
         self.accelerator.wait_for_everyone()  # nobody leaves before the twin stands

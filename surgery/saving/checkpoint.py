@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.models.companions import Companions
 from surgery.runtime.files import as_os_error, write_json
 from surgery.saving.folder import whole_folder
 from surgery.saving.reload import verify_saved
 from surgery.saving.report import write_report
+
+NONE = Companions()
 
 
 def save(
@@ -29,6 +32,7 @@ def save(
     dtype: str = "float32",
     form: str = "custom",
     verify: bool = True,
+    companions: Companions = NONE,
 ) -> dict[str, Any]:
     """Saves, reloads in a fresh process, compares, renames.
 
@@ -37,6 +41,7 @@ def save(
         dtype: precision of the stored weights.
         form: custom reloads with `trust_remote_code=True`, any other form without trusting code; all of them
             without this package.
+        companions: further files that belong beside the weights.
     Returns:
         what the verification saw (also written into the report).
     Raises:
@@ -44,6 +49,7 @@ def save(
     """
     with whole_folder(out) as temporary:
         _write(model, tokenizer, temporary, dtype)
+        companions.write(temporary)
         seen = verify_saved(model, temporary, probe, dtype, form) if verify else {"verified": False}
         write_report(temporary, report, seen)
     return seen

@@ -11,6 +11,7 @@ from torch import nn
 
 from surgery.blocks.block import Block
 from surgery.models import modeling_polynomial
+from surgery.models.companions import OF_THE_MODEL
 
 ACTIVATION_KEYS = ("hidden_act", "hidden_activation")
 
@@ -68,6 +69,12 @@ def widen(module: nn.Module, hidden: int) -> None:
     module.down_proj.in_features = hidden
 
 
+def other_code(config: Any) -> dict[str, Any]:
+    """What a configuration's `auto_map` names beside the model's own code, which a twin does not run."""
+    named = getattr(config, "auto_map", None) or {}
+    return {key: value for key, value in named.items() if not OF_THE_MODEL.fullmatch(key)}
+
+
 def finish_native(model: Any, blocks: Sequence[Block]) -> None:
     """Equal widths, and the configuration of the stock class that this model now is."""
     modules = [model.get_submodule(block.path) for block in blocks]
@@ -76,6 +83,11 @@ def finish_native(model: Any, blocks: Sequence[Block]) -> None:
         widen(module, hidden)
     config = native_config(model, blocks, hidden)
     assert config is not None, "the native form was possible before the blocks were swapped"
+    others = other_code(model.config)
+    if others:
+        model.config.auto_map = others
+    elif hasattr(model.config, "auto_map"):
+        del model.config.auto_map
     model.config.__dict__.update(config.__dict__)
 
 
@@ -98,7 +110,7 @@ def finish_custom(model: Any, entries: Sequence[Mapping[str, Any]]) -> None:
             "architectures": [f"Polynomial{architecture}"],
             "polynomial_format": modeling_polynomial.format_of(described),
             "polynomial_blocks": described,
-            "auto_map": modeling_polynomial.auto_map(architecture),
+            "auto_map": other_code(model.config) | modeling_polynomial.auto_map(architecture),
         }
         config: Any = modeling_polynomial.config_class_for(base_type)
         config = config.from_dict(values)

@@ -22,10 +22,7 @@ def compare(folder: str, file: str, form: str, **where) -> dict:
     """Missing and unexpected keys, the relative difference of the outputs, and whether greedy text is the same."""
     trust = form == "custom"
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    if trust:
-        cls = auto_class_of(config)
-    else:
-        cls = getattr(transformers, config.architectures[0])
+    cls = auto_class_of(config) if trust else getattr(transformers, config.architectures[0])
     options = {"trust_remote_code": True} if trust else {}
     model, info = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options, **where)
     model.eval()

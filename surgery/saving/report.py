@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Report:
         blocks: one dict per converted block (R² in and out of sample, ridge, condition, sinks, seconds).
         left_alone: (path, reason) for what was not converted.
         perplexity: before, after, nats lost and the tokens measured on; None where not measured.
+        companions: files of the original beside its weights: copied, missing (and why), left.
         budget: what each block costs and what was chosen, where a budget was given.
     """
 
@@ -38,11 +39,13 @@ class Report:
     left_alone: tuple[tuple[str, str], ...]
     perplexity: dict[str, Any] | None
     seconds: dict[str, float]
+    companions: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """What `surgery.json` holds, beside the verification."""
-        names = ("calibration", "form", "perplexity", "seconds", *(() if self.budget is None else ("budget",)))
+        names: tuple[str, ...] = ("calibration", "companions", "form", "perplexity", "seconds")
+        names += () if self.budget is None else ("budget",)
         left = [{"path": path, "reason": reason} for path, reason in self.left_alone]
         about = {"format": 1, "recipe": self.recipe, "source": self.source, "versions": versions()}
         rest = {name: getattr(self, name) for name in names}

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from surgery.errors import CheckpointError, ModelError
 from surgery.models import modeling_polynomial
+from surgery.models.companions import Companions
 from surgery.models.loading import Source
 from surgery.runtime.files import replacing, write_json
 
@@ -56,7 +57,13 @@ def stored_tensors(model: Any, source: Source) -> dict[str, StoredTensor]:
 
 
 def write_shards(
-    model: Any, blocks: Path, originals: Mapping[str, StoredTensor], tokenizer: Any, folder: Path, dtype: str
+    model: Any,
+    blocks: Path,
+    originals: Mapping[str, StoredTensor],
+    tokenizer: Any,
+    companions: Companions,
+    folder: Path,
+    dtype: str,
 ) -> None:
     """The twin's checkpoint, one shard in memory at a time. Shards that an interrupted run finished are not redone.
 
@@ -95,6 +102,7 @@ def write_shards(
         shutil.copy(modeling_polynomial.__file__, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    companions.write(folder)
 
 
 def _sources(blocks: Path, originals: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
