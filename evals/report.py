@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import EvaluationError
-from surgery.runtime.files import write_bytes, write_json, write_text
+from surgery.runtime.files import not_written, write_bytes, write_json, write_text
+from surgery.runtime.public import public
 from surgery.saving.evaluation import headline_rows, task_rows, trust_notes
 
 JSON, MARKDOWN, PAGE, PLOT = "evaluation.json", "summary.md", "report.html", "blocks.png"
@@ -17,7 +18,11 @@ INK, BEFORE, AFTER, AFFINE = "#222222", "#9aa0a6", "#1f6feb", "#d29922"
 
 
 def write_evaluation(report: dict[str, Any], folder: Path) -> None:
-    """Writes :func:`files_of`, each under a temporary name first. Raises EvaluationError where the disk refuses."""
+    """Writes :func:`files_of`, each under a temporary name first, none of which names a place on this machine.
+
+    Raises EvaluationError where the disk refuses.
+    """
+    report = public(report)
     try:
         write_json(folder / JSON, report, allow_nan=False)
         write_text(folder / MARKDOWN, markdown(report))
@@ -25,7 +30,7 @@ def write_evaluation(report: dict[str, Any], folder: Path) -> None:
         if report.get("blocks"):
             write_bytes(folder / PLOT, _drawn(_block_axes(report["blocks"]), 3.6, "png"))
     except OSError as error:
-        raise EvaluationError(f"the report cannot be written: {error}", where=str(folder)) from error
+        raise not_written(error, "the report cannot be written", folder) from error
 
 
 def files_of(report: dict[str, Any]) -> list[str]:

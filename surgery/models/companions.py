@@ -81,8 +81,7 @@ def companions(path: str, kind: str, revision: str | None, tokenizer: str = "") 
     """
     if kind == "folder":
         root = Path(path)
-        names = [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file() and _shown(file, root)]
-        return _chosen(names, lambda name: root / name, tokenizer)
+        return _chosen(_inside(root), lambda name: root / name, tokenizer)
     if kind == "hub":
         return _chosen(_on_the_hub(path, revision), lambda name: _fetched(path, name, revision), tokenizer)
     return Companions(tokenizer=tokenizer)
@@ -94,13 +93,14 @@ def has_tokenizer(path: str, kind: str, revision: str | None) -> bool:
     return kind == "gguf" or any(TOKENIZER.fullmatch(name) for name in names)
 
 
-def _shown(file: Path, root: Path) -> bool:
-    """Neither hidden nor deep in another folder's folder (a training run's checkpoints)."""
-    parts = file.relative_to(root).parts
-    return len(parts) <= 2 and not any(part.startswith(".") for part in parts)
+def _inside(root: Path) -> list[str]:
+    """Names of the files in a folder, and in its folders, but in no deeper ones (a training run's checkpoints)."""
+    found = (*root.glob("*"), *root.glob("*/*"))
+    return [file.relative_to(root).as_posix() for file in found if file.is_file()]
 
 
-def _chosen(names: Collection[str], fetch: Fetch, tokenizer: str) -> Companions:
+def _chosen(every: Collection[str], fetch: Fetch, tokenizer: str) -> Companions:
+    names = [name for name in every if name.count("/") <= 1 and not any(part[:1] == "." for part in name.split("/"))]
     files: dict[str, Path] = {}
     missing: dict[str, str] = {}
 
@@ -160,13 +160,12 @@ def _on_the_hub(repo: str, revision: str | None) -> list[str]:
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
-        return [name for name in HfApi().list_repo_files(repo, revision=revision) if name.count("/") <= 1]
+        return list(HfApi().list_repo_files(repo, revision=revision))
     except Exception:
         config = try_to_load_from_cache(repo, "config.json", revision=revision)
         if not isinstance(config, str):
             return []
-        root = Path(config).parent
-        return [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
+        return _inside(Path(config).parent)
 
 
 def _fetched(repo: str, name: str, revision: str | None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 from surgery.errors import CheckpointError, SurgeryError
 from surgery.publishing.card import Card, render_card
 from surgery.runtime.files import sha256, write_text
+from surgery.runtime.public import public_text
 from surgery.saving.report import read_verified_report
 
+REPORTS = ("surgery.json", "evaluation.json", "summary.md")
 IGNORED = (".*", "**/.*", "*.tmp", "__pycache__", "**/__pycache__/**")
 
 
@@ -82,7 +85,20 @@ def plan_push(
     names = sorted(path for path in folder.rglob("*") if path.is_file() and not _ignored(path.relative_to(folder)))
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in names}
     files["README.md"] = len(text.encode())
+    files |= {name: len(cleaned.encode()) for name, cleaned in _cleaned(folder, files).items()}
     return PushPlan(folder, repository, tuple(sorted(files.items())), Card(text, rendered.missing))
+
+
+def _cleaned(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Our reports that name places on this machine (older versions wrote some), without them."""
+    found = {}
+    for name in names:
+        if Path(name).name in REPORTS or name.endswith(".html"):
+            text = (folder / name).read_text(encoding="utf-8", errors="replace")
+            cleaned = public_text(text)
+            if cleaned != text:
+                found[name] = cleaned
+    return found
 
 
 def _ignored(path: Path) -> bool:
@@ -102,6 +118,8 @@ def upload(planned: PushPlan, *, private: bool = False, revision: str | None = N
 
     api = HfApi(library_name="polysurgery")
     write_text(planned.folder / "README.md", planned.card.text)
+    for name, cleaned in _cleaned(planned.folder, [name for name, _ in planned.files]).items():
+        write_text(planned.folder / name, cleaned)
     try:
         api.whoami()
         api.create_repo(planned.repository, private=private, exist_ok=True)

@@ -83,12 +83,12 @@ def finish_native(model: Any, blocks: Sequence[Block]) -> None:
         widen(module, hidden)
     config = native_config(model, blocks, hidden)
     assert config is not None, "the native form was possible before the blocks were swapped"
+    model.config.__dict__.update(config.__dict__)
     others = other_code(model.config)
     if others:
         model.config.auto_map = others
     elif hasattr(model.config, "auto_map"):
         del model.config.auto_map
-    model.config.__dict__.update(config.__dict__)
 
 
 def finish_custom(model: Any, entries: Sequence[Mapping[str, Any]]) -> None:

@@ -14,6 +14,7 @@ import transformers
 
 from surgery.errors import CheckpointError
 from surgery.runtime.files import sha256, write_json
+from surgery.runtime.public import public
 from surgery.saving.folder import REPORT
 from surgery.version import __version__
 
@@ -65,10 +66,10 @@ def read_report(folder: str | Path) -> dict[str, Any]:
 
 
 def write_report(folder: Path, report: Mapping[str, Any], seen: Mapping[str, Any]) -> None:
-    """`surgery.json`, with what the verification saw and the weights it saw it of."""
+    """`surgery.json`, with what the verification saw, and of which weights. It names no place on this machine."""
     files = [*folder.glob("*.safetensors"), *folder.glob("*.onnx*")]
     weights = {file.name: sha256(file) for file in sorted(files)}
-    write_json(folder / REPORT, {**report, "verification": {**seen, "weights": weights}})
+    write_json(folder / REPORT, public({**report, "verification": {**seen, "weights": weights}}))
 
 
 def read_verified_report(folder: Path) -> dict[str, Any]:

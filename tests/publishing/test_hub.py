@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -250,3 +251,15 @@ def test_peft_puts_lora_on_a_twin(twins, ids, name):
     tuned(input_ids=ids[:2], labels=ids[:2]).loss.backward()
     grads = [p.grad for n, p in tuned.named_parameters() if "lora_B" in n]
     assert grads and all(grad is not None and grad.abs().sum() > 0 for grad in grads)
+
+
+def test_no_place_on_this_machine_is_pushed(twins, server, tmp_path):
+    shutil.copytree(twins / "native", tmp_path / "twin")
+    for name in ("evaluation.json", "page.html"):
+        (tmp_path / "twin" / name).write_text(json.dumps({"at": f"{tmp_path}/twin"}))
+    about = "--base-model", "them/base", "--license", "mit"
+    pushed = run(server, tmp_path, "push", tmp_path / "twin", "me/twin", *about)
+    assert pushed.returncode == 0, pushed.stderr
+    files = server.files("me/twin")
+    assert json.loads(files["evaluation.json"]) == json.loads(files["page.html"]) == {"at": "twin"}
+    assert not any(str(tmp_path).encode() in content for content in files.values())
