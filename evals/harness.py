@@ -20,9 +20,16 @@ OWN_TASKS = Path(__file__).parent / "tasks"
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """What both models are run with; see lm-eval's own options of the same names."""
+    """What both models are run with; see lm-eval's own options of the same names.
+
+    Attributes:
+        apply_chat_template: put the questions into the tokenizer's chat template; or the name of one of several.
+        system_instruction: a system message before them.
+    """
 
     num_fewshot: int | None = at_least(0, None)
+    apply_chat_template: bool | str = False
+    system_instruction: str | None = None
     limit: float | None = None
     batch_size: int = at_least(1, 8)
     max_length: int = at_least(2, 2048)
@@ -117,6 +124,16 @@ def language_model(model: Any, tokenizer: Any, settings: TaskSettings) -> Any:
     wrapped = Counting(
         pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, max_length=settings.max_length
     )
+    if settings.apply_chat_template:
+        try:
+            wrapped.chat_template(settings.apply_chat_template)
+            wrapped.apply_chat_template([{"role": "user", "content": "…"}])
+        except Exception as error:
+            raise EvaluationError(
+                f"the tokenizer has no such chat template: {str(error).strip().splitlines()[0][:300]}",
+                where="--apply-chat-template",
+                fix="leave it out for a base model",
+            ) from error
     wrapped.seen = set()
     if processes.count() > 1:
         wrapped.accelerator = processes.accelerator()
@@ -140,6 +157,8 @@ def run_task(lm: Any, task: str, manager: Any, settings: TaskSettings) -> TaskRe
             task_manager=manager,
             num_fewshot=settings.num_fewshot,
             limit=settings.limit,
+            apply_chat_template=settings.apply_chat_template,
+            system_instruction=settings.system_instruction,
             log_samples=True,
             bootstrap_iters=1000,
             **dict.fromkeys(SEEDS, settings.seed),

@@ -57,7 +57,9 @@ def plan_evaluation(
     skip: int | None = None,
     tasks: str | Sequence[str] = (),
     include_path: str | Sequence[str] = (),
-    fewshot: int | None = None,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool | str = False,
+    system_instruction: str | None = None,
     limit: float | None = None,
     task_batch: int = 8,
     max_length: int = 2048,
@@ -69,12 +71,13 @@ def plan_evaluation(
         skip: tokens of the text to pass over; by default those that the fit or a refinement saw.
         tasks: lm-eval tasks; in one string, separated by commas.
         include_path: one folder with task files, or several.
-        fewshot, limit, task_batch, max_length: lm-eval's, see :class:`evals.harness.TaskSettings`.
+        num_fewshot, apply_chat_template, system_instruction, limit, task_batch, max_length: lm-eval's, see
+            :class:`evals.harness.TaskSettings`.
         settings: the other fields of :class:`EvalSettings`.
     Raises:
         SurgeryError: an unknown setting, text or task, a model that is not there, an output that cannot be written.
     """
-    for ours, given in (("original", "against"), ("task_settings", "include_path, fewshot, limit, …")):
+    for ours, given in (("original", "against"), ("task_settings", "include_path, num_fewshot, limit, …")):
         if ours in settings:
             raise RecipeError(f"no setting {ours!r}", fix=f"say {given}")
     check_source(settings.get("text", EvalSettings.text))
@@ -84,7 +87,9 @@ def plan_evaluation(
     run = checked_settings(
         harness.TaskSettings,
         {
-            "num_fewshot": fewshot,
+            "num_fewshot": num_fewshot,
+            "apply_chat_template": apply_chat_template,
+            "system_instruction": system_instruction,
             "limit": limit,
             "batch_size": task_batch,
             "max_length": max_length,

@@ -24,7 +24,21 @@ from surgery.cli import terminal
 @click.option("--block-tokens", type=terminal.COUNT, default=4096, show_default=True, help="For R² of blocks.")
 @click.option("--tasks", default="", help="lm-eval tasks, separated by commas; wildcards work.")
 @click.option("--include-path", multiple=True, help="Folder with task files of your own; repeatable.")
-@click.option("--fewshot", type=click.IntRange(0), help="Examples before each question.  [default: the task's own]")
+@click.option(
+    "--num-fewshot",
+    "--fewshot",
+    "num_fewshot",
+    type=click.IntRange(0),
+    help="Examples before each question.  [default: the task's own]",
+)
+@click.option(
+    "--apply-chat-template",
+    is_flag=False,
+    flag_value=True,
+    default=False,
+    help="Put the questions into the chat template, or into the one of this name.",
+)
+@click.option("--system-instruction", help="System message before each question.")
 @click.option("--limit", type=float, help="Documents a task: a number, or a share below 1.")
 @click.option("--task-batch", type=click.IntRange(1), default=8, show_default=True, help="Requests a forward pass.")
 @click.option("--max-length", type=click.IntRange(2), default=2048, show_default=True, help="Tokens a request at most.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import CheckpointError, SurgeryError
+from surgery.errors import CheckpointError, RecipeError, SurgeryError
 from surgery.publishing.card import Card, render_card
 from surgery.runtime.files import sha256, write_text
 from surgery.runtime.public import public_text
@@ -69,7 +69,9 @@ def plan_push(
 
     Raises:
         CheckpointError: not a finished twin, or its weights are not those that were verified.
+        RecipeError: no name that a repository can have.
     """
+    check_repository(repository)
     folder = Path(twin)
     report = read_verified_report(folder)
     for name, digest in report["verification"].get("weights", {}).items():
@@ -87,6 +89,20 @@ def plan_push(
     files["README.md"] = len(text.encode())
     files |= {name: len(cleaned.encode()) for name, cleaned in _cleaned(folder, files).items()}
     return PushPlan(folder, repository, tuple(sorted(files.items())), Card(text, rendered.missing))
+
+
+def check_repository(name: str) -> None:
+    """Raises RecipeError for what cannot be the name of a repository, by the Hub's own rule."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise RecipeError(
+            f"no name of a repository: {str(error).splitlines()[0].rstrip('.')}",
+            where=repr(name),
+            fix="as in user/name",
+        ) from error
 
 
 def _cleaned(folder: Path, names: Iterable[str]) -> dict[str, str]:

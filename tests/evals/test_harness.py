@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from surgery.errors import EvaluationError
+from surgery.models import loading
 from tests.commands import process
 from tests.evals.support import run
 
@@ -61,3 +63,35 @@ def test_tasks_agree_with_lm_eval_by_hand_and_two_processes_with_one(pair, tmp_p
         assert row["twin"] == pytest.approx(results[row["task"]][row["metric"]], rel=1e-9)
         checked += 1
     assert checked == 3
+
+
+def test_questions_go_into_the_chat_template_behind_the_system_message(pair, tmp_path):
+    pytest.importorskip("lm_eval")
+    from evals.harness import TaskSettings, language_model, run_task, task_manager
+
+    rows = [{"question": "the quick fox", "choices": [" jumps", " over"], "answer": 0}] * 3
+    (tmp_path / "mc.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mc.yaml").write_text(
+        "task: mc\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: "
+        f"{tmp_path / 'mc.jsonl'}\ntest_split: test\noutput_type: multiple_choice\n"
+        'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: answer\nmetadata:\n  version: 1.0\n'
+    )
+    loaded, manager = loading.loaded(str(pair / "base")), task_manager([str(tmp_path)])
+
+    def asked(**settings):
+        lm = language_model(loaded.model, loaded.tokenizer, TaskSettings(**settings))
+        seen, answer = [], lm.loglikelihood
+        lm.loglikelihood = lambda requests, **more: (
+            seen.extend(r.args[0] for r in requests),
+            answer(requests, **more),
+        )[1]
+        assert run_task(lm, "mc", manager, TaskSettings(**settings)) is not None
+        return set(seen)
+
+    assert asked() == {"the quick fox"}
+    loaded.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    assert asked(apply_chat_template=True, system_instruction="be brief") == {"<system>be brief<user>the quick fox"}
+    assert asked(apply_chat_template=True) == {"<user>the quick fox"}
+    loaded.tokenizer.chat_template = None
+    with pytest.raises(EvaluationError, match="no such chat template"):
+        asked(apply_chat_template=True)

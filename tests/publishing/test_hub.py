@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import surgery
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, RecipeError
 from surgery.models import loading
 from surgery.publishing.hub import plan_push
 from tests.hub_server import Hub
@@ -179,6 +179,12 @@ def test_a_dry_run_touches_nothing(twins, server, tmp_path):
     assert "missing from the card" in shown.stderr
     assert not any(line.startswith(("POST", "PUT")) for line in server.log)
     assert sorted(path.name for path in (twins / "custom").iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["", " ", "a b", "me/twin/too", "-x", "me/", "me/twin.git", "https://hf.co/me/twin"])
+def test_a_name_that_no_repository_can_have_is_refused_before_anything_else(name, twins):
+    with pytest.raises(RecipeError, match="as in user/name"):
+        plan_push(twins / "native", name)
 
 
 def test_only_finished_verified_twins_are_pushed(twins, tmp_path):
