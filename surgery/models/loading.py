@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from surgery.errors import ModelError
-from surgery.models import delta, modeling_polynomial
+from surgery.models import delta, modeling_polynomial, quantised
 from surgery.models.architecture import Architecture, class_by_weights, general_class, named_class
 from surgery.models.companions import Companions, companions, has_tokenizer
+from surgery.models.in_memory import unwrapped
+from surgery.models.refusals import ADAPTER, adapter_on_the_hub, is_adapter, unreadable
 from surgery.runtime import weights_on_disk
 
 
@@ -78,9 +80,13 @@ def locate(name: str) -> tuple[str, dict[str, str], str]:
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
         if (path / "config.json").is_file():
+            if (path / ADAPTER).is_file():
+                raise is_adapter(name)
             return str(path), {}, "folder"
         if len(ggufs) == 1:
             return str(path), {"gguf_file": ggufs[0].name}, "gguf"
+        if (path / ADAPTER).is_file():
+            raise is_adapter(name)
         raise ModelError(
             "the folder holds no config.json" + (f" and {len(ggufs)} GGUF files" if ggufs else ""),
             where=name,
@@ -101,7 +107,9 @@ def load_config(name: str, revision: str | None = None) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False, **extra)
     except Exception as error:
-        raise _unreadable(name, error) from error
+        if locate(name)[2] == "hub" and adapter_on_the_hub(name, revision):
+            raise is_adapter(name) from error
+        raise unreadable(name, error) from error
 
 
 def architecture(name: str, config: Any, revision: str | None = None) -> Architecture:
@@ -122,7 +130,7 @@ def architecture(name: str, config: Any, revision: str | None = None) -> Archite
     except ModelError:
         raise
     except Exception as error:
-        raise _unreadable(name, error) from error
+        raise unreadable(name, error) from error
 
 
 def load_meta(name: str, revision: str | None = None) -> tuple[nn.Module, Any, str]:
@@ -131,6 +139,8 @@ def load_meta(name: str, revision: str | None = None) -> tuple[nn.Module, Any, s
     No weights are read (but for their names, where the configuration names no known class).
     """
     config = load_config(name, revision)
+    if locate(name)[2] != "gguf":
+        quantised.reading(name, config)
     found = architecture(name, config, revision)
     with torch.device("meta"):
         return found.cls._from_config(config), config, found.note
@@ -186,10 +196,17 @@ def loaded(
     options = dict(extra, revision=revision, dtype=getattr(torch, stored if dtype == "auto" else dtype))
     if device_map is not None:
         options["device_map"] = device_map
+    whole = {} if kind == "gguf" else quantised.reading(name, config)
+    options |= whole
+    if whole and isinstance(device_map, dict) and "disk" in device_map.values():
+        raise ModelError(
+            "quantised weights are made whole on loading, and cannot stay on disk",
+            where=name,
+            fix="leave --offload out, or save the model with its weights made whole first",
+        )
     kind_of_model = architecture(name, config, revision)
     model, left_over = _weights(name, path, kind_of_model.cls, options, merged)
-    if kind == "gguf":
-        _forget_quantization(model)
+    quantised.forget(model, converted=bool(whole))
     tokenizer, problem = _tokenizer(path, kind, revision, extra)
     model.eval()
     commit = getattr(model.config, "_commit_hash", None)
@@ -224,7 +241,7 @@ def _weights(name: str, path: str, cls: Any, options: dict[str, Any], merged: Pa
         weights_on_disk.remove_folders(ours)
         if not isinstance(error, Exception):
             raise
-        raise _unreadable(name, error) from error
+        raise unreadable(name, error) from error
     weakref.finalize(model, weights_on_disk.remove_folders, ours)
     missing = sorted(info.get("missing_keys", ()))
     if missing or info.get("mismatched_keys"):
@@ -286,7 +303,7 @@ def _load_delta(
     try:
         tensors = load_file(str(cached_file(locate(name)[0], delta.WEIGHTS, revision=revision)))
     except Exception as error:
-        raise _unreadable(name, error) from error
+        raise unreadable(name, error) from error
     name_of_base = base or described["base"]
     pinned = described["revision"] if name_of_base == described["base"] else None
     original = loaded(name_of_base, pinned, described["dtype"], device_map)
@@ -303,8 +320,10 @@ def from_memory(model: Any, tokenizer: Any | None) -> LoadedModel:
     """Wraps a model the caller already holds. It is changed in place by conversion.
 
     Raises:
-        ModelError: its class is not one of transformers', which is what a twin is loaded as.
+        ModelError: its class is not one of transformers', which is what a twin is loaded as; or see
+            :func:`surgery.models.in_memory.unwrapped`.
     """
+    model = unwrapped(model)
     known = getattr(transformers, type(model).__name__, None)
     if known is not type(model) and getattr(model.config, "model_type", None) != modeling_polynomial.MODEL_TYPE:
         raise ModelError(
@@ -327,49 +346,6 @@ def stored_dtype(path: Path, config: Any) -> str:
         declared = raw.get("dtype") or raw.get("torch_dtype")
     name = str(declared or "float32").removeprefix("torch.")
     return name if name in ("float32", "float16", "bfloat16", "float64") else "float32"
-
-
-def _forget_quantization(model: Any) -> None:
-    """A dequantised GGUF model still carries its quantizer, and `save_pretrained` refuses it."""
-    for holder, names in (
-        (model.config, ("quantization_config",)),
-        (model, ("hf_quantizer", "quantization_method", "is_quantized")),
-    ):
-        for name in names:
-            if hasattr(holder, name):
-                delattr(holder, name)
-
-
-def _unreadable(name: str, error: Exception) -> ModelError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if isinstance(error, MemoryError) or "allocate memory" in first or "out of memory" in first:
-        return ModelError(
-            f"the model could not be loaded: {first[:300]}",
-            where=name,
-            cause="it needs more memory than there is",
-            fix="convert it with --offload, which leaves the weights on disk",
-        )
-    if "trust_remote_code" in str(error):
-        return ModelError(
-            "the model's architecture comes as code with the checkpoint, and such code is not run",
-            where=name,
-            cause="transformers does not know its type, or this version does not yet",
-            fix="upgrade transformers, or convert a checkpoint of an architecture that transformers has",
-        )
-    if "No space left" in str(error):
-        return ModelError(
-            f"the model could not be loaded: {first[:300]}",
-            where=name,
-            cause="experts that stay on disk are put together beside the output, which takes as much room again",
-            fix="free some space, or choose an output (-o) on another disk",
-        )
-    here = "" if Path(name).expanduser().exists() else "there is no such file or folder here; on the Hub it is "
-    return ModelError(
-        f"the model could not be loaded: {first[:300]}",
-        where=name,
-        cause=f"{here}a name that does not exist, a private model, no network, or not a transformers model",
-        fix="check the name; for a private model run `hf auth login`; a local folder needs config.json and weights",
-    )
 
 
 def is_causal(model: Any) -> bool:
