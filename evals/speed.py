@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +74,15 @@ def _peak(model: Any) -> int:
 
 
 def _ratios(original: list[float], twin: list[float]) -> dict[str, float]:
-    """Medians, and the median and range of the ratio within a round."""
-    ratio = torch.tensor(twin) / torch.tensor(original)
-    middle: Callable[[list[float]], float] = lambda values: float(torch.tensor(values).median())  # noqa: E731
+    """Both rates and their ratio in the round whose ratio is the median, and the range of the ratio over the rounds."""
+    ratios = [after / before for before, after in zip(original, twin, strict=True)]
+    middle = sorted(range(len(ratios)), key=ratios.__getitem__)[(len(ratios) - 1) // 2]
     return {
-        "original": middle(original),
-        "twin": middle(twin),
-        "ratio": float(ratio.median()),
-        "ratio_low": float(ratio.min()),
-        "ratio_high": float(ratio.max()),
+        "original": original[middle],
+        "twin": twin[middle],
+        "ratio": ratios[middle],
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
     }
 
 

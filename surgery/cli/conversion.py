@@ -34,7 +34,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
 @click.argument("model", required=False)
 @click.option("-o", "--output", help="Folder for the twin.")
 @click.option("--recipe", "recipe_file", help="YAML recipe; the options below override it.")
-@click.option("--degree", type=int, help="Total degree of each block's polynomial.  [default: 2]")
+@click.option("--degree", type=terminal.COUNT, help="Total degree of each block's polynomial.  [default: 2]")
 @click.option("--assume", help="data, gaussian or standard: distribution the optimum is taken under.  [default: data]")
 @click.option("--moments", help="Safetensors file with PATH.mean, PATH.covariance (--assume gaussian).")
 @click.option("--readout", help="refit or keep the last map of each block.  [default: refit; keep for gaussian]")
@@ -49,12 +49,12 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
     "in novels.txt=2.  [default: broad, fetched from the Hub; samples where it cannot be]",
 )
 @click.option("--tokens", type=terminal.COUNT, help="Calibration tokens, as in 200k or 1M.  [default: 65536]")
-@click.option("--length", type=int, help="Tokens a sequence.  [default: 512]")
+@click.option("--length", type=terminal.COUNT, help="Tokens a sequence.  [default: 512]")
 @click.option(
     "--short", type=float, help="Share of the tokens in short sequences.  [default: 0.5 of samples, 0.1 of texts]"
 )
 @click.option("--random-tokens", type=float, help="Share of the tokens replaced by random ones.  [default: 0.02]")
-@click.option("--batch", type=int, help="Sequences a forward pass.  [default: 8]")
+@click.option("--batch", type=terminal.COUNT, help="Sequences a forward pass.  [default: 8]")
 @click.option(
     "--measure", type=terminal.COUNT, help="Unseen tokens to measure perplexity on; 0: none.  [default: 8192]"
 )
@@ -74,7 +74,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace an earlier twin at the output.")
 @click.option("--restart", is_flag=True, help="Discard what an interrupted run has finished.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done; load no weights, write nothing.")
-@click.option("--nproc", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the batches.")
+@click.option("--nproc", type=terminal.count(1), default=1, show_default=True, help="Processes that share the batches.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON; no progress bar.")
 def convert(
     recipe_file: str | None, overwrite: bool, restart: bool, dry_run: bool, nproc: int, as_json: bool, **given: Any

@@ -18,9 +18,9 @@ from surgery.cli import terminal
 @click.option("--text", default="python", show_default=True, help="python, hub:NAME, or a .txt or .jsonl file.")
 @click.option("--tokens", type=terminal.COUNT, default=16384, show_default=True, help="Tokens of it to predict.")
 @click.option("--skip", type=terminal.COUNT, help="Tokens of it to pass over.  [default: those the fit saw]")
-@click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
-@click.option("--stride", type=click.IntRange(1), help="Tokens between two windows.  [default: the window]")
-@click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Windows a forward pass.")
+@click.option("--window", type=terminal.count(2), default=512, show_default=True, help="Tokens a window.")
+@click.option("--stride", type=terminal.count(1), help="Tokens between two windows.  [default: the window]")
+@click.option("--batch", type=terminal.count(1), default=4, show_default=True, help="Windows a forward pass.")
 @click.option("--block-tokens", type=terminal.COUNT, default=4096, show_default=True, help="For R² of blocks.")
 @click.option("--tasks", default="", help="lm-eval tasks, separated by commas; wildcards work.")
 @click.option("--include-path", multiple=True, help="Folder with task files of your own; repeatable.")
@@ -28,7 +28,7 @@ from surgery.cli import terminal
     "--num-fewshot",
     "--fewshot",
     "num_fewshot",
-    type=click.IntRange(0),
+    type=terminal.COUNT,
     help="Examples before each question.  [default: the task's own]",
 )
 @click.option(
@@ -40,10 +40,10 @@ from surgery.cli import terminal
 )
 @click.option("--system-instruction", help="System message before each question.")
 @click.option("--limit", type=float, help="Documents a task: a number, or a share below 1.")
-@click.option("--task-batch", type=click.IntRange(1), default=8, show_default=True, help="Requests a forward pass.")
-@click.option("--max-length", type=click.IntRange(2), default=2048, show_default=True, help="Tokens a request at most.")
+@click.option("--task-batch", type=terminal.count(1), default=8, show_default=True, help="Requests a forward pass.")
+@click.option("--max-length", type=terminal.count(2), default=2048, show_default=True, help="Tokens a request at most.")
 @click.option("--speed/--no-speed", default=True, show_default=True, help="Measure speed and size.")
-@click.option("--nproc", type=click.IntRange(1), default=1, show_default=True, help="Processes that share documents.")
+@click.option("--nproc", type=terminal.count(1), default=1, show_default=True, help="Processes that share documents.")
 @click.option("--dtype", default="float32", show_default=True, help="Precision to compute in; auto: the stored one.")
 @click.option("--device-map", help="auto: over several devices; disk: larger than memory, weights stay there.")
 @click.option("--revision", help="Hub revision of TWIN.")

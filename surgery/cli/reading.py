@@ -12,8 +12,8 @@ from surgery.cli import terminal
 
 @click.command()
 @click.argument("twin")
-@click.option("--block", type=click.IntRange(0), required=True, help="Its number, as `surgery inspect` counts.")
-@click.option("--expert", type=click.IntRange(0), help="Which expert of it, where the block is a mixture.")
+@click.option("--block", type=terminal.COUNT, required=True, help="Its number, as `surgery inspect` counts.")
+@click.option("--expert", type=terminal.COUNT, help="Which expert of it, where the block is a mixture.")
 @click.option(
     "--output",
     "direction",
@@ -21,7 +21,7 @@ from surgery.cli import terminal
     "or quadratic:K.  [default: list the block's own]",
 )
 @click.option("--minus", help="A direction to subtract, as in the difference of two logits.")
-@click.option("--pairs", type=click.IntRange(1), default=6, show_default=True, help="Eigenpairs to show.")
+@click.option("--pairs", type=terminal.count(1), default=6, show_default=True, help="Eigenpairs to show.")
 @click.option(
     "--coordinates",
     type=click.Choice(["raw", "data"]),
@@ -31,7 +31,7 @@ from surgery.cli import terminal
 )
 @click.option("--text", default="python", show_default=True, help="python, samples, hub:NAME, or a text file.")
 @click.option("--tokens", type=terminal.COUNT, default=4096, show_default=True, help="Tokens of it.")
-@click.option("--window", type=click.IntRange(2), default=256, show_default=True, help="Tokens a window.")
+@click.option("--window", type=terminal.count(2), default=256, show_default=True, help="Tokens a window.")
 @click.option(
     "--fit", type=click.IntRange(2, 9), help="Fit the block now at this degree, where it is not a polynomial."
 )
@@ -57,7 +57,7 @@ def explain(twin: str, direction: str | None, folder: str | None, as_json: bool,
 @click.option("--degrees", default="1,2", show_default=True, help="Degrees to try, separated by commas.")
 @click.option("--text", default="python", show_default=True, help="python, hub:NAME, or a .txt or .jsonl file.")
 @click.option("--tokens", type=terminal.COUNT, default=4096, show_default=True, help="Half to fit, half to score.")
-@click.option("--window", type=click.IntRange(2), default=256, show_default=True, help="Tokens a window.")
+@click.option("--window", type=terminal.count(2), default=256, show_default=True, help="Tokens a window.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("-o", "--output", help="Folder for trace.json and trace.png; finished checkpoints are kept there.")
 @click.option("--restart", is_flag=True, help="Measure every checkpoint anew.")

@@ -22,11 +22,11 @@ from surgery.cli import terminal
     "[default: broad, fetched from the Hub; python=2, code=2 and samples where it cannot be]",
 )
 @click.option("--tokens", type=terminal.COUNT, help="Tokens to train on, as in 200k or 4M.  [default: 1M]")
-@click.option("--length", type=int, help="Tokens a window.  [default: 256]")
-@click.option("--batch", type=int, help="Windows a forward pass and process.  [default: 4]")
-@click.option("--accumulate", type=int, help="Forward passes a step.  [default: 2]")
+@click.option("--length", type=terminal.COUNT, help="Tokens a window.  [default: 256]")
+@click.option("--batch", type=terminal.COUNT, help="Windows a forward pass and process.  [default: 4]")
+@click.option("--accumulate", type=terminal.COUNT, help="Forward passes a step.  [default: 2]")
 @click.option("--train", help="coefficients, readout, block, all or lora.  [default: block]")
-@click.option("--lora-rank", type=int, help="Rank of LoRA.  [default: 16]")
+@click.option("--lora-rank", type=terminal.COUNT, help="Rank of LoRA.  [default: 16]")
 @click.option("--lora-modules", help="Modules LoRA goes on, separated by commas.  [default: all-linear]")
 @click.option("--objective", help="kl, end to end; or local, every block by itself.  [default: kl]")
 @click.option("--match", type=float, help="Weight of the blocks' own errors beside KL.  [default: 0]")
@@ -41,8 +41,10 @@ from surgery.cli import terminal
 @click.option("--checkpointing", is_flag=True, default=None, help="Less memory for activations, a third more time.")
 @click.option("--shard", is_flag=True, default=None, help="Share every tensor out between the processes (FSDP2).")
 @click.option("--validate-tokens", type=terminal.COUNT, help="Held-out tokens.  [default: 8192]")
-@click.option("--validate-every", type=int, help="Steps between two looks at them.  [default: 50]")
-@click.option("--patience", type=int, help="Stop after so many looks without improvement; 0: never.  [default: 0]")
+@click.option("--validate-every", type=terminal.COUNT, help="Steps between two looks at them.  [default: 50]")
+@click.option(
+    "--patience", type=terminal.COUNT, help="Looks without improvement to stop after; 0: never.  [default: 0]"
+)
 @click.option("--control", is_flag=True, default=None, help="Train the original alike, on the text itself.")
 @click.option("--report-to", multiple=True, help="Trackers, as tensorboard or wandb; repeatable.")
 @click.option("--seed", type=int, help="Order of the windows.  [default: 0]")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery.runtime.settings import whole_number
+
 if TYPE_CHECKING:
     from evals.settings import EvalSettings
     from surgery.conversion.inspection import Inspection
@@ -14,21 +16,27 @@ if TYPE_CHECKING:
 
 
 class _Count(click.ParamType):  # type: ignore[type-arg]
-    """A number of tokens, as 51200, 200k or 4M."""
+    """A whole number, of tokens mostly: 51200, 200k or 4M."""
 
     name = "count"
 
+    def __init__(self, least: int = 0) -> None:
+        self.least = least
+
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        if isinstance(value, int):
-            return value
-        unit = {"k": 1_000, "m": 1_000_000, "b": 1_000_000_000}.get(value[-1:].lower(), 1)
-        try:
-            return round(float(value if unit == 1 else value[:-1]) * unit)
-        except (ValueError, OverflowError):
-            self.fail(f"{value!r} is no number of tokens: write 51200, 200k or 4M", param, ctx)
+        number = whole_number(value)
+        if number is not None and (number >= self.least or not self.least):  # the settings say what is too little
+            return number
+        least = f" of {self.least} or more" if self.least else ""
+        self.fail(f"{value!r} is no number of tokens or the like{least}: write 51200, 200k or 4M", param, ctx)
 
 
 COUNT = _Count()
+
+
+def count(least: int) -> _Count:
+    """The same, of at least so much."""
+    return _Count(least)
 
 
 def refinement_plan(planned: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from surgery.calibration.mixtures import Mixture, Part
 from surgery.calibration.texts import AUTO, BUILT_IN, SAMPLES
 from surgery.errors import RecipeError, did_you_mean
+from surgery.runtime.settings import whole_number
 
 MOST_BLOCKS = 1_000_000  # no model has more; a larger number is a slip of the hand
 
@@ -89,6 +90,13 @@ class Recipe(BaseModel):
         "(default: 0.01 from degree 4 on, else 0)",
     )
     tail_width: float = Field(3.0, gt=1, description="its width, in standard deviations of the data")
+
+    @field_validator("tokens", "length", "batch", "measure", mode="before")
+    @classmethod
+    def _counts(cls, given: Any) -> Any:
+        """200k and 4M are numbers, here as on the command line."""
+        number = whole_number(given) if isinstance(given, str) else None
+        return given if number is None else number
 
     @field_validator("calibration", mode="before")
     @classmethod

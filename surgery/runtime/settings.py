@@ -12,6 +12,20 @@ from surgery.errors import RecipeError, did_you_mean
 Settings = TypeVar("Settings")
 
 
+UNITS = {"k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
+
+
+def whole_number(given: Any) -> int | None:
+    """51200, "51200", "200k" or "4M" as a number; None for what is no whole one."""
+    text = str(given).strip()
+    unit = UNITS.get(text[-1:].lower(), 1)
+    try:
+        number = float(text if unit == 1 else text[:-1]) * unit
+        return round(number) if number == round(number) and not isinstance(given, bool) else None
+    except (ValueError, OverflowError):
+        return None
+
+
 def at_least(least: int, default: Any = MISSING) -> Any:
     """A field whose value is a whole number from `least` on, or None where None is its default."""
     return field(default=default, metadata={"least": least})
@@ -24,6 +38,7 @@ def checked_settings(kind: type[Settings], values: Mapping[str, Any]) -> Setting
         RecipeError: names that it does not have, or that lack; numbers below those of :func:`at_least`.
     """
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    values = {name: _counted(known.get(name), value) for name, value in values.items()}
     said = [f"no setting {name!r}{did_you_mean(name, known)}" for name in values if name not in known]
     for name, one in known.items():
         if name in values:
@@ -33,6 +48,14 @@ def checked_settings(kind: type[Settings], values: Mapping[str, Any]) -> Setting
     if said:
         raise RecipeError("; ".join(said))
     return kind(**values)
+
+
+def _counted(one: Field[Any] | None, value: Any) -> Any:
+    """A number written as text, where a whole number is wanted."""
+    if one is None or one.type not in ("int", "int | None") or not isinstance(value, str):
+        return value
+    number = whole_number(value)
+    return value if number is None else number
 
 
 def _too_little(one: Field[Any], value: Any) -> list[str]:

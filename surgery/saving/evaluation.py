@@ -34,7 +34,8 @@ def headline_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     if speed := report.get("speed"):
         for kind in ("prefill", "decode"):
             found = speed[f"{kind}_tokens_per_second"]
-            span = f"× {found['ratio']:.2f} [{found['ratio_low']:.2f}, {found['ratio_high']:.2f}]"
+            ratio = found["twin"] / found["original"]  # of what stands beside it
+            span = f"× {ratio:.2f} [{min(ratio, found['ratio_low']):.2f}, {max(ratio, found['ratio_high']):.2f}]"
             rows.append((f"{kind}, tokens per second", f"{found['original']:.1f}", f"{found['twin']:.1f}", span))
         for name, unit, scale in (
             ("flops_per_token", "MFLOPs per token", 1e6),

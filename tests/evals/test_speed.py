@@ -24,5 +24,6 @@ def test_speed_is_a_ratio_that_a_machine_that_slows_down_does_not_change(pair, m
     for kind in ("prefill", "decode"):
         rate = found[f"{kind}_tokens_per_second"]
         assert (rate["ratio"], rate["ratio_low"], rate["ratio_high"]) == pytest.approx((1.25, 1.25, 2.5))
+        assert rate["twin"] / rate["original"] == pytest.approx(rate["ratio"])
     assert found["parameters"]["twin"] > found["parameters"]["original"]
     assert 0.9 < found["flops_per_token"]["ratio"] < 1.1

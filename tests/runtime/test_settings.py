@@ -4,8 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 
+from surgery.cli import main
+from surgery.conversion.recipe import load_recipe
 from surgery.errors import RecipeError
-from surgery.runtime.settings import at_least, checked_settings
+from surgery.refining.settings import RefineSettings
+from surgery.runtime.settings import at_least, checked_settings, whole_number
 
 
 @dataclass(frozen=True)
@@ -41,3 +44,29 @@ def test_what_is_wrong_is_said(given, said):
 def test_everything_wrong_is_said_at_once():
     with pytest.raises(RecipeError, match=r"no setting 'x'.*; name is not given; .*stride is -1"):
         checked_settings(Some, {"x": 1, "stride": -1})
+
+
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [
+        *(("51200", 51200), (51200, 51200), ("200k", 200_000), ("16K", 16_000), ("4M", 4_000_000), ("1.5k", 1500)),
+        *((" 2b ", 2_000_000_000), ("1e3", 1000), ("-3", -3), ("", None), ("k", None), ("1.5", None), ("nan", None)),
+        *(("inf", None), ("1e999", None), ("many", None), (True, None), (None, None)),
+    ],
+)
+def test_whole_numbers_are_written_in_one_way_everywhere(given, number):
+    assert whole_number(given) == number
+
+
+def test_counts_are_read_alike_by_recipes_settings_and_options(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("tokens: 16k\nlength: 1k\n")
+    recipe = load_recipe(str(tmp_path / "recipe.yaml"), {"measure": "2k"})
+    assert (recipe.tokens, recipe.length, recipe.measure) == (16_000, 1000, 2000)
+    given = {"twin": "a", "teacher": "b", "output": "c", "tokens": "4M"}
+    assert checked_settings(RefineSettings, given).tokens == 4_000_000
+    for command in main.cli.commands.values():
+        for option in command.params:
+            if option.type.name in ("integer", "integer range"):
+                assert option.name == "seed", f"{command.name} {option.name}"
+    with pytest.raises(RecipeError, match="tokens"):
+        load_recipe(None, {"tokens": "16 thousand"})
