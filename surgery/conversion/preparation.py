@@ -25,9 +25,9 @@ from surgery.conversion.partial_run import kept_samples, model_identity
 from surgery.conversion.recipe import Recipe
 from surgery.conversion.selection import check_hooks, check_repeated, chosen_blocks, form_of
 from surgery.conversion.task import ConversionTask
-from surgery.errors import RecipeError
+from surgery.errors import ModelError, RecipeError
 from surgery.losses import Perplexity
-from surgery.models import loading
+from surgery.models import loading, modeling_polynomial
 from surgery.models.as_llama import as_llama
 from surgery.models.loading import is_causal
 from surgery.runtime import processes, weights_on_disk
@@ -101,6 +101,13 @@ def _to_replace(loaded: loading.LoadedModel, plan: Recipe) -> tuple[Any, Survey,
     """
     network: Any = loaded.model
     found = survey(network)
+    if not found.blocks and isinstance(network, modeling_polynomial.PolynomialModel):
+        raise ModelError(
+            "all its blocks are polynomials already",
+            where=loaded.source.name,
+            cause="it is a polynomial twin",
+            fix="convert its original, with another degree or other settings",
+        )
     blocks = chosen_blocks(found, plan)
     whole = not found.left_alone and len(blocks) == len(found.blocks)
     native = whole and native_config(network, blocks, blocks[0].hidden + 1) is not None

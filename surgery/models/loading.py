@@ -133,6 +133,18 @@ def architecture(name: str, config: Any, revision: str | None = None) -> Archite
         raise unreadable(name, error) from error
 
 
+def twin_note(name: str, config: Any) -> str:
+    """A plain word where what is to be loaded is a polynomial twin already."""
+    file = Path(name).expanduser() / "surgery.json"
+    try:
+        report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        made = f", made from {report['source']['name']} at degree {report['recipe']['degree']}" if report else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        made = ""
+    known = file.is_file() or config.model_type == modeling_polynomial.MODEL_TYPE
+    return f"this is a polynomial twin already{made}" if known else ""
+
+
 def load_meta(name: str, revision: str | None = None) -> tuple[nn.Module, Any, str]:
     """The model's structure on the meta device, its configuration, and a plain word where its class was in doubt.
 
@@ -143,7 +155,7 @@ def load_meta(name: str, revision: str | None = None) -> tuple[nn.Module, Any, s
         quantised.reading(name, config)
     found = architecture(name, config, revision)
     with torch.device("meta"):
-        return found.cls._from_config(config), config, found.note
+        return found.cls._from_config(config), config, "; ".join(filter(None, (twin_note(name, config), found.note)))
 
 
 def load(
@@ -211,7 +223,7 @@ def loaded(
     model.eval()
     commit = getattr(model.config, "_commit_hash", None)
     beside = companions(path, kind, commit or revision, problem)
-    note = "; ".join(filter(None, (kind_of_model.note, left_over, beside.note)))
+    note = "; ".join(filter(None, (twin_note(name, config), kind_of_model.note, left_over, beside.note)))
     source = Source(public_name(name, kind), kind, commit, type(model).__name__, stored, note)
     return LoadedModel(model, tokenizer, source, beside)
 
