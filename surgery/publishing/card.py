@@ -7,19 +7,31 @@ TWIN/evaluation`) and `texts.json` (the comparison of kinds of text).
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 import yaml
 
+from surgery.models import modeling_polynomial
 from surgery.runtime.files import write_text
+from surgery.runtime.public import public
 from surgery.saving.evaluation import headline_rows, kind_rows, task_rows, trust_notes, unseen_line
 from surgery.saving.report import read_verified_report
 
 EVALUATION = Path("evaluation") / "evaluation.json"
 PLOT = Path("evaluation") / "blocks.png"
 TEXTS, TEXTS_PLOT = Path("evaluation") / "texts.json", Path("evaluation") / "texts.png"
+
+
+READERS = {
+    "processor_config.json": "AutoProcessor",
+    "tokenizer_config.json": "AutoTokenizer",
+    "preprocessor_config.json": "AutoImageProcessor",
+}
+"""What prepares a twin's inputs, by the file that it is read from."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,7 @@ def render_card(folder: Path, base_model: str | None = None, licence: str | None
     """
     import jinja2
 
-    report = read_verified_report(folder)
+    report = public(read_verified_report(folder))
     source, missing = report["source"], []
     base = base_model or (source["name"] if source["kind"] == "hub" else None)
     if base is None:
@@ -49,22 +61,25 @@ def render_card(folder: Path, base_model: str | None = None, licence: str | None
         missing.append("the licence (--license): it is the original's, and could not be looked up")
     evaluation = None
     if (folder / EVALUATION).is_file():
-        evaluation = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
+        evaluation = public(json.loads((folder / EVALUATION).read_text(encoding="utf-8")))
         headline, tasks, notes = headline_rows(evaluation), task_rows(evaluation), trust_notes(evaluation)
     else:
         headline, tasks, notes = [], [], []
         missing.append("an evaluation (surgery eval TWIN -o TWIN/evaluation)")
-    texts = json.loads((folder / TEXTS).read_text(encoding="utf-8")) if (folder / TEXTS).is_file() else None
+    texts = public(json.loads((folder / TEXTS).read_text(encoding="utf-8"))) if (folder / TEXTS).is_file() else None
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name, options = _loaded_as(report, config)
+    reader = next((reader for file, reader in READERS.items() if (folder / file).is_file()), None)
     recipe = {key: value for key, value in report["recipe"].items() if value is not None and key != "output"}
     template = Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8")
     text: str = (
-        jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_inline)
         .from_string(template)
         .render(
-            front=_front_matter(report, config, base, licence), base=base, report=report, source=source,
+            front=_Lines(_front_matter(report, config, base, licence)), base=base, report=report, source=source,
             form=report["form"], licence=licence,
-            recipe=yaml.safe_dump(recipe, sort_keys=False).strip(), blocks=report["blocks"], evaluated=bool(evaluation),
+            recipe=_Lines(yaml.safe_dump(recipe, sort_keys=False, width=math.inf).strip()),
+            blocks=report["blocks"], evaluated=bool(evaluation),
             headline=headline, tasks=tasks, notes=notes, plot=str(PLOT) if (folder / PLOT).is_file() else None,
             texts=kind_rows(texts) if texts else [], over_texts=unseen_line(texts) if texts else "",
             texts_plot=str(TEXTS_PLOT) if (folder / TEXTS_PLOT).is_file() else None,
@@ -72,11 +87,36 @@ def render_card(folder: Path, base_model: str | None = None, licence: str | None
             refinement=report.get("refinement"),
             quadratic=_degrees(report) == [2], degrees=" or ".join(map(str, _degrees(report))),
             kept=[path for path, degree in (report.get("budget") or {}).get("degrees", {}).items() if degree == 0],
-            causal="ForCausalLM" in config["architectures"][0]
-            or "LMHead" in config["architectures"][0],
+            auto=name, options=options, reader=reader,
         )
     )  # fmt: skip
     return Card(text, tuple(missing))
+
+
+class _Lines(str):
+    """Text of several lines that goes into the card as it is."""
+
+
+def _inline(value: Any) -> Any:
+    """What came from a checkpoint or a file, on one line of Markdown, and nothing but text."""
+    if not isinstance(value, str) or isinstance(value, _Lines):
+        return value
+    shown = "".join(character if character.isprintable() else " " for character in value)
+    return shown.replace("`", "'").replace("|", "\\|").replace("<", "&lt;")
+
+
+def _loaded_as(report: dict[str, Any], config: dict[str, Any]) -> tuple[str, str]:
+    """The Auto class that a twin is loaded with, and what else `from_pretrained` is given."""
+    architecture = config.get("base_architecture", config["architectures"][0])
+    base = getattr(transformers, architecture)
+    names = [name for name in modeling_polynomial.auto_classes() if base in _served(name, base.config_class)]
+    favourites = [name for name in ("AutoModelForCausalLM", *names) if name in names]
+    return (favourites or ["AutoModel"])[0], ", trust_remote_code=True" if report["form"] == "custom" else ""
+
+
+def _served(auto_class: str, config_class: type) -> tuple[Any, ...]:
+    entry = getattr(transformers, auto_class)._model_mapping.get(config_class, None)
+    return entry if isinstance(entry, tuple) else (entry,)
 
 
 def _checkpoint_row(report: dict[str, Any], config: dict[str, Any]) -> str:

@@ -1,13 +1,22 @@
 """The card says what the reports say."""
 
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import torch
+import transformers
 import yaml
 
+import surgery
 from surgery.publishing.card import card, render_card
+from tests import tiny
 
 
 def test_the_card_tells_what_the_reports_say(twins, tmp_path):
-    import shutil
-
     folder = tmp_path / "twin"
     shutil.copytree(twins / "native", folder)
     bare = render_card(folder)
@@ -46,3 +55,49 @@ def test_the_card_tells_what_the_reports_say(twins, tmp_path):
     from surgery.conversion.recipe import load_recipe
 
     assert load_recipe(None, yaml.safe_load(recipe)).degree == 2
+
+
+NASTY = "<script>alert(1)</script> | `x` \x1b[31m\n# heading\n```\n---\n[link](javascript:x)\u202e"
+
+
+def test_nothing_from_a_checkpoint_is_more_than_text_in_the_card(twins, tmp_path):
+    folder = tmp_path / "twin"
+    shutil.copytree(twins / "custom", folder)
+    report = json.loads((folder / "surgery.json").read_text())
+    plain = render_card(folder).text
+    report["source"] |= {"name": NASTY, "architecture": NASTY}
+    report["calibration"]["source"] = NASTY
+    report["perplexity"]["text"] = NASTY
+    report["left_alone"] = [{"path": NASTY, "reason": NASTY}]
+    report["blocks"][0]["path"] = NASTY
+    report["recipe"] |= {"model": NASTY, "calibration": NASTY}
+    report["versions"]["python"] = NASTY
+    (folder / "surgery.json").write_text(json.dumps(report))
+    text = render_card(folder).text
+    assert "<script" not in text.split("```yaml")[0] and "\x1b" not in text and "\u202e" not in text
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    known = [line for line in plain.splitlines() if line.startswith("#")]
+    assert len(headings) == len(known) and headings[1:] == known[1:]
+    assert text.count("\n```") == plain.count("\n```") and text.count("\n---") == plain.count("\n---")
+    for line in text.splitlines():
+        if line.startswith("| ") and "alert" in line:
+            assert len(re.findall(r"(?<!\\)\|", line)) in (3, 4), line
+    recipe = yaml.safe_load(text.split("```yaml\n")[1].split("\n```")[0])
+    assert recipe["model"] == recipe["calibration"] == NASTY, "a recipe keeps what it says"
+
+
+def test_the_usage_is_of_the_class_the_twin_has(tmp_path):
+    ids = torch.randint(3, 96, (64, 32), generator=torch.Generator().manual_seed(3))
+    heads = {"bert": "ForMaskedLM", "vit": "ForImageClassification", "llama": "ForCausalLM"}
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "code")}
+    for name, head in heads.items():
+        folder = tmp_path / name
+        surgery.convert(tiny.make(name), calibration=tiny.inputs_for(name, ids), degree=3, output=folder)
+        usage = render_card(folder).text.split("```python\n")[1].split("```")[0].replace("REPOSITORY", str(folder))
+        assert f"model = AutoModel{head}.from_pretrained(" in usage and "Tokenizer" not in usage
+        command = [sys.executable, "-c", usage]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+    transformers.ViTImageProcessor().save_pretrained(tmp_path / "vit")
+    usage = render_card(tmp_path / "vit").text
+    assert 'processor = AutoImageProcessor.from_pretrained("REPOSITORY")' in usage
