@@ -8,6 +8,7 @@ from typing import Any
 from evals.report import AFTER, BEFORE, INK
 from surgery.errors import EvaluationError
 from surgery.runtime.files import replacing, write_json
+from surgery.runtime.public import as_label
 
 JSON, PLOT = "texts.json", "texts.png"
 
@@ -36,7 +37,8 @@ def draw_kinds(found: dict[str, Any], file: Path) -> None:
         axes.barh(place, lost["value"], color=colour, height=0.62)
         if lost["low"] is not None:
             axes.plot([lost["low"], lost["high"]], [place, place], color=INK, linewidth=1)
-    axes.set_yticks(range(len(rows)), [row["kind"] + ("" if row["seen"] == "no" else " (seen)") for row in rows])
+    names = [as_label(row["kind"]) + ("" if row["seen"] == "no" else " (seen)") for row in rows]
+    axes.set_yticks(range(len(rows)), names)
     if found["unseen"]:
         axes.axvline(found["unseen"]["mean"]["value"], color=INK, linestyle=":", label="mean of the unseen kinds")
         axes.legend(frameon=False, loc="lower right")

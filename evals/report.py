@@ -10,7 +10,7 @@ from typing import Any
 
 from surgery.errors import EvaluationError
 from surgery.runtime.files import not_written, write_bytes, write_json, write_text
-from surgery.runtime.public import public
+from surgery.runtime.public import as_label, in_markdown, public
 from surgery.saving.evaluation import headline_rows, task_rows, trust_notes
 
 JSON, MARKDOWN, PAGE, PLOT = "evaluation.json", "summary.md", "report.html", "blocks.png"
@@ -40,13 +40,14 @@ def files_of(report: dict[str, Any]) -> list[str]:
 
 def markdown(report: dict[str, Any]) -> str:
     """summary.md."""
-    lines = [f"# {report['models']['twin']['name']} against {report['models']['original']['name']}", ""]
+    names = [in_markdown(report["models"][name]["name"]) for name in ("twin", "original")]
+    lines = ["# " + " against ".join(names), ""]
     lines += _table(("", "original", "twin", "difference"), headline_rows(report))
     if rows := task_rows(report):
         lines += ["", *_table(("task", "metric", "original", "twin", "difference"), rows)]
     if blocks := report.get("blocks"):
         lines += ["", *_table(BLOCK_COLUMNS, block_cells(blocks))]
-    lines += ["", *trust_notes(report)]
+    lines += ["", *map(in_markdown, trust_notes(report))]
     return "\n".join(lines) + "\n"
 
 
@@ -67,7 +68,7 @@ def block_cells(blocks: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 def _table(columns: tuple[str, ...], rows: list[Any]) -> list[str]:
     def line(cells: Any) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(in_markdown(str(cell)) for cell in cells) + " |"
 
     return [line(columns), "|---" + "|---:" * (len(columns) - 1) + "|", *map(line, rows)]
 
@@ -164,7 +165,8 @@ def _task_plot(rows: list[dict[str, Any]]) -> str:
             axes.errorbar(
                 [row[name] for row in rows], [p + shift for p in place], xerr=errors, fmt="o", color=colour, label=name
             )
-        axes.set_yticks(list(place), [f"{row['task']} ({row['metric'].partition(',')[0]})" for row in rows])
+        names = [as_label(f"{row['task']} ({row['metric'].partition(',')[0]})") for row in rows]
+        axes.set_yticks(list(place), names)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(0, 1)
         axes.grid(axis="x", alpha=0.3)

@@ -25,7 +25,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
 
     seen = look(model, revision=revision)
     if as_json:
-        click.echo(json.dumps(seen.as_dict(), indent=2))
+        terminal.echo(json.dumps(seen.as_dict(), indent=2))
     else:
         terminal.print_blocks(seen)
 
@@ -93,7 +93,7 @@ def convert(
         from surgery.conversion.inspection import plan_conversion
 
         planned = plan_conversion(recipe, overwrite)
-        click.echo(json.dumps(planned, indent=2) if as_json else terminal.plan_text(planned))
+        terminal.echo(json.dumps(planned, indent=2) if as_json else terminal.plan_text(planned))
         return
     check_conversion(recipe)
     if not recipe.output:
@@ -106,11 +106,11 @@ def convert(
         sys.exit(relaunch(nproc, sys.argv[1:]))
     processes.join()
     if processes.first() and not as_json:
-        click.echo(f"calibration: {terminal.source_name(recipe.calibration)}, {recipe.tokens} tokens", err=True)
+        terminal.echo(f"calibration: {terminal.source_name(recipe.calibration)}, {recipe.tokens} tokens", err=True)
     _, report = run(recipe.model, recipe=recipe, overwrite=overwrite, restart=restart, quiet=as_json)
     if not processes.first():
         return
     if as_json:
-        click.echo(json.dumps(report.as_dict(), indent=2))
+        terminal.echo(json.dumps(report.as_dict(), indent=2))
     else:
         terminal.print_report(report, recipe.output)

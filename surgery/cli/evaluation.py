@@ -68,7 +68,7 @@ def evaluate(
 
     planned = plan_evaluation(twin, **given)
     if dry_run:
-        click.echo(terminal.evaluation_plan(planned, nproc))
+        terminal.echo(terminal.evaluation_plan(planned, nproc))
         return
     if nproc > 1 and not started():
         sys.exit(relaunch(nproc, sys.argv[1:]))
@@ -76,8 +76,8 @@ def evaluate(
     if found is None:
         return
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        terminal.echo(json.dumps(found, indent=2))
         return
-    click.echo(markdown(found).rstrip())
+    terminal.echo(markdown(found).rstrip())
     if given["output"]:
-        click.echo(f"{given['output']}: {', '.join(files_of(found))}")
+        terminal.echo(f"{given['output']}: {', '.join(files_of(found))}")

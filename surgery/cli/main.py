@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from surgery.cli import conversion, evaluation, publishing, reading, refining
+from surgery.cli import conversion, evaluation, publishing, reading, refining, terminal
 from surgery.errors import EXIT_USER, SurgeryError
 from surgery.runtime.files import CAUSES, not_written
 from surgery.version import __version__
@@ -49,7 +49,7 @@ def _leave_group() -> None:
 
 def _terminated(*_: object) -> None:
     """A terminated process cleans up as an interrupted one does."""
-    click.echo("terminated; what is finished is kept, run the same command to go on", err=True)
+    terminal.echo("terminated; what is finished is kept, run the same command to go on", err=True)
     sys.exit(EXIT_TERMINATED)
 
 
@@ -62,26 +62,26 @@ def main() -> None:
         cli.main(standalone_mode=False)
         _leave_group()
     except SurgeryError as error:
-        click.echo(f"error: {error}", err=True)
+        terminal.echo(f"error: {error}", err=True)
         sys.exit(EXIT_USER)
     except click.exceptions.Abort:
-        click.echo("interrupted; finished blocks are kept, run the same command to go on", err=True)
+        terminal.echo("interrupted; finished blocks are kept, run the same command to go on", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except click.ClickException as error:
         error.show()
         sys.exit(EXIT_USER)
     except MemoryError:
-        click.echo("error: out of memory\n  next step: lower --tokens or --batch", err=True)
+        terminal.echo("error: out of memory\n  next step: lower --tokens or --batch", err=True)
         sys.exit(EXIT_USER)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in CAUSES:
             where = Path(str(error.filename)) if error.filename else Path.cwd()
-            click.echo(f"error: {not_written(error, 'a file could not be written', where)}", err=True)
+            terminal.echo(f"error: {not_written(error, 'a file could not be written', where)}", err=True)
             sys.exit(EXIT_USER)
         with tempfile.NamedTemporaryFile("w", prefix="surgery-", suffix=".log", delete=False) as log:
             traceback.print_exc(file=log)
         kind = sys.exc_info()[0]
-        click.echo(
+        terminal.echo(
             f"internal error: {kind.__name__ if kind else ''}: {sys.exc_info()[1]}\n"
             f"  next step: report it, with {log.name}",
             err=True,

@@ -18,9 +18,9 @@ def card(twin: str, base_model: str | None, licence: str | None) -> None:
     from surgery.publishing.card import card as run
 
     made = run(twin, base_model=base_model, licence=licence)
-    click.echo(f"{twin}/README.md")
+    terminal.echo(f"{twin}/README.md")
     for item in made.missing:
-        click.echo(f"missing: {item}")
+        terminal.echo(f"missing: {item}")
 
 
 @click.command()
@@ -40,7 +40,7 @@ def export(twin: str, output: str, **given: Any) -> None:
     """
     from surgery.publishing.export import export as run
 
-    click.echo(f"{output}: {terminal.export_line(run(twin, output, **given))}")
+    terminal.echo(f"{output}: {terminal.export_line(run(twin, output, **given))}")
 
 
 @click.command()
@@ -61,10 +61,10 @@ def push(twin: str, repository: str, dry_run: bool, base_model: str | None, lice
 
     planned = plan_push(twin, repository, base_model=base_model, licence=licence)
     for item in planned.card.missing:
-        click.echo(f"missing from the card: {item}", err=True)
+        terminal.echo(f"missing from the card: {item}", err=True)
     if dry_run:
         for name, size in planned.files:
-            click.echo(f"{size:>14,}  {name}")
-        click.echo(f"\n{planned.card.text}")
+            terminal.echo(f"{size:>14,}  {name}")
+        terminal.echo(f"\n{planned.card.text}")
         return
-    click.echo(upload(planned, **how))
+    terminal.echo(upload(planned, **how))

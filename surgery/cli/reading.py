@@ -46,9 +46,9 @@ def explain(twin: str, direction: str | None, folder: str | None, as_json: bool,
 
     found = run(twin, output=direction, folder=folder, quiet=as_json, **given)
     for line in [json.dumps(found, indent=2)] if as_json else lines(found):
-        click.echo(line)
+        terminal.echo(line)
     if folder and not as_json:
-        click.echo(f"{folder}: {', '.join(files_of(found))}")
+        terminal.echo(f"{folder}: {', '.join(files_of(found))}")
 
 
 @click.command()
@@ -69,4 +69,4 @@ def trace(checkpoints: tuple[str, ...], as_json: bool, **given: Any) -> None:
 
     found = run(checkpoints, quiet=as_json, **given)
     for line in [json.dumps(found, indent=2)] if as_json else lines(found):
-        click.echo(line)
+        terminal.echo(line)

@@ -65,16 +65,16 @@ def refine(overwrite: bool, restart: bool, dry_run: bool, as_json: bool, **given
     settings = {name: value for name, value in given.items() if value not in (None, ())}
     if dry_run:
         planned = plan_refinement(**settings, processes=int(os.environ.get("WORLD_SIZE", "1")))
-        click.echo(json.dumps(planned, indent=2) if as_json else terminal.refinement_plan(planned))
+        terminal.echo(json.dumps(planned, indent=2) if as_json else terminal.refinement_plan(planned))
         return
     record = run(**settings, overwrite=overwrite, restart=restart, quiet=as_json)
     if not processes.first():
         return
     if as_json:
-        click.echo(json.dumps(record, indent=2))
+        terminal.echo(json.dumps(record, indent=2))
         return
     for line in terminal.refinement_lines(record):
-        click.echo(line)
+        terminal.echo(line)
     for line in terminal.refinement_warnings(record):
-        click.echo(line, err=True)
-    click.echo(f"{given['output']}: reloaded in a fresh process and compared")
+        terminal.echo(line, err=True)
+    terminal.echo(f"{given['output']}: reloaded in a fresh process and compared")

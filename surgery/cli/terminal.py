@@ -7,12 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery.runtime.public import printable
 from surgery.runtime.settings import whole_number
 
 if TYPE_CHECKING:
     from evals.settings import EvalSettings
     from surgery.conversion.inspection import Inspection
     from surgery.saving.report import Report
+
+
+def echo(text: str, err: bool = False) -> None:
+    """A line; what came from a checkpoint or a server does nothing to the terminal."""
+    click.echo(printable(text), err=err)
 
 
 class _Count(click.ParamType):  # type: ignore[type-arg]
@@ -82,12 +88,12 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=printable(title), title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if column == "block" or index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        table.add_row(*map(printable, row))
+    Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False).print(table)
 
 
 def print_blocks(seen: Inspection) -> None:
@@ -105,9 +111,9 @@ def print_blocks(seen: Inspection) -> None:
         rows,
     )
     if seen.note:
-        click.echo(seen.note)
+        echo(seen.note)
     for path, reason in seen.survey.left_alone:
-        click.echo(f"left alone: {path}: {reason}")
+        echo(f"left alone: {path}: {reason}")
 
 
 def export_line(seen: dict[str, Any]) -> str:
@@ -202,14 +208,12 @@ def print_report(report: Report, output: str) -> None:
         rows,
     )
     if report.budget:
-        click.echo("\n".join(budget_lines(report.budget)))
+        echo("\n".join(budget_lines(report.budget)))
     if report.perplexity:
         seen = report.perplexity
-        click.echo(
-            f"perplexity {seen['original']:.2f} → {seen['twin']:.2f} ({seen['nats']:+.4f} nats) on {seen['text']}"
-        )
+        echo(f"perplexity {seen['original']:.2f} → {seen['twin']:.2f} ({seen['nats']:+.4f} nats) on {seen['text']}")
     if report.calibration["note"]:
-        click.echo(f"note: {report.calibration['note']}", err=True)
+        echo(f"note: {report.calibration['note']}", err=True)
     for path, reason in report.left_alone:
-        click.echo(f"left alone: {path}: {reason}")
-    click.echo(f"{output}: {report.form} form, reloaded in a fresh process and compared")
+        echo(f"left alone: {path}: {reason}")
+    echo(f"{output}: {report.form} form, reloaded in a fresh process and compared")

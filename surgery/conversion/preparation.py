@@ -31,6 +31,7 @@ from surgery.models import loading, modeling_polynomial
 from surgery.models.as_llama import as_llama
 from surgery.models.loading import is_causal
 from surgery.runtime import processes, weights_on_disk
+from surgery.runtime.public import printable
 from surgery.saving.forms import native_config
 from surgery.saving.reload import probe_inputs
 from surgery.saving.shards import StoredTensor, stored_tensors
@@ -80,9 +81,9 @@ def prepared(
     data = replace(data, note=data.note or note)
     if not quiet and processes.first():
         if loaded.source.note:
-            print(f"{loaded.source.name}: {loaded.source.note}", file=sys.stderr)
+            print(printable(f"{loaded.source.name}: {loaded.source.note}"), file=sys.stderr)
         if data.note:
-            print(f"calibration: {data.source}; {data.note}", file=sys.stderr)
+            print(printable(f"calibration: {data.source}; {data.note}"), file=sys.stderr)
     probe = _probe(network, data)
     blocks, others = _seen_to_run(network, blocks, probe, plan)
     check_repeated(blocks, plan)

@@ -17,7 +17,7 @@ import yaml
 
 from surgery.models import modeling_polynomial
 from surgery.runtime.files import write_text
-from surgery.runtime.public import public
+from surgery.runtime.public import in_markdown, public
 from surgery.saving.evaluation import headline_rows, kind_rows, task_rows, trust_notes, unseen_line
 from surgery.saving.report import read_verified_report
 
@@ -99,10 +99,7 @@ class _Lines(str):
 
 def _inline(value: Any) -> Any:
     """What came from a checkpoint or a file, on one line of Markdown, and nothing but text."""
-    if not isinstance(value, str) or isinstance(value, _Lines):
-        return value
-    shown = "".join(character if character.isprintable() else " " for character in value)
-    return shown.replace("`", "'").replace("|", "\\|").replace("<", "&lt;")
+    return in_markdown(value) if isinstance(value, str) and not isinstance(value, _Lines) else value
 
 
 def _loaded_as(report: dict[str, Any], config: dict[str, Any]) -> tuple[str, str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from surgery.runtime.public import as_label
+
 
 def plot_refinement(record: dict[str, Any], file: Path) -> bool:
     """Writes a PNG; False where matplotlib is not installed."""
@@ -22,7 +24,7 @@ def plot_refinement(record: dict[str, Any], file: Path) -> bool:
     right.plot(tokens, [row["divergence"] for row in record["curve"]], "o-", ms=3, label="KL to the original")
     for name in record["curve"][0].get("texts", ()):
         lost = [row["texts"][name]["lost"] for row in record["curve"]]
-        right.plot(tokens, lost, ":", lw=1, label=f"nats lost on {name}")
+        right.plot(tokens, lost, ":", lw=1, label=as_label(f"nats lost on {name}"))
     right.axhline(0, color="black", lw=0.6)
     right.set(title="held-out text", xlabel="tokens")
     right.legend(frameon=False)

@@ -44,6 +44,7 @@ from surgery.refining.student import (
 from surgery.refining.text import training_sources, training_windows
 from surgery.refining.training import Training
 from surgery.runtime import processes
+from surgery.runtime.public import printable
 from surgery.runtime.settings import checked_settings
 from surgery.saving.checkpoint import save
 from surgery.saving.folder import check_room, check_target, kept_beside
@@ -134,7 +135,7 @@ class _Refinement:
         text, self.note = processes.looked_up(lambda: training_sources(settings, self.loaded.text_tokenizer))
         self.settings = settings = replace(settings, text=text)
         if self.note and not quiet and accelerator.is_main_process:
-            print(f"text: {', '.join(text)}; {self.note}", file=sys.stderr)
+            print(printable(f"text: {', '.join(text)}; {self.note}"), file=sys.stderr)
         if not self.sharded or any(part.source == SAMPLES for part in Mixture.of(text).parts):
             self.teacher.to(accelerator.device)
         self.replaced = twin_block_paths(self.twin)

@@ -1,4 +1,4 @@
-"""What leaves the machine names no place on it."""
+"""What is shown: it names no place on this machine where it leaves it, and nothing in it acts on who shows it."""
 
 from __future__ import annotations
 
@@ -30,6 +30,22 @@ def public(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(map(public, value))
     return value
+
+
+def printable(text: str) -> str:
+    """A text with nothing in it that a terminal would obey: control characters are written out, lines stay lines."""
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+
+def in_markdown(text: str) -> str:
+    """A text on one line of Markdown, with no mark-up of its own, in a table as well."""
+    shown = "".join(character if character.isprintable() else " " for character in text)
+    return shown.replace("`", "'").replace("|", "\\|").replace("<", "&lt;")
+
+
+def as_label(text: str) -> str:
+    """A text as matplotlib draws it letter by letter: what stands between dollars is no formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def _is_here(path: str) -> bool:
