@@ -69,7 +69,11 @@ class Handler(BaseHTTPRequestHandler):
         for index, (pattern, status, times) in enumerate(self.server.failures):
             if times and re.search(pattern, line):
                 self.server.failures[index] = (pattern, status, times - 1)
-                self.refuse(status)
+                if status == 0:  # the connection is cut
+                    self.connection.close()
+                    self.close_connection = True
+                else:
+                    self.refuse(status)
                 return
         writing = self.command == "POST" or "whoami" in path
         open_to_all = "paths-info" in path or "validate" in path

@@ -181,6 +181,17 @@ def _explained(error: Exception, repository: str) -> SurgeryError:
             where=repository,
             fix="use a token with write access, or your own namespace",
         )
+    if status == 429:
+        return HubError(
+            "the Hub limits how often it may be asked", where=repository, fix="wait some minutes, and push again"
+        )
+    if status == 404:
+        return HubError(
+            "the Hub has no such repository or branch",
+            where=repository,
+            cause="it was moved or deleted, or your login may not see it",
+            fix="check its name on the Hub, and that of --revision",
+        )
     if status == 409:
         return HubError("the Hub reports a conflict: somebody else is writing", where=repository, fix="push again")
     first = str(error).strip().splitlines()[0][:300] if str(error).strip() else name

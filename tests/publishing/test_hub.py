@@ -142,6 +142,9 @@ def test_an_interrupted_upload_goes_on_and_server_errors_are_retried(twins, serv
         ("hf_wrong", None, "hf auth login"),
         ("hf_right", ("POST /api/repos/create", 403), "write access"),
         ("hf_right", ("POST .*/commit/", 409), "push again"),
+        ("hf_right", ("POST .*/commit/", 429), "wait some minutes"),
+        ("hf_right", ("POST .*/preupload/", 404), "no such repository"),
+        ("hf_right", ("POST .*/commit/", 0), "no network"),
     ],
 )
 def test_refusals_of_the_hub_are_clear(twins, server, tmp_path, token, failure, words):
