@@ -148,7 +148,7 @@ def _load(settings: EvalSettings) -> _Pair:
 
 
 def _read(settings: EvalSettings, pair: _Pair) -> MeasuredText:
-    tokenizer = pair.original.tokenizer or pair.twin.tokenizer
+    tokenizer = pair.original.tokenizer or pair.twin.tokenizer or pair.original.text_tokenizer
     network: Any = pair.original.model
     limit = getattr(network.config.get_text_config(), "max_position_embeddings", None) or settings.window
     where: dict[str, Any] = {"tokens": settings.tokens, "stride": settings.stride, "skip": settings.skip}

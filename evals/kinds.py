@@ -88,7 +88,7 @@ def compare_kinds(
         SurgeryError: models whose tokenizers differ, a source that cannot be read, or too little text.
     """
     original, changed = loading.loaded(against), loading.loaded(twin)
-    tokenizer, other = original.tokenizer, changed.tokenizer
+    tokenizer, other = original.text_tokenizer, changed.text_tokenizer
     if tokenizer is None or other is None or tokenizer.get_vocab() != other.get_vocab():
         raise EvaluationError("the two models have different tokenizers", where=f"{twin} and {against}")
     report = _record(twin)

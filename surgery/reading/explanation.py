@@ -141,7 +141,7 @@ def _block(settings: ExplainSettings, loaded: loading.LoadedModel, quiet: bool) 
 
     def inputs() -> Calibration:
         much = {"tokens": settings.tokens, "length": settings.window, "batch": 8, "seed": settings.seed}
-        return calibration_inputs(settings.text, model, loaded.tokenizer, **much)
+        return calibration_inputs(settings.text, model, loaded.text_tokenizer, **much)
 
     try:
         found = find_block(model, settings.block, settings.expert)

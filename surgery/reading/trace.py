@@ -185,7 +185,7 @@ def measure(step: TrainingStep, settings: TraceSettings) -> dict[str, Any]:
     loaded = loading.loaded(step.name, step.revision)
     model: Any = loaded.model
     much = {"tokens": settings.tokens, "length": settings.window, "batch": 1 << 30, "seed": settings.seed}
-    data = calibration_inputs(settings.text, model, loaded.tokenizer, **much)
+    data = calibration_inputs(settings.text, model, loaded.text_tokenizer, **much)
     batch = {name: value.to(model.device) for name, value in data.batches[0].items()}
     found = [block for block in survey(model).blocks if not block.routed]
     if not found:

@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import surgery
+from evals import evaluate
 from surgery.errors import ModelError
 from surgery.models.companions import companions
 from tests import tiny
@@ -109,6 +110,10 @@ def test_a_tokenizer_that_does_not_load_is_said_and_its_files_travel(llama, tmp_
     with pytest.raises(ModelError, match="tokenizer does not load"):
         convert(llama, tmp_path / "other", calibration="python", tokens=2048, length=32)
     assert not (tmp_path / "other").exists()
+    with pytest.raises(ModelError, match="tokenizer does not load"):
+        evaluate(tmp_path / "twin", against=llama, tokens=256, window=32)
+    with pytest.raises(ModelError, match="tokenizer does not load"):
+        surgery.trace([str(llama)], tokens=256, window=32)
 
 
 def test_a_checkpoint_without_a_tokenizer_has_none_to_complain_of(tmp_path):
