@@ -29,7 +29,7 @@ def given_inputs(source: Any, tokenizer: Any, tokens: int, length: int) -> list[
     """Model inputs by name, one dict or several.
 
     Args:
-        tokens: how many to take of rows of text or of ids; tensors are taken whole.
+        tokens: how many to take of rows of text or of ids, or of what a loader yields; tensors are taken whole.
         length: of the sequences that a stream of ids is cut into.
     Raises:
         CalibrationError: it is nothing of the above, or holds what are no token ids.
@@ -42,16 +42,17 @@ def given_inputs(source: Any, tokenizer: Any, tokens: int, length: int) -> list[
         raise _unknown(source)
     batches: list[dict[str, Tensor]] = []
     stream: list[Tensor] = []
-    have = 0
-    for number, row in enumerate(source, 1):
-        if isinstance(row, Integral):
-            return [{"input_ids": _rows_of(_ids(list(source)), length)}]
+    have, rows, taken_whole = 0, iter(source), isinstance(source, list | tuple)
+    for number, row in enumerate(rows, 1):
+        if number == 1 and isinstance(row, Integral):
+            return [{"input_ids": _rows_of(_ids([row, *rows]), length)}]
         if isinstance(row, Mapping) and _is_batch(row):
             batches.append(_by_name(row))
-            continue
-        ids = _one_row(row, tokenizer, tokens - have, f"row {number} of what is given")
-        stream.append(ids)
-        have += len(ids)
+            ids, other = batches[-1].get("input_ids"), next(iter(batches[-1].values()))
+            have += 0 if taken_whole else len(other) if ids is None else ids.numel()  # a loader may have no end
+        else:
+            stream.append(_one_row(row, tokenizer, tokens - have, f"row {number} of what is given"))
+            have += len(stream[-1])
         if have >= tokens:
             break
     if batches and stream:

@@ -40,13 +40,14 @@ def texts_as_ids(texts=TEXTS):
         IDS,
         [torch.tensor(row) for row in IDS],
         (np.array(row) for row in IDS),
+        iter(STREAM),
         [{"input_ids": row} for row in IDS],
         [{"input_ids": torch.tensor(row), "attention_mask": torch.ones(64)} for row in IDS],
         Dataset.from_dict({"input_ids": IDS}),
         Dataset.from_dict({"input_ids": IDS}).with_format("torch"),
         Dataset.from_dict({"input_ids": IDS}).to_iterable_dataset(),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_streams_of_token_ids_are_cut_into_sequences(given):
     found = read(given, tokens=256)
@@ -84,7 +85,14 @@ def test_batches_of_model_inputs_from_a_loader_or_as_arrays():
     loader = DataLoader(Dataset.from_dict({"input_ids": IDS}).with_format("torch"), batch_size=2)
     halves = [{"input_ids": IDS[:2]}, {"input_ids": IDS[2:]}]
     for given in (loader, {"input_ids": np.array(IDS)}, {"input_ids": IDS}, halves):
-        assert torch.equal(read(given), torch.tensor(IDS))
+        assert torch.equal(read(given, tokens=256), torch.tensor(IDS))
+
+    def endless():
+        while True:
+            yield {"input_ids": torch.tensor(IDS)}
+
+    assert read(endless(), tokens=512).shape == (8, 64), "no more than is asked for"
+    assert read([{"input_ids": torch.tensor(IDS)}] * 3, tokens=256).shape == (12, 64), "a list is taken whole"
     pixels = [{"pixel_values": np.ones((2, 3, 4, 4), dtype=np.float32)}] * 2
     vision = calibration_inputs(pixels, tiny.make("vit"), None, tokens=9, length=9, batch=1)
     assert [batch["pixel_values"].shape for batch in vision.batches] == [(1, 3, 4, 4)] * 4
