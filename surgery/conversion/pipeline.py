@@ -171,7 +171,7 @@ def _reported(loaded: loading.LoadedModel, ready: Preparation, made: _Made, watc
     return Report(
         recipe=plan.resolved() | _public(plan),
         source=loaded.source.as_dict(),
-        companions=loaded.companions.as_dict(),
+        companions=loaded.companions.as_dict() if plan.output else {},
         calibration=task.data.as_dict(),
         form=made.form,
         blocks=tuple(made.replaced.rows),

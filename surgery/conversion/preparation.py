@@ -80,8 +80,9 @@ def prepared(
     data = processes.looked_up(lambda: _inputs(plan.calibration if named else calibration, loaded, plan, known))
     data = replace(data, note=data.note or note)
     if not quiet and processes.first():
-        if loaded.source.note:
-            print(printable(f"{loaded.source.name}: {loaded.source.note}"), file=sys.stderr)
+        for said in (loaded.source.note, loaded.companions.note if plan.output else ""):
+            if said:
+                print(printable(f"{loaded.source.name}: {said}"), file=sys.stderr)
         if data.note:
             print(printable(f"calibration: {data.source}; {data.note}"), file=sys.stderr)
     probe = _probe(network, data)

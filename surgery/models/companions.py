@@ -66,10 +66,8 @@ class Companions:
 
     @property
     def note(self) -> str:
-        """A plain word on what is not there as it should be; empty where all is well."""
-        parts = [f"the tokenizer does not load ({self.tokenizer}); its files are copied as they are"]
-        parts = parts if self.tokenizer else []
-        return "; ".join([*parts, *(f"{name} is not in the twin: {why}" for name, why in self.missing.items())])
+        """A plain word on what could not be had; empty where all is there."""
+        return "; ".join(f"{name} is not in the twin: {why}" for name, why in self.missing.items())
 
 
 def companions(path: str, kind: str, revision: str | None, tokenizer: str = "") -> Companions:

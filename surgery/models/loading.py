@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import weakref
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +52,27 @@ class LoadedModel:
     """A model, its tokenizer where it has one, and where both came from.
 
     Attributes:
-        companions: what else stands beside its weights.
+        place: path or Hub id, kind and revision of the checkpoint; None for a model in memory.
+        tokenizer_problem: why its tokenizer does not load; empty where it does, or where there is none.
     """
 
     model: nn.Module
     tokenizer: Any | None
     source: Source
-    companions: Companions = field(default_factory=Companions)
+    place: tuple[str, str, str | None] | None = None
+    tokenizer_problem: str = ""
+
+    @cached_property
+    def companions(self) -> Companions:
+        """What else stands beside its weights; looked up, and on the Hub fetched, when it is asked for."""
+        return Companions() if self.place is None else companions(*self.place, self.tokenizer_problem)
 
     @property
     def text_tokenizer(self) -> Any | None:
         """Its tokenizer, to be used. Raises ModelError where there is one that does not load."""
-        if self.tokenizer is None and self.companions.tokenizer:
+        if self.tokenizer is None and self.tokenizer_problem:
             raise ModelError(
-                f"the model's tokenizer does not load: {self.companions.tokenizer}",
+                f"the model's tokenizer does not load: {self.tokenizer_problem}",
                 where=self.source.name,
                 cause="its files are damaged, or it needs code or a package that is not there",
                 fix="mend or replace them, or give token ids",
@@ -222,10 +230,10 @@ def loaded(
     tokenizer, problem = _tokenizer(path, kind, revision, extra)
     model.eval()
     commit = getattr(model.config, "_commit_hash", None)
-    beside = companions(path, kind, commit or revision, problem)
-    note = "; ".join(filter(None, (twin_note(name, config), kind_of_model.note, left_over, beside.note)))
+    broken = f"the tokenizer does not load ({problem}); its files are copied as they are" if problem else ""
+    note = "; ".join(filter(None, (twin_note(name, config), kind_of_model.note, left_over, broken)))
     source = Source(public_name(name, kind), kind, commit, type(model).__name__, stored, note)
-    return LoadedModel(model, tokenizer, source, beside)
+    return LoadedModel(model, tokenizer, source, (path, kind, commit or revision), problem)
 
 
 def _tokenizer(path: str, kind: str, revision: str | None, extra: dict[str, str]) -> tuple[Any | None, str]:
@@ -325,7 +333,7 @@ def _load_delta(
     source = Source(
         public_name(name, kind), kind, getattr(config, "_commit_hash", None), type(twin).__name__, described["dtype"]
     )
-    return LoadedModel(twin, original.tokenizer, source, original.companions)
+    return LoadedModel(twin, original.tokenizer, source, original.place, original.tokenizer_problem)
 
 
 def from_memory(model: Any, tokenizer: Any | None) -> LoadedModel:
