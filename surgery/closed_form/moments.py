@@ -89,15 +89,6 @@ class Preactivations:
     z_std: Tensor | None = None
     covariance: Tensor | None = None
 
-    def restored(self, u: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Preactivations y and z from the standardised ones; of the first h columns."""
-
-        def one(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-            return torch.addcmul(mean.to(values), values[:, : len(mean)], std.to(values))
-
-        y = one(u, self.y_mean, self.y_std)
-        return y, None if v is None or self.z_mean is None or self.z_std is None else one(v, self.z_mean, self.z_std)
-
     @staticmethod
     def of(
         inputs: InputMoments, first: tuple[Tensor, Tensor | None], second: tuple[Tensor, Tensor | None] | None = None

@@ -134,14 +134,12 @@ class RidgeSolution:
     Attributes:
         weight: shape (p, q), the constant's row last.
         ridge: λ chosen, as a share of the mean squared feature; None where nothing was re-solved.
-        correction_ridge: the same for the targets' second part; None where they have one part.
         condition: of the regularised normal equations, estimated from the Cholesky factor's diagonal.
     """
 
     weight: Tensor
     ridge: float | None
     condition: float
-    correction_ridge: float | None = None
 
 
 def ridge_path(
@@ -155,15 +153,12 @@ def ridge_path(
 ) -> RidgeSolution:
     """min_B Σ w‖t − Bᵀf‖² + λ·n·mean(f²)·‖B − prior‖², with the λ that leaves the smallest held-out residual.
 
-    Targets may come in two parts, t = t₁ + t₂, each with a λ of its own: B = B₁ + B₂, B₁ pulled towards the prior and
-    chosen to foretell t₁, B₂ towards 0 and chosen so that both foretell t.
-
     The path is walked downhill from the usual λ, so most of it is never solved; answers are compared on a few random
     directions of the output space, which estimates the residual at a tenth of the cost (Johnson and Lindenstrauss).
     Memory: the Gram matrix and one factor of its size.
 
     Args:
-        fit, held: the tokens to fit and to choose on; targets of q columns, or of 2 q: t₁ and t₂.
+        fit, held: the tokens to fit and to choose on.
         prior: shape (p, q), what B is pulled towards.
         free: how many of the last features (sink units, the constant) are not pulled.
         anchor: features and targets of rows that belong to every fit but to no score (attention sinks); they are added
@@ -171,65 +166,38 @@ def ridge_path(
         counts: how much an error of each output counts, (q,); alike where None. It decides on λ alone: for one λ the
             outputs do not depend on each other.
     """
+    ordered = sorted(ridges)
     size = float(fit.gram.diagonal()[:-free].mean())
     if anchor is not None:
         fit.add_rows(*anchor)
     system = _Regularised(fit.full_gram(), size, free)
-    own, correction = fit.cross[:, : prior.shape[1]], fit.cross[:, prior.shape[1] :]
     sketch = _directions(prior)
     if counts is not None:
         sketch = counts.to(sketch)[:, None] * sketch
     begin = prior @ sketch
-    missing = own @ sketch - system.gram @ begin
-    of_own = torch.cat([sketch, sketch.new_zeros(correction.shape[1], sketch.shape[1])])
-    ridge = _best(system, held, sorted(ridges), begin, missing, of_own, USUAL_RIDGE)
-    solution = prior.clone()
-    for into, cross, start in zip(*(part.split(COLUMNS, dim=1) for part in (solution, own, prior)), strict=True):
-        into.add_(system.solve(ridge, cross - system.gram @ start))
-    pivots = system.factor.diagonal().square()
-    condition = float(pivots.max() / pivots.min())
-    if not correction.shape[1]:
-        return RidgeSolution(solution, ridge, condition)
-    foretold, both = begin + system.solve(ridge, missing), torch.cat([sketch, sketch])
-    second = _best(system, held, sorted(ridges), foretold, correction @ sketch, both, ridge)
-    for into, cross in zip(*(part.split(COLUMNS, dim=1) for part in (solution, correction)), strict=True):
-        into.add_(system.solve(second, cross))
-    return RidgeSolution(solution, ridge, condition, second)
-
-
-def _best(
-    system: _Regularised,
-    held: RidgeSums | HeldRows,
-    ridges: Sequence[float],
-    start: Tensor,
-    right: Tensor,
-    on: Tensor,
-    usual: float,
-) -> float:
-    """The λ of the path for which start + (Fᵀ W F + λ)⁻¹ right is nearest to the held-out targets.
-
-    Args:
-        ridges: the path, ascending; it is walked downhill from `usual`.
-        start, right: on some directions of the output space, (p, k).
-        on: those directions, of the targets, (q, k).
-    """
+    seen = fit.cross @ sketch - system.gram @ begin
     scores: dict[int, float] = {}
 
     def score(index: int) -> float:
-        if not 0 <= index < len(ridges):
+        if not 0 <= index < len(ordered):
             return float("inf")
         if index not in scores:
             try:
-                scores[index] = held.error(start + system.solve(ridges[index], right), on)
+                scores[index] = held.error(begin + system.solve(ordered[index], seen), sketch)
             except LinAlgError:  # singular to rounding: fewer tokens than features, and too weak a ridge
                 scores[index] = float("inf")
         return scores[index]
 
-    best = min(range(len(ridges)), key=lambda index: abs(math.log(ridges[index] / usual)))
+    best = min(range(len(ordered)), key=lambda index: abs(math.log(ordered[index] / USUAL_RIDGE)))
     step = 1 if score(best + 1) < score(best) else -1
     while score(best + step) < score(best):
         best += step
-    return ridges[best]
+    solution = prior.clone()
+    parts = (matrix.split(COLUMNS, dim=1) for matrix in (solution, fit.cross, prior))
+    for into, cross, start in zip(*parts, strict=True):
+        into.add_(system.solve(ordered[best], cross - system.gram @ start))
+    pivots = system.factor.diagonal().square()
+    return RidgeSolution(solution, ordered[best], float(pivots.max() / pivots.min()))
 
 
 class _Regularised:
@@ -290,8 +258,7 @@ def most_useful(
     pull[-free:] = JITTER * fit.gram.diagonal()[-free:]
     gram = fit.full_gram().clone()
     gram.diagonal().add_(pull)
-    cross = fit.cross.unflatten(1, (-1, prior.shape[1])).sum(1)
-    pulled = cross + pull[:, None] * prior
+    pulled = fit.cross + pull[:, None] * prior
     for round_number in range(ROUNDS):
         left = len(kept) - free
         goal = round(left * (count / left) ** (1 / (ROUNDS - round_number)))

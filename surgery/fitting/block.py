@@ -50,8 +50,8 @@ class FitSettings:
 
 
 MEASURES = (
-    *("r2_fit", "r2_held", "r2_units_median", "ridge", "correction_ridge", "condition", "sink_tokens", "sink_units"),
-    *("sink_mistaken", "sink_error", "quadrature_error", "tokens"),
+    *("r2_fit", "r2_held", "r2_units_median", "ridge", "condition", "sink_tokens", "sink_units", "sink_mistaken"),
+    *("sink_error", "quadrature_error", "tokens"),
 )
 """What the report says of a block, by the names of :class:`FittedBlock`'s fields."""
 
@@ -66,7 +66,6 @@ class FittedBlock:
             tokens used and not used for fitting.
         r2_units_median: over units of the share explained by the unit's own polynomial.
         ridge: chosen λ; None where the readout was kept.
-        correction_ridge: of what the readout adds to the block's own output; None where it adds nothing.
         condition: largest condition number met.
         sink_tokens, sink_error: how many tokens of the sample were sinks, and the median error there relative to the
             residual stream after the block.
@@ -83,7 +82,6 @@ class FittedBlock:
     r2_held: float
     r2_units_median: float
     ridge: float | None
-    correction_ridge: float | None
     condition: float
     sink_tokens: int
     sink_error: float
@@ -139,7 +137,7 @@ def fit_block(
     prior, twin = _features(original, at, units, pointing, sample.x.dtype)
     if settings.refit:
         wanted = max(1, round(settings.units * block.hidden)) if settings.degree > 1 else None
-        readout = refit(target, original, twin, at, prior, sample, len(pointing.bias), cache_bytes, wanted)
+        readout = refit(target, original, twin, prior, sample, len(pointing.bias), cache_bytes, wanted)
     else:
         readout = kept_readout(prior, twin(sample.x[sample.sink]), sample.aim, len(pointing.bias))
     del prior
@@ -157,7 +155,6 @@ def fit_block(
         r2_held=_r2(predicted, sample.output, ordinary & sample.held),
         r2_units_median=float(hidden.units.r2.median()),
         ridge=readout.choice.ridge,
-        correction_ridge=readout.choice.correction_ridge,
         condition=max(hidden.units.condition, readout.choice.condition),
         sink_tokens=int(sample.sink.sum()),
         sink_error=_sink_error(target, sample, predicted, writer),

@@ -39,16 +39,9 @@ class HiddenPolynomial:
     def __call__(self, x: Tensor) -> Tensor:
         if self.units.degree == 1:
             return torch.cat([x, x.new_ones(len(x), 1)], dim=-1)
-        return self.of_standardised(*self.standardised(x))
-
-    def standardised(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """u and v, (tokens, h) each, sink units last."""
-        return self.gate(x), None if self.up is None else self.up(x)
-
-    def of_standardised(self, u: Tensor, v: Tensor | None) -> Tensor:
-        """(hidden vector, 1) from u and v, of degree 2 or more."""
-        hidden = self.units(u, v)
-        return torch.cat([hidden, hidden.new_ones(len(u), 1)], dim=-1)
+        u = self.gate(x)
+        hidden = self.units(u, None if self.up is None else self.up(x))
+        return torch.cat([hidden, hidden.new_ones(len(x), 1)], dim=-1)
 
     def to(self, dtype: torch.dtype) -> HiddenPolynomial:
         """The same in the precision that a network computes in."""

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from surgery.blocks.weights import BlockWeights
 from surgery.calibration.arrivals import Arrival, Station
-from surgery.closed_form.moments import Preactivations
 from surgery.closed_form.ridge import HeldRows, RidgeSolution, RidgeSums, most_useful, ridge_path
 from surgery.errors import CalibrationError
 from surgery.fitting.features import HiddenPolynomial
@@ -57,11 +56,10 @@ class _Sums:
     sinks: list[tuple[Tensor, ...]]
 
     @staticmethod
-    def zeros(prior: Tensor, station: Station, parts: int) -> _Sums:
+    def zeros(prior: Tensor, station: Station) -> _Sums:
         tokens = processes.sum_number(sum(int((arrival.held & arrival.keep).sum()) for arrival in station.twin))
-        shape = prior.shape[0], parts * prior.shape[1]
-        nothing = station.twin[0].x.new_zeros(0, sum(shape)).split(shape, dim=1)
-        sums = RidgeSums.zeros(*shape, prior.device)
+        nothing = station.twin[0].x.new_zeros(0, sum(prior.shape)).split(prior.shape, dim=1)
+        sums = RidgeSums.zeros(prior.shape[0], prior.shape[1], prior.device)
         return _Sums(sums, [nothing], max(1, math.ceil(tokens / (2 * len(prior)))), [nothing])
 
     def add(self, features: Tensor, targets: Tensor, real: Tensor, sink: Tensor, held: bool) -> None:
@@ -139,7 +137,6 @@ def refit(
     target: Target,
     original: BlockWeights,
     twin: HiddenPolynomial,
-    at: Preactivations,
     prior: Tensor,
     sample: Sample,
     sink_units: int,
@@ -152,7 +149,6 @@ def refit(
     ridge chosen there would know. A token that only the twin makes a sink does not count.
 
     Args:
-        at: how the units' preactivations are standardised.
         prior: readout that the ridge pulls towards, (p, out).
         sample: says from which norm on a token is a sink, and how much the sinks weigh.
         sink_units: how many features before the constant belong to sinks.
@@ -165,8 +161,8 @@ def refit(
     typical = processes.together(torch.cat([arrival.size[arrival.keep] for arrival in station.twin])).median()
     length = target.lengths(sample.output[sample.ordinary]).median()
     objective = _Objective(original, target, typical, length, sample.limit, sample.sink_boost, writer=sink_units > 0)
-    sums = _Sums.zeros(prior, station, 2 if target.corrects else 1)
-    hidden, written = _summed(twin, objective, at, sums, sink_units, hold)
+    sums = _Sums.zeros(prior, station)
+    hidden, written = _summed(twin, objective, sums, sink_units, hold)
     fit, held_rows, anchor = sums.over_processes()
     if not (float(fit.weight) and len(held_rows.features)):
         raise CalibrationError("no tokens are left to fit on", where=block.path, fix="give more text")
@@ -183,7 +179,7 @@ def refit(
 
 
 def _summed(
-    twin: HiddenPolynomial, objective: _Objective, at: Preactivations, sums: _Sums, sink_units: int, hold: bool
+    twin: HiddenPolynomial, objective: _Objective, sums: _Sums, sink_units: int, hold: bool
 ) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
     """Adds all tokens to the sums; by batch: hidden vectors where they are to be held, and what the original writes."""
     station = objective.target.station
@@ -192,34 +188,16 @@ def _summed(
     for number in range(len(station.twin)):
         arrival, other = objective.target.arrivals(number)
         for rows, held in _pieces(arrival):
-            features, own = _both(twin, objective, at, arrival.x[rows])
-            output = objective.original(other.x[rows])
+            features, output = twin(arrival.x[rows]), objective.original(other.x[rows])
             if hold:
                 hidden[number].append(features)
             if station.block.whole and other is not arrival:  # else the passes wait inside and finish it themselves
                 written[number].append(output)
             target, weight, sink = objective.of(number, rows, output)
-            if own is not None:
-                target = torch.cat([own, target - own], dim=1)
             root = weight.sqrt().to(features)[:, None]
             real = arrival.keep[rows] & ~(mistaken(features[:, -1 - sink_units : -1]) & ~sink)
             sums.add(features * root, target * root, real, sink, held)
     return hidden, written
-
-
-def _both(twin: HiddenPolynomial, objective: _Objective, at: Preactivations, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The polynomial's hidden vector, and the original's output on the same input, where targets correct it.
-
-    Both start from the same preactivations, which are computed once.
-    """
-    original = objective.original
-    if not objective.target.corrects:
-        return twin(x), None
-    if twin.units.degree == 1:
-        return twin(x), original(x)
-    u, v = twin.standardised(x)
-    own = nn.functional.linear(original.hidden(*at.restored(u, v)), *original.down)
-    return twin.of_standardised(u, v), own
 
 
 def _pieces(arrival: Arrival) -> Iterator[tuple[slice, bool]]:

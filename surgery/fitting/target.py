@@ -51,14 +51,6 @@ class Target:
         return self.station.block.residual is not None
 
     @property
-    def corrects(self) -> bool:
-        """Whether the target is the block's own output and something beyond it."""
-        residual = self.station.block.residual
-        if residual is None or not (self.station.original or self.corrections):
-            return False
-        return self.norm is not None or residual.normed != OUTPUT
-
-    @property
     def counts(self) -> Tensor | None:
         """How much an error of each of the block's outputs counts, (out,); None where alike."""
         return None if self.norm is None else self.norm.scale

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.closed_form.ridge import RIDGES, HeldRows, RidgeSums, factorise, most_useful, ridge_path, solved
+from surgery.closed_form.ridge import HeldRows, RidgeSums, factorise, most_useful, ridge_path, solved
 
 seeds = st.integers(0, 2**16)
 
@@ -149,69 +149,3 @@ def test_a_copy_of_a_feature_costs_nothing_to_leave_out():
     assert {index % 4 for index in kept[:-1].tolist()} == {0, 1, 2, 3}
     best = ridge_path(sums.at(kept), sums.at(kept), prior[kept])
     assert sums.at(kept).r2(best.weight) > 0.999
-
-
-def in_two_parts(seed, noise):
-    """An output that the features foretell, and a correction of which they foretell a part; rows to fit and to hold."""
-    f, own, _ = regression(seed, tokens=120, p=40, noise=0.01)
-    g = torch.Generator().manual_seed(seed + 1)
-    truth = 0.3 * torch.randn(41, 4, generator=g).double()
-    correction = f @ truth + noise * torch.randn(120, 4, generator=g).double()
-    return f[:60], f[60:], own, correction
-
-
-@settings(max_examples=10, deadline=None)
-@given(seed=seeds, rows=st.booleans())
-def test_two_parts_are_solved_each_with_a_ridge_of_its_own(seed, rows):
-    fit, held, own, correction = in_two_parts(seed, noise=2.0)
-    sums = HeldRows if rows else RidgeSums.of
-    prior = torch.randn(41, 4, generator=torch.Generator().manual_seed(seed)).double()
-    both = torch.cat([own, correction], dim=1)
-    found = ridge_path(RidgeSums.of(fit, both[:60]), sums(held, both[60:]), prior)
-    first = ridge_path(RidgeSums.of(fit, own[:60]), sums(held, own[60:]), prior)
-    second = ridge_path(
-        RidgeSums.of(fit, correction[:60]), sums(held, correction[60:]), 0 * prior, ridges=(found.correction_ridge,)
-    )
-    assert found.ridge == first.ridge and first.correction_ridge is None
-    torch.testing.assert_close(found.weight, first.weight + second.weight)
-
-    def error(ridge):
-        given = RidgeSums.of(fit, correction[:60]), sums(held, correction[60:]), 0 * prior
-        weight = first.weight + ridge_path(*given, ridges=(ridge,)).weight
-        return float((both[60:, :4] + both[60:, 4:] - held @ weight).square().sum())
-
-    best = RIDGES.index(found.correction_ridge)
-    assert all(error(RIDGES[best]) <= error(ridge) for ridge in RIDGES[max(0, best - 1) : best + 2])
-
-
-def test_a_correction_of_noise_is_pulled_away_and_the_output_is_not():
-    for seed in range(5):
-        fit, held, own, _ = in_two_parts(seed, noise=0.0)
-        noise = 5 * torch.randn(120, 4, generator=torch.Generator().manual_seed(seed)).double()
-        both, prior = torch.cat([own, noise], dim=1), torch.zeros(41, 4).double()
-        apart = ridge_path(RidgeSums.of(fit, both[:60]), HeldRows(held, both[60:]), prior)
-        alike = ridge_path(RidgeSums.of(fit, (own + noise)[:60]), HeldRows(held, (own + noise)[60:]), prior)
-        clean = ridge_path(RidgeSums.of(fit, own[:60]), HeldRows(held, own[60:]), prior)
-        assert apart.ridge == clean.ridge < apart.correction_ridge
-
-        def missing(found, held=held, own=own):
-            return float((held @ found.weight - own[60:]).square().sum())
-
-        assert missing(clean) < missing(apart) < missing(alike)
-
-
-def test_a_correction_that_is_foretold_is_made():
-    fit, held, own, correction = in_two_parts(3, noise=0.0)
-    both = torch.cat([own, correction], dim=1)
-    found = ridge_path(RidgeSums.of(fit, both[:60]), HeldRows(held, both[60:]), torch.zeros(41, 4).double())
-    total = own[60:] + correction[60:]
-    assert (held @ found.weight - total).norm() < 0.01 * total.norm()
-    assert (total - own[60:]).norm() > 0.1 * total.norm()
-
-
-def test_features_to_keep_are_those_that_serve_both_parts_together():
-    f, own, _ = regression(5, noise=0.0)
-    prior = torch.zeros(13, 4).double()
-    other = own.flip(1)
-    whole, parts = RidgeSums.of(f, own + other), RidgeSums.of(f, torch.cat([own, other], dim=1))
-    assert torch.equal(most_useful(whole, prior, 5), most_useful(parts, prior, 5))
