@@ -14,6 +14,7 @@ import click
 from surgery.cli import conversion, evaluation, publishing, reading, refining, terminal
 from surgery.errors import EXIT_USER, SurgeryError
 from surgery.runtime.files import CAUSES, not_written
+from surgery.runtime.trust import trust
 from surgery.version import __version__
 
 EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
@@ -37,6 +38,16 @@ for command in (
     publishing.push,
 ):
     cli.add_command(command)
+    if command not in (publishing.card, publishing.push):
+        command.params.append(
+            click.Option(
+                ["--trust-remote-code"],
+                is_flag=True,
+                expose_value=False,
+                callback=lambda _context, _option, value: trust(value),
+                help="Run code that a checkpoint brings for its tokenizer.",
+            )
+        )
 
 
 def _leave_group() -> None:

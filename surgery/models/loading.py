@@ -21,6 +21,7 @@ from surgery.models.companions import Companions, companions, has_tokenizer
 from surgery.models.in_memory import unwrapped
 from surgery.models.refusals import ADAPTER, adapter_on_the_hub, is_adapter, unreadable
 from surgery.runtime import weights_on_disk
+from surgery.runtime.trust import trusted
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,9 @@ class LoadedModel:
             raise ModelError(
                 f"the model's tokenizer does not load: {self.tokenizer_problem}",
                 where=self.source.name,
-                cause="its files are damaged, or it needs code or a package that is not there",
-                fix="mend or replace them, or give token ids",
+                cause="its files are damaged, or it needs a package that is not there, or code of its own",
+                fix="mend or replace them, or give token ids; for code that you trust, --trust-remote-code "
+                "(in Python: with surgery.trusting_remote_code(): …)",
             )
         return self.tokenizer
 
@@ -227,7 +229,7 @@ def loaded(
     kind_of_model = architecture(name, config, revision)
     model, left_over = _weights(name, path, kind_of_model.cls, options, merged)
     quantised.forget(model, converted=bool(whole))
-    tokenizer, problem = _tokenizer(path, kind, revision, extra)
+    tokenizer, problem = _tokenizer(path, kind, revision, dict(extra))
     model.eval()
     commit = getattr(model.config, "_commit_hash", None)
     broken = f"the tokenizer does not load ({problem}); its files are copied as they are" if problem else ""
@@ -236,10 +238,11 @@ def loaded(
     return LoadedModel(model, tokenizer, source, (path, kind, commit or revision), problem)
 
 
-def _tokenizer(path: str, kind: str, revision: str | None, extra: dict[str, str]) -> tuple[Any | None, str]:
+def _tokenizer(path: str, kind: str, revision: str | None, extra: dict[str, Any]) -> tuple[Any | None, str]:
     """A checkpoint's tokenizer, or None and why it does not load; no reason where there is none."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False, **extra), ""
+        extra |= {"trust_remote_code": trusted()}
+        return transformers.AutoTokenizer.from_pretrained(path, revision=revision, **extra), ""
     except Exception as error:
         if not has_tokenizer(path, kind, revision):
             return None, ""

@@ -1,6 +1,7 @@
 """What transformers would read beside a model's weights travels with the twin, or the report says why not."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from evals import evaluate
+from surgery.cli import main
 from surgery.errors import ModelError
+from surgery.models import loading
 from surgery.models.companions import companions
 from tests import tiny
 from tests.hub_server import Hub
@@ -141,6 +144,7 @@ def server():
 
 READ = """
 import json, sys
+from surgery.models import loading
 from surgery.models.companions import companions
 found = companions("them/base", "hub", None)
 print(json.dumps([{name: open(file).read() for name, file in found.files.items()}, found.missing, found.left]))
@@ -175,3 +179,44 @@ def test_code_of_an_unknown_architecture_is_refused_without_a_question(tmp_path)
         capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2 and "such code is not run" in done.stderr and "[y/N]" not in done.stdout + done.stderr
+
+
+CODE = """
+from transformers import PreTrainedTokenizerFast
+
+print("CODE IS RUN")
+
+
+class XTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def test_a_tokenizers_own_code_is_run_where_it_is_trusted_and_never_asked_for(llama, tmp_path):
+    (llama / "tokenization_x.py").write_text(CODE)
+    shutil.rmtree(llama / "custom_generate")
+    settings = json.loads((llama / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": [None, "tokenization_x.XTokenizer"]}, "tokenizer_class": "XTokenizer"}
+    (llama / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    def run(*more):
+        command = [sys.executable, "-m", "surgery", "convert", str(llama), "-o", str(tmp_path / "twin"), *more]
+        command += ["--calibration", "python", "--tokens", "2048", "--length", "32", "--measure", "0", "--json"]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, stdin=subprocess.PIPE)
+
+    done = run()
+    assert "CODE IS RUN" not in done.stdout + done.stderr and "[y/N]" not in done.stdout + done.stderr
+    assert done.returncode == 0 or "--trust-remote-code" in done.stderr
+    done = run("--trust-remote-code", "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert "CODE IS RUN" in done.stdout
+    assert (tmp_path / "twin" / "tokenization_x.py").read_text() == CODE
+    with surgery.trusting_remote_code():
+        assert type(loading.loaded(str(llama)).tokenizer).__name__ == "XTokenizer"
+    assert type(loading.loaded(str(llama)).tokenizer).__name__ != "XTokenizer"
+
+
+def test_every_command_that_reads_a_model_may_be_told_to_trust_its_tokenizer():
+    commands = main.cli.commands.items()
+    told = {name for name, command in commands if "trust_remote_code" in [option.name for option in command.params]}
+    assert told == set(main.cli.commands) - {"card", "push"}
