@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.uncertainty import paired_difference
-from surgery.errors import EvaluationError, did_you_mean
+from surgery.errors import EvaluationError, did_you_mean, first_line
 from surgery.runtime import processes
 from surgery.runtime.settings import at_least
 
@@ -130,7 +130,7 @@ def language_model(model: Any, tokenizer: Any, settings: TaskSettings) -> Any:
             wrapped.apply_chat_template([{"role": "user", "content": "…"}])
         except Exception as error:
             raise EvaluationError(
-                f"the tokenizer has no such chat template: {str(error).strip().splitlines()[0][:300]}",
+                f"the tokenizer has no such chat template: {first_line(error)}",
                 where="--apply-chat-template",
                 fix="leave it out for a base model",
             ) from error
@@ -165,7 +165,7 @@ def run_task(lm: Any, task: str, manager: Any, settings: TaskSettings) -> TaskRe
         )
     except (OSError, ConnectionError, ValueError) as error:
         raise EvaluationError(
-            f"the task could not be run: {str(error).strip().splitlines()[0][:300]}",
+            f"the task could not be run: {first_line(error)}",
             where=task,
             cause="its data is on the Hub and there is no network, or a data file is missing",
             fix="check the network; tasks over local json files need none",

@@ -7,7 +7,7 @@ from typing import Any
 
 from evals.report import AFTER, BEFORE, INK
 from surgery.errors import EvaluationError
-from surgery.runtime.files import replacing, write_json
+from surgery.runtime.files import not_written, replacing, write_json
 from surgery.runtime.public import as_label
 
 JSON, PLOT = "texts.json", "texts.png"
@@ -19,7 +19,7 @@ def write_kinds(found: dict[str, Any], folder: Path) -> list[Path]:
         write_json(folder / JSON, found, allow_nan=False)
         draw_kinds(found, folder / PLOT)
     except OSError as error:
-        raise EvaluationError(f"the comparison cannot be written: {error}", where=str(folder)) from error
+        raise not_written(error, "the comparison cannot be written", folder) from error
     return [folder / JSON, folder / PLOT]
 
 

@@ -52,6 +52,12 @@ class EvaluationError(SurgeryError):
     """Something that cannot be measured."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says first, short enough for a line; its kind where it says nothing."""
+    said = str(error).strip()
+    return said.splitlines()[0][:300] if said else type(error).__name__
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the nearest known name, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,6 +39,15 @@ class Hub(ThreadingHTTPServer):
 
     def files(self, name: str, branch: str = "main") -> dict[str, bytes]:
         return self.repositories[name][branch]
+
+
+def environment(server, home, token="hf_right"):
+    """Of a process that talks to the local Hub only, with a login of its own and nothing cached."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    return kept | {
+        "HF_ENDPOINT": server.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+        **({"HF_TOKEN": token} if token else {}), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+    }  # fmt: skip
 
 
 class Handler(BaseHTTPRequestHandler):

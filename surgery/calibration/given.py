@@ -16,7 +16,7 @@ from torch import Tensor
 from surgery.calibration.text_files import text_of
 from surgery.calibration.texts import chat_of, ids_of
 from surgery.calibration.windows import sequences
-from surgery.errors import CalibrationError
+from surgery.errors import CalibrationError, first_line
 
 ACCEPTED = (
     "give token ids as one tensor of integers, texts as a list of {'text': …}, a dataset of either, "
@@ -151,7 +151,7 @@ def _tensor(values: Any, where: str) -> Tensor:
     try:
         return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise CalibrationError(f"it cannot be made a tensor: {first}", where=where, fix=ACCEPTED) from error
 
 

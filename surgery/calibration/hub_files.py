@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from surgery.calibration.text_files import Chat, plain_chat, text_of
-from surgery.errors import CalibrationError
+from surgery.errors import CalibrationError, first_line
 from surgery.runtime.files import replacing
 
 PIECE = 512 * 1024  # bytes of a file as it is stored, fetched and kept at once
@@ -127,7 +127,7 @@ def _fetched(source: str, start: int) -> bytes:
             skipped = 0 if answer.status_code == 206 else start  # a server that does not know of ranges
             return _some(answer.iter_raw(), skipped)
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first = first_line(error)
         raise _unreachable(source, first) from error
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from surgery.errors import CalibrationError
+from surgery.errors import CalibrationError, first_line
 
 Messages = Sequence[Mapping[str, Any]]
 Chat = Callable[[Messages], str]
@@ -79,7 +79,7 @@ def text_of(record: Any, where: str, chat: Chat = plain_chat) -> str:
         except CalibrationError:
             raise
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            first = first_line(error)
             raise CalibrationError(f"the chat template refuses these messages: {first}", where=where) from error
     found = ", ".join(sorted(map(repr, record))[:KEYS_SHOWN]) or "nothing"
     raise CalibrationError(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from surgery.calibration.hub_files import hub_file_texts, is_hub_file
 from surgery.calibration.text_files import Chat, Messages, file_texts, plain_chat, text_of
-from surgery.errors import CalibrationError, RecipeError, did_you_mean
+from surgery.errors import CalibrationError, RecipeError, did_you_mean, first_line
 
 AUTO, SAMPLES, BROAD = "auto", "samples", "broad"
 BUILT_IN = ("python", "code", SAMPLES, BROAD)
@@ -118,7 +118,7 @@ def _hub_texts(source: str, chat: Chat) -> Iterator[str]:
     except CalibrationError:
         raise
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first = first_line(error)
         raise CalibrationError(
             f"the dataset could not be read: {first}", where=source, fix="check name and network"
         ) from error

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from surgery.errors import first_line
+
 Fetch = Callable[[str], Path]
 
 TRAVEL = re.compile(
@@ -87,8 +89,10 @@ def companions(path: str, kind: str, revision: str | None, tokenizer: str = "") 
 
 def has_tokenizer(path: str, kind: str, revision: str | None) -> bool:
     """Whether there are files of a tokenizer, so that it should load."""
+    if kind == "gguf":
+        return True
     names = [file.name for file in Path(path).iterdir()] if kind == "folder" else _on_the_hub(path, revision)
-    return kind == "gguf" or any(TOKENIZER.fullmatch(name) for name in names)
+    return any(TOKENIZER.fullmatch(name) for name in names)
 
 
 def _inside(root: Path) -> list[str]:
@@ -107,8 +111,8 @@ def _chosen(every: Collection[str], fetch: Fetch, tokenizer: str) -> Companions:
             try:
                 files[name] = fetch(name)
             except Exception as error:
-                first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                missing[name] = first[:200]
+                first = first_line(error)
+                missing[name] = first
 
     take(name for name in names if TRAVEL.fullmatch(name) or TOKENIZER.fullmatch(name))
     code = _code(files, fetch if "config.json" in names else None)

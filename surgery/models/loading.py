@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
-from surgery.errors import ModelError
+from surgery.errors import ModelError, first_line
 from surgery.models import delta, modeling_polynomial, quantised
 from surgery.models.architecture import Architecture, class_by_weights, general_class, named_class
 from surgery.models.companions import Companions, companions, has_tokenizer
@@ -246,8 +246,8 @@ def _tokenizer(path: str, kind: str, revision: str | None, extra: dict[str, Any]
     except Exception as error:
         if not has_tokenizer(path, kind, revision):
             return None, ""
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return None, first[:300]
+        first = first_line(error)
+        return None, first
 
 
 def _weights(name: str, path: str, cls: Any, options: dict[str, Any], merged: Path | None) -> tuple[Any, str]:
@@ -298,7 +298,7 @@ def placed(device: str) -> Any:
         raise ModelError(
             f"no device {device!r} here, or none that computes in float64",
             where="--device",
-            cause=str(error).splitlines()[0],
+            cause=first_line(error),
             fix="cpu, cuda, cuda:1, …, or auto",
         ) from error
     return torch.device(device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.errors import ModelError
+from surgery.errors import ModelError, first_line
 
 METHOD = "quant_method"
 LEFT_BEHIND = ("hf_quantizer", "quantization_method", "is_quantized")
@@ -33,9 +33,9 @@ def reading(name: str, config: Any) -> dict[str, Any]:
     except ModelError:
         raise
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = first_line(error)
         raise ModelError(
-            f"the checkpoint is quantised ({method}), and its weights cannot be made whole here: {first[:300]}",
+            f"the checkpoint is quantised ({method}), and its weights cannot be made whole here: {first}",
             where=name,
             fix="install what it asks for, or convert the checkpoint that it was quantised from",
         ) from error

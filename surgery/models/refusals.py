@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from surgery.errors import ModelError
+from surgery.errors import ModelError, first_line
 
 ADAPTER = "adapter_config.json"
 
@@ -33,10 +33,10 @@ def adapter_on_the_hub(name: str, revision: str | None) -> bool:
 
 def unreadable(name: str, error: Exception) -> ModelError:
     """From what transformers or the Hub raised."""
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    first = first_line(error)
     if isinstance(error, MemoryError) or "allocate memory" in first or "out of memory" in first:
         return ModelError(
-            f"the model could not be loaded: {first[:300]}",
+            f"the model could not be loaded: {first}",
             where=name,
             cause="it needs more memory than there is",
             fix="convert it with --offload, which leaves the weights on disk",
@@ -50,14 +50,14 @@ def unreadable(name: str, error: Exception) -> ModelError:
         )
     if "No space left" in str(error):
         return ModelError(
-            f"the model could not be loaded: {first[:300]}",
+            f"the model could not be loaded: {first}",
             where=name,
             cause="experts that stay on disk are put together beside the output, which takes as much room again",
             fix="free some space, or choose an output (-o) on another disk",
         )
     here = "" if Path(name).expanduser().exists() else "there is no such file or folder here; on the Hub it is "
     return ModelError(
-        f"the model could not be loaded: {first[:300]}",
+        f"the model could not be loaded: {first}",
         where=name,
         cause=f"{here}a name that does not exist, a private model, no network, or not a transformers model",
         fix="check the name; for a private model run `hf auth login`; a local folder needs config.json and weights",

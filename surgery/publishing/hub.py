@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import CheckpointError, RecipeError, SurgeryError
+from surgery.errors import CheckpointError, RecipeError, SurgeryError, first_line
 from surgery.publishing.card import Card, render_card
 from surgery.runtime.files import sha256, write_text
 from surgery.runtime.public import public_text
@@ -99,7 +99,7 @@ def check_repository(name: str) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise RecipeError(
-            f"no name of a repository: {str(error).splitlines()[0].rstrip('.')}",
+            f"no name of a repository: {first_line(error).rstrip('.')}",
             where=repr(name),
             fix="as in user/name",
         ) from error
@@ -194,7 +194,7 @@ def _explained(error: Exception, repository: str) -> SurgeryError:
         )
     if status == 409:
         return HubError("the Hub reports a conflict: somebody else is writing", where=repository, fix="push again")
-    first = str(error).strip().splitlines()[0][:300] if str(error).strip() else name
+    first = first_line(error)
     return HubError(
         f"the upload failed: {first}",
         where=repository,

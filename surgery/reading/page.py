@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import SurgeryError
-from surgery.runtime.files import write_bytes
+from surgery.runtime.files import not_written, write_bytes
 
 JSON, PAGE, PLOT = "explanation.json", "explanation.html", "spectrum.png"
 POSITIVE, NEGATIVE = "#1f6feb", "#d1242f"
@@ -35,7 +35,7 @@ def write_explanation(report: dict[str, Any], folder: Path) -> None:
         for name, content in files.items():
             write_bytes(folder / name, content)
     except OSError as error:
-        raise SurgeryError(f"the explanation cannot be written: {error}", where=str(folder)) from error
+        raise not_written(error, "the explanation cannot be written", folder) from error
 
 
 def spectrum_plot(report: dict[str, Any]) -> bytes:

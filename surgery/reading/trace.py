@@ -24,7 +24,7 @@ from surgery.closed_form import sinks
 from surgery.errors import CheckpointError, ModelError, RecipeError, SurgeryError
 from surgery.models import loading
 from surgery.reading.approximation import approximations
-from surgery.runtime.files import write_bytes, write_json
+from surgery.runtime.files import not_written, write_bytes, write_json
 from surgery.runtime.hooks import hooked
 from surgery.runtime.settings import at_least, checked_settings
 
@@ -173,7 +173,7 @@ def _write(folder: Path, report: dict[str, Any]) -> None:
     try:
         write_json(folder / JSON, report)
     except OSError as error:
-        raise CheckpointError(f"the trace cannot be written: {error}", where=str(folder)) from error
+        raise not_written(error, "the trace cannot be written", folder) from error
 
 
 def measure(step: TrainingStep, settings: TraceSettings) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.errors import ModelError, RecipeError
+from surgery.errors import ModelError, RecipeError, first_line
 from surgery.models import loading
 from surgery.models.as_llama import as_llama
 from surgery.refining import sharding
@@ -44,7 +44,7 @@ def with_lora(student: Any, settings: RefineSettings) -> tuple[Any, dict[str, nn
             ),
         )
     except ValueError as error:
-        raise RecipeError(str(error).splitlines()[0], where="--lora-modules") from error
+        raise RecipeError(first_line(error), where="--lora-modules") from error
     return adapted, {name: value for name, value in adapted.named_parameters() if value.requires_grad}
 
 

@@ -13,12 +13,11 @@ from safetensors.torch import load_file, save_file
 import surgery
 from evals import evaluate
 from surgery.cli import main
-from surgery.errors import ModelError
+from surgery.errors import ModelError, first_line
 from surgery.models import loading
-from surgery.models.companions import companions
+from surgery.models.companions import companions, has_tokenizer
 from tests import tiny
-from tests.hub_server import Hub
-from tests.publishing.test_hub import environment
+from tests.hub_server import Hub, environment
 
 IDS = torch.randint(3, 96, (64, 32), generator=torch.Generator().manual_seed(3))
 TRAVEL = (
@@ -145,7 +144,7 @@ def server():
 READ = """
 import json, sys
 from surgery.models import loading
-from surgery.models.companions import companions
+from surgery.models.companions import companions, has_tokenizer
 found = companions("them/base", "hub", None)
 print(json.dumps([{name: open(file).read() for name, file in found.files.items()}, found.missing, found.left]))
 """
@@ -220,3 +219,13 @@ def test_every_command_that_reads_a_model_may_be_told_to_trust_its_tokenizer():
     commands = main.cli.commands.items()
     told = {name for name, command in commands if "trust_remote_code" in [option.name for option in command.params]}
     assert told == set(main.cli.commands) - {"card", "push"}
+
+
+def test_a_gguf_file_has_its_tokenizer_inside_and_nothing_is_looked_up(tmp_path):
+    assert has_tokenizer(str(tmp_path), "gguf", None)
+    assert companions(str(tmp_path), "gguf", None).files == {}
+
+
+def test_what_an_error_says_is_one_line_and_never_nothing():
+    assert first_line(ValueError("a\nb")) == "a" and first_line(OSError()) == "OSError"
+    assert first_line(ValueError(" \n ")) == "ValueError" and len(first_line(ValueError("x" * 9999))) == 300

@@ -14,8 +14,7 @@ import surgery
 from surgery.errors import ModelError
 from surgery.models import loading
 from tests import tiny
-from tests.hub_server import Hub
-from tests.publishing.test_hub import environment
+from tests.hub_server import Hub, environment
 
 IDS = torch.randint(3, 96, (64, 32), generator=torch.Generator().manual_seed(3))
 LORA = peft.LoraConfig(r=2, target_modules=["q_proj"])

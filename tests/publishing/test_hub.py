@@ -1,7 +1,6 @@
 """Publishing: the card, the upload through huggingface_hub to a local Hub, and loading back without this package."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import surgery
 from surgery.errors import CheckpointError, RecipeError
 from surgery.models import loading
 from surgery.publishing.hub import plan_push
-from tests.hub_server import Hub
+from tests.hub_server import Hub, environment
 
 LOAD = """
 import sys, torch
@@ -35,15 +34,6 @@ def server():
     found = Hub()
     yield found
     found.shutdown()
-
-
-def environment(server, home, token="hf_right"):
-    """Of a process that talks to the local Hub only, with a login of its own and nothing cached."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    return kept | {
-        "HF_ENDPOINT": server.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-        **({"HF_TOKEN": token} if token else {}), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
-    }  # fmt: skip
 
 
 def run(server, home, *arguments, token="hf_right"):

@@ -34,7 +34,12 @@ def test_paths_are_named_by_their_last_part_wherever_they_stand(here):
 @pytest.mark.parametrize(
     "text",
     [
-        *("them/base", "hub:them/texts@0123/file.json.gz", "https://hf.co/them/base", "see http://localhost:80/tmp/x"),
+        *(
+            "them/base",
+            "hub:them/texts@0123/file.json.gz",
+            "https://hf.co/them/base",
+            "see http://localhost:80/some/place",
+        ),
         *("model.layers.0.mlp", "and/or", "R²/held", "/somebody/elses/path", "input / output", "3/4", "", "a\nb"),
         *("novels.txt", "D:\\x\\y", "/", "//", "~"),
     ],
