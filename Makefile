@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh machine:
-#   make demo   sets up, fetches a real model, converts it at degree 2 and 3, prints what it cost
+#   make demo   sets up, fetches a real model, makes twins of degree 1, 2 and 3, measures and pictures what they cost
 #   make test   sets up and passes the tests
-# make refined: an hour of refinement on top (SOURCES="novels.txt=2 samples" KINDS="drama=hamlet.txt" name the texts).
+# make refined: the quadratic twin and an hour of refinement (SET="refine.tokens=400k eval.kind.novel=alice.txt" changes it).
 # make bench measures speed, memory and what more tokens or fewer units do (about an hour on two cores).
 PYTHON ?= python3
 VENV ?= .venv
@@ -47,10 +47,10 @@ $(ANTIBERTY): | setup
 	rm -rf $@.tmp
 
 demo: setup $(MODEL)
-	$(BIN)/python recipes/demo.py $(MODEL)
+	$(BIN)/surgery run recipes/demo.yaml
 
 refined: setup $(MODEL)
-	PATH="$(CURDIR)/$(BIN):$$PATH" recipes/refined.sh $(MODEL) build/refined $(SOURCES)
+	$(BIN)/surgery run recipes/refined.yaml -o build/refined --set model=$(MODEL) $(foreach change,$(SET),--set '$(change)')
 
 test: setup
 	$(BIN)/python -m pytest -n auto -m 'not slow'
@@ -71,6 +71,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/mdformat --check README.md CONTRIBUTING.md CHANGELOG.md $(filter-out docs/architectures.md,$(wildcard docs/*.md))
 
 clean:
 	rm -rf build $(VENV)

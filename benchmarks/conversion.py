@@ -53,7 +53,7 @@ def measure(tokens: int, width: int, depth: int, degree: int) -> dict:
 
     forward()
     first, before = forward(), peak_mib()
-    _, report = surgery.convert(model, calibration=ids, degree=degree, length=LENGTH, batch=BATCH)
+    _, report = surgery.convert(model, text=ids, degree=degree, window=LENGTH, batch=BATCH)
     seconds, peak = report.seconds["convert"], peak_mib()
     second = forward()
     return {

@@ -19,6 +19,7 @@ import transformers
 import surgery
 from surgery.models import loading
 from surgery.runtime.precision import fast_autocast
+from surgery.runtime.settings import whole_number
 
 TOGETHER = 32  # sequences a forward pass
 ROUNDS, STEPS = 2, 6  # of drawing half of a sequence anew, in as many steps
@@ -77,7 +78,7 @@ def of_sequences(loaded, options):
     print(f"original {base:.4f} nats per masked token")
 
     def cost(**settings):
-        twin, report = surgery.convert(copy.deepcopy(loaded.model), calibration=inputs, **settings)
+        twin, report = surgery.convert(copy.deepcopy(loaded.model), text=inputs, **settings)
         return masked_loss(twin, pairs) - base, report
 
     return cost
@@ -98,8 +99,8 @@ def of_text(loaded, options):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--text", help="a text source, as for `surgery convert --calibration`")
-    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--text", help="a text source, as for `surgery convert --text`")
+    parser.add_argument("--tokens", type=whole_number, default=16384)
     parser.add_argument("--sequences", nargs="*")
     parser.add_argument("--rows", type=int, default=320, help="sequences to draw, twice")
     parser.add_argument("--vocabulary", help="vocab.txt, where the model's folder holds no tokenizer")

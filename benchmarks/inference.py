@@ -31,7 +31,7 @@ def pairs(name: str, dtype: str):
     for form, settings in FORMS:
         original, model = (surgery.load(name, dtype=dtype) for _ in range(2))
         try:
-            twin, report = surgery.convert(model, calibration=ids, assume="standard", length=128, **settings)
+            twin, report = surgery.convert(model, text=ids, assume="standard", window=128, **settings)
         except RecipeError:
             continue  # no native form
         yield form, original, twin, [row["path"] for row in report.blocks]

@@ -75,11 +75,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         twin = root / "twin"
-        convert = ["convert", options.model, "--calibration", options.text, "--tokens", "4096", "--length", "32"]
+        convert = ["convert", options.model, "--text", options.text, "--tokens", "4096", "--window", "32"]
         finished([*convert, "-o", str(twin)])
-        refine = ["refine", str(twin), "--teacher", options.model, *text, "--tokens", "8192", "--length", "32"]
+        refine = ["refine", str(twin), "--original", options.model, *text, "--tokens", "8192", "--window", "32"]
         refine += ["--batch", "2", "--validate-tokens", "256", "--validate-every", "20"]
-        evaluate = ["eval", str(twin), "--against", options.model, *text, "--tokens", "2048", "--window", "32"]
+        evaluate = ["eval", str(twin), "--original", options.model, *text, "--tokens", "2048", "--window", "32"]
         evaluate += ["--no-speed", "--cache", str(root / "cache")]
         commands: dict[str, tuple[list[str], Callable[[Path], Any]]] = {
             "convert": (convert, weights),

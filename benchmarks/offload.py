@@ -81,7 +81,7 @@ def convert(source: str, output: str, tokens: int) -> None:
     import surgery
 
     ids = torch.randint(4, WORDS, (tokens // LENGTH, LENGTH), generator=torch.Generator().manual_seed(0))
-    surgery.convert(source, output=output, offload=True, calibration=ids, length=LENGTH, batch=BATCH)
+    surgery.convert(source, output=output, offload=True, text=ids, window=LENGTH, batch=BATCH)
 
 
 def anonymous_mib(process: int) -> int:

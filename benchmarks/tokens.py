@@ -16,6 +16,7 @@ import surgery
 from surgery.calibration.texts import tokens_of
 from surgery.losses import perplexity
 from surgery.models import loading
+from surgery.runtime.settings import whole_number
 
 WINDOW = 512
 
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--text", default="python")
     parser.add_argument("--sizes", default="8192,32768,98304")
     parser.add_argument("--degrees", default="2,3")
-    parser.add_argument("--measure", type=int, default=8192)
+    parser.add_argument("--measure", type=whole_number, default=8192)
     parser.add_argument("--plot")
     options = parser.parse_args()
     sizes, degrees = ([int(part) for part in given.split(",")] for given in (options.sizes, options.degrees))
@@ -58,7 +59,7 @@ def main() -> None:
                 file.write(original.tokenizer.decode(ids[:tokens]))
                 file.flush()
                 twin, _ = surgery.convert(
-                    options.model, calibration=file.name, tokens=tokens, degree=degree, length=WINDOW, measure=0
+                    options.model, text=file.name, tokens=tokens, degree=degree, window=WINDOW, measure=0
                 )
             seconds = time.monotonic() - started
             lost = perplexity(twin, unseen).nats - before.nats

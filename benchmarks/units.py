@@ -18,6 +18,7 @@ from surgery.calibration.texts import tokens_of
 from surgery.calibration.windows import sequences
 from surgery.losses import perplexity
 from surgery.models import loading
+from surgery.runtime.settings import whole_number
 
 MEASURED, LENGTH = 4096, 512
 
@@ -41,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--text", required=True)
-    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--tokens", type=whole_number, default=32768)
     parser.add_argument("--shares", type=float, nargs="*", default=[1.0, 0.75, 0.5])
     options = parser.parse_args()
     loaded = loading.loaded(options.model)
@@ -52,7 +53,7 @@ def main() -> None:
     rows = []
     print(f"{'units':>6}{'parameters':>14}{'twin, nats':>12}{'magnitude, nats':>17}{'prefill':>9}{'decode':>8}")
     for share in options.shares:
-        twin, _ = surgery.convert(surgery.load(options.model), calibration=fit, units=share, quiet=False)
+        twin, _ = surgery.convert(surgery.load(options.model), text=fit, units=share, quiet=False)
         speed = compare_speed(loaded.model, twin)
         row = {
             "share": share,

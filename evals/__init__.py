@@ -1,7 +1,7 @@
 """Measures what a twin costs against its original.
 
     >>> from evals import evaluate
-    >>> report = evaluate("twin", against="HuggingFaceTB/SmolLM2-135M")
+    >>> report = evaluate("twin", original="HuggingFaceTB/SmolLM2-135M")
 
 Both models and a text come in; perplexity, fidelity, R² per block, lm-eval tasks and speed go out, as data, tables, a
 page and plots. Imported on first use, so that importing this package is quick.

@@ -36,7 +36,7 @@ DISAGREEMENT = 2.0  # FVU on text and under the Gaussian further apart than this
 
 @dataclass(frozen=True)
 class BlockSums:
-    """Sums over one block's tokens, attention sinks aside; they add over batches and processes.
+    """Sums over one block's tokens, without attention sinks; they add over batches and processes.
 
     Attributes:
         fit, score: of the target f(x) on (x, 1), over even and odd windows; 2 (d + 1)² numbers.
@@ -160,9 +160,9 @@ def _gaussian_fvu(original: Any, twin: Any, block: Block, sums: RidgeSums, seed:
     gram = sums.full_gram()
     x = InputMoments(float(sums.weight), gram[-1, :-1], gram[:-1, :-1]).sample(GAUSSIAN_TOKENS, seed)
 
-    def answer(model: Any) -> Tensor:
+    def output_of(model: Any) -> Tensor:
         return block.function(model)(x.to(device_of(model), model.dtype)).double().cpu()
 
     with torch.no_grad():
-        truth, found = answer(original), answer(twin)
+        truth, found = output_of(original), output_of(twin)
     return float((truth - found).square().sum() / (truth - truth.mean(0)).square().sum().clamp_min(1e-300))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -18,37 +18,30 @@ import torch
 
 from evals import harness, speed
 from evals.block_fidelity import AFFINE_RIDGES, BlockSums, block_rows, block_sums
-from evals.fidelity import TokenFidelity, compare_outputs, compare_tokens, outputs_summary, summary
-from evals.memo import Memo, model_fingerprint
+from evals.fidelity import compare_outputs, outputs_summary, summary
+from evals.kinds import compare_kinds
+from evals.memo import Memo
+from evals.pair import Pair, guarded, load_pair, token_fidelity
 from evals.report import write_evaluation
 from evals.settings import EvalSettings, plan_evaluation
 from evals.text import MeasuredText, batches, read
 from surgery.blocks.find import survey
 from surgery.calibration.inputs import calibration_inputs
 from surgery.errors import EvaluationError
-from surgery.models import loading
-from surgery.runtime import processes, weights_on_disk
+from surgery.runtime import processes
+from surgery.runtime.progress import progress
 from surgery.runtime.stopwatch import Stopwatch
+from surgery.runtime.vocabulary import understands_former_names
 from surgery.saving.report import read_report, versions
 
 FORMAT = 1
-CHUNK_WINDOWS = 64  # windows per kept piece: what a kill can cost
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """Both models; whether they predict next tokens; their fingerprints."""
-
-    original: loading.LoadedModel
-    twin: loading.LoadedModel
-    causal: bool
-    keys: dict[str, str]
-
-
+@understands_former_names
 def evaluate(
     twin: str | Path,
     *,
-    against: str | Path | None = None,
+    original: str | Path | None = None,
     output: str | Path | None = None,
     cache: str | Path | None = None,
     quiet: bool = True,
@@ -59,7 +52,7 @@ def evaluate(
     Under a launcher (accelerate, torchrun) every process must call it and measures its share.
 
     Args:
-        twin, against: Hub ids, folders or .gguf files; `against` is by default what the twin was made from.
+        twin, original: Hub ids, folders or .gguf files; the original is by default what the twin was made from.
         output: folder for evaluation.json, summary.md, report.html and blocks.png.
         cache: folder in which finished measurements are kept and looked up; None keeps nothing.
         settings: as in :func:`evals.settings.plan_evaluation`.
@@ -68,7 +61,7 @@ def evaluate(
     Raises:
         SurgeryError: a mistake that can be mended, among them models whose tokenizers differ and too little text.
     """
-    planned = plan_evaluation(twin, against=against, output=output, **settings)
+    planned = plan_evaluation(twin, original=original, output=output, **settings)
     return evaluated(planned, output, cache, quiet)
 
 
@@ -89,11 +82,13 @@ def measure(settings: EvalSettings, memo: Memo, quiet: bool = True) -> dict[str,
     with watch.timing("load"):
         manager = harness.task_manager(settings.task_settings.include_path) if settings.tasks else None
         tasks = harness.resolve_tasks(manager, settings.tasks) if manager else []
-        pair = _guarded(lambda: _load(settings), "--dtype bfloat16, or --device-map auto or disk")
+        pair = guarded(lambda: _load(settings), "--dtype bfloat16, or --device-map auto or disk")
         if tasks and not pair.causal:
             raise EvaluationError(
                 "lm-eval tasks need a causal language model", where=settings.twin, fix="leave --tasks out"
             )
+        if settings.kind and not pair.causal:
+            raise EvaluationError("kinds of text need a causal language model", where=settings.twin, fix="leave --kind")
         text = _read(settings, pair) if pair.causal else None
     report: dict[str, Any] = {"format": FORMAT}
 
@@ -105,8 +100,10 @@ def measure(settings: EvalSettings, memo: Memo, quiet: bool = True) -> dict[str,
         stage("text", lambda: _text(settings, pair, text, memo, quiet))
     else:
         stage("outputs", lambda: _outputs(settings, pair))
+    if settings.kind:
+        stage("kinds", lambda: _kinds(settings, pair, memo, quiet))
     if settings.block_tokens:
-        stage("blocks", lambda: _blocks(settings, pair, text, memo))
+        stage("blocks", lambda: _blocks(settings, pair, text, memo, quiet))
     if tasks:
         stage("tasks", lambda: _tasks(settings, pair, tasks, manager, memo, quiet))
     if settings.speed and pair.causal and settings.device_map != "disk":
@@ -122,82 +119,35 @@ def measure(settings: EvalSettings, memo: Memo, quiet: bool = True) -> dict[str,
     }
 
 
-def _load(settings: EvalSettings) -> _Pair:
-    place: Any = weights_on_disk.ON_DISK if settings.device_map == "disk" else settings.device_map
-    options: dict[str, Any] = {"dtype": settings.dtype, "device_map": place}
-    original = loading.loaded(settings.original, settings.original_revision, **options)
-    twin = loading.loaded(settings.twin, settings.revision, **options)
-    models: list[Any] = [original.model, twin.model]
-    causal = all(map(loading.is_causal, models))
-    if settings.device_map is None and torch.cuda.is_available():
-        for model in models:
-            model.to("cuda")  # the process's own: accelerate has chosen it
-    one, two = original.tokenizer, twin.tokenizer
-    if one is not None and two is not None and one.get_vocab() != two.get_vocab():
-        raise EvaluationError(
-            "the two models have different tokenizers, so their predictions cannot be compared token by token",
-            where=f"{settings.twin} and {settings.original}",
-            cause="the twin was made from another model",
-            fix="name the model that the twin was converted from with --against",
-        )
-    keys = {
-        "original": model_fingerprint(settings.original, original.source.revision),
-        "twin": model_fingerprint(settings.twin, twin.source.revision),
-    }
-    return _Pair(original, twin, causal, keys)
+def _load(settings: EvalSettings) -> Pair:
+    names = ("revision", "original_revision", "dtype", "device", "device_map")
+    return load_pair(settings.twin, settings.original, **{name: getattr(settings, name) for name in names})
 
 
-def _read(settings: EvalSettings, pair: _Pair) -> MeasuredText:
-    tokenizer = pair.original.tokenizer or pair.twin.tokenizer or pair.original.text_tokenizer
-    network: Any = pair.original.model
-    limit = getattr(network.config.get_text_config(), "max_position_embeddings", None) or settings.window
+def _read(settings: EvalSettings, pair: Pair) -> MeasuredText:
     where: dict[str, Any] = {"tokens": settings.tokens, "stride": settings.stride, "skip": settings.skip}
-    return read(settings.text, tokenizer, length=min(settings.window, limit), **where)
+    return read(settings.text, pair.tokenizer, length=pair.window(settings.window), **where)
 
 
-def _text(settings: EvalSettings, pair: _Pair, text: MeasuredText, memo: Memo, quiet: bool) -> dict[str, Any] | None:
-    from tqdm import tqdm
-
-    first, second = pair.original.model, pair.twin.model
-    chunks = text.windows.split(CHUNK_WINDOWS)
-    parts = []
-    with tqdm(total=len(text.windows), desc="text", unit="window", disable=quiet or not processes.first()) as bar:
-        for number, windows in enumerate(chunks):
-            key = [pair.keys, settings.dtype, text.fingerprint, text.length, text.stride, CHUNK_WINDOWS, number]
-            kept = processes.looked_up(partial(memo.find, "text", key))
-            if kept is not None:
-                parts.append(TokenFidelity(**{name: torch.tensor(value) for name, value in kept.items()}))
-                bar.update(len(windows))
-            else:
-                mine = []
-                own: Any = processes.own_part(windows)[1]
-                for part in own.split(settings.batch) if len(own) else ():
-                    mine.append(_guarded(partial(compare_tokens, first, second, part)))
-                    bar.update(len(part) * processes.count())
-                shares = processes.gather_to_first(mine)
-                if shares is not None:
-                    whole = TokenFidelity.join([part for share in shares for part in share])
-                    memo.keep("text", key, {name: value.tolist() for name, value in vars(whole).items()})
-                    parts.append(whole)
-    if not processes.first():
-        return None
-    return summary(TokenFidelity.join(parts), text, pair.original.tokenizer, settings.seed)
+def _text(settings: EvalSettings, pair: Pair, text: MeasuredText, memo: Memo, quiet: bool) -> dict[str, Any] | None:
+    with progress(len(text.windows), "text", quiet or not processes.first()) as bar:
+        found = token_fidelity(pair, text, settings.batch, memo, "text", bar)
+    return None if found is None else summary(found, text, pair.original.tokenizer, settings.seed)
 
 
-def _guarded(measure: Callable[[], Any], fix: str = "lower --batch or --window, or use --dtype bfloat16") -> Any:
-    try:
-        return measure()
-    except torch.cuda.OutOfMemoryError as error:
-        raise EvaluationError("the device is out of memory", fix=fix) from error
+def _kinds(settings: EvalSettings, pair: Pair, memo: Memo, quiet: bool) -> dict[str, Any] | None:
+    much: dict[str, Any] = {"tokens": settings.kind_tokens, "window": settings.window, "batch": settings.batch}
+    how: dict[str, Any] = {"seen": settings.seen, "seed": settings.seed, "memo": memo, "quiet": quiet}
+    return compare_kinds(pair, settings.twin, dict(settings.kind), **much, **how)
 
 
-def _inputs(settings: EvalSettings, pair: _Pair, tokens: int) -> list[dict[str, torch.Tensor]]:
+def _inputs(settings: EvalSettings, pair: Pair, tokens: int) -> list[dict[str, torch.Tensor]]:
     much = {"tokens": tokens, "length": settings.window, "batch": settings.batch, "seed": settings.seed}
     data = calibration_inputs(settings.text, pair.original.model, pair.original.tokenizer, **much)
     return list(data.batches)
 
 
-def _outputs(settings: EvalSettings, pair: _Pair) -> dict[str, Any] | None:
+def _outputs(settings: EvalSettings, pair: Pair) -> dict[str, Any] | None:
     first, second = pair.original.model, pair.twin.model
     _, batches_here = processes.own_part(_inputs(settings, pair, settings.tokens))
     mine = [compare_outputs(first, second, batch) for batch in batches_here]
@@ -205,14 +155,16 @@ def _outputs(settings: EvalSettings, pair: _Pair) -> dict[str, Any] | None:
     return None if shares is None else outputs_summary([part for share in shares for part in share])
 
 
-def _blocks(settings: EvalSettings, pair: _Pair, text: MeasuredText | None, memo: Memo) -> list[dict[str, Any]] | None:
+def _blocks(
+    settings: EvalSettings, pair: Pair, text: MeasuredText | None, memo: Memo, quiet: bool
+) -> list[dict[str, Any]] | None:
     first, second = pair.original.model, pair.twin.model
     listed = _converted_paths(settings.twin)
     blocks = [block for block in survey(first).blocks if listed is None or block.path in listed]
     if not blocks:
         return [] if processes.first() else None
     data = settings.text if text is None else text.fingerprint
-    key = [pair.keys, settings.dtype, data, settings.window, settings.stride, settings.block_tokens, settings.batch]
+    key = [pair.keys, pair.dtype, data, settings.window, settings.stride, settings.block_tokens, settings.batch]
     key += [AFFINE_RIDGES]
     kept = processes.looked_up(lambda: memo.find("blocks", [*key, settings.seed]))
     if kept is not None:
@@ -225,7 +177,9 @@ def _blocks(settings: EvalSettings, pair: _Pair, text: MeasuredText | None, memo
         inputs = _inputs(settings, pair, settings.block_tokens)
     number, own = processes.own_part(inputs)
     begin = sum(len(next(iter(batch.values()))) for batch in inputs[:number])
-    shares = processes.gather_to_first(_guarded(lambda: block_sums(first, second, blocks, own, begin)))
+    with progress(len(own), "blocks", quiet or not processes.first()) as bar:
+        watched = (batch for batch in own if bar.update(1) or True)
+        shares = processes.gather_to_first(guarded(lambda: block_sums(first, second, blocks, watched, begin)))
     if shares is None:
         return None
     total: dict[str, BlockSums] = shares[0]
@@ -244,22 +198,20 @@ def _converted_paths(twin: str) -> set[str] | None:
 
 
 def _tasks(
-    settings: EvalSettings, pair: _Pair, tasks: list[str], manager: Any, memo: Memo, quiet: bool
+    settings: EvalSettings, pair: Pair, tasks: list[str], manager: Any, memo: Memo, quiet: bool
 ) -> list[dict[str, Any]]:
-    from tqdm import tqdm
-
     results: dict[tuple[str, str], harness.TaskResult] = {}
     documents: dict[str, list[int]] = {}
-    with tqdm(total=2 * len(tasks), desc="tasks", disable=quiet or not processes.first()) as bar:
+    with progress(2 * len(tasks), "tasks", quiet or not processes.first()) as bar:
         for name, loaded in (("original", pair.original), ("twin", pair.twin)):
             lm = harness.language_model(loaded.model, loaded.tokenizer, settings.task_settings)
             for task in tasks:
                 bar.set_postfix_str(f"{task}, {name}")
-                key = [pair.keys[name], settings.dtype, task, asdict(settings.task_settings), _versions()]
+                key = [pair.keys[name], pair.dtype, task, asdict(settings.task_settings), _versions()]
                 kept = processes.looked_up(partial(memo.find, f"{task} ({name})", key))
                 if kept is None:
                     run = partial(harness.run_task, lm, task, manager, settings.task_settings)
-                    found = _guarded(run, "lower --task-batch or --max-length, or use --dtype bfloat16")
+                    found = guarded(run, "lower --task-batch or --task-window, or use --dtype bfloat16")
                     if found is not None:
                         memo.keep(f"{task} ({name})", key, found.as_dict())
                         results[name, task] = found
@@ -276,7 +228,7 @@ def _tasks(
     return rows
 
 
-def _speed(settings: EvalSettings, pair: _Pair) -> dict[str, Any] | None:
+def _speed(settings: EvalSettings, pair: Pair) -> dict[str, Any] | None:
     if not processes.first():
         return None
     found = speed.compare_speed(pair.original.model, pair.twin.model, settings.seed)
@@ -284,7 +236,7 @@ def _speed(settings: EvalSettings, pair: _Pair) -> dict[str, Any] | None:
     return found
 
 
-def _models(settings: EvalSettings, pair: _Pair) -> dict[str, Any]:
+def _models(settings: EvalSettings, pair: Pair) -> dict[str, Any]:
     described: dict[str, Any] = {
         name: loaded.source.as_dict() | {"fingerprint": pair.keys[name]}
         for name, loaded in (("original", pair.original), ("twin", pair.twin))

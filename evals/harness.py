@@ -145,7 +145,7 @@ def run_task(lm: Any, task: str, manager: Any, settings: TaskSettings) -> TaskRe
     """One task (or group); None on every process but the first.
 
     Raises:
-        EvaluationError: the task's data cannot be had (no network), or the task needs more than a language model.
+        EvaluationError: the task's data cannot be fetched (no network), or the task needs more than a language model.
     """
     from lm_eval import simple_evaluate
 

@@ -2,7 +2,7 @@
 
     KIND=SOURCE         a text source, see :mod:`surgery.calibration.texts`
     KIND=chat:SOURCE    its paragraphs as turns of a dialogue, in the tokenizer's chat template
-    KIND=lines:SOURCE   every line by itself, behind the start token: what short sentences are to a model
+    KIND=lines:SOURCE   every line by itself, after the start token: what short sentences are to a model
 
 Whether a kind was seen is read from the twin's own record: the texts that its fit, its ridge or a training step read.
 """
@@ -10,7 +10,7 @@ Whether a kind was seen is read from the twin's own record: the texts that its f
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evals.fidelity import TokenFidelity, compare_tokens
-from evals.settings import unseen
+from evals.fidelity import TokenFidelity
+from evals.memo import Memo
+from evals.pair import Pair, token_fidelity
+from evals.settings import CHAT, LINES, unseen
 from evals.text import MeasuredText, cut, read
 from evals.uncertainty import bootstrap_ratio, mean_of
 from surgery.calibration.common_pile import KIND_OF
 from surgery.calibration.samples import start_tokens
 from surgery.calibration.texts import documents, label
 from surgery.errors import EvaluationError, RecipeError
-from surgery.models import loading
+from surgery.runtime import processes
+from surgery.runtime.progress import progress
 from surgery.saving.report import read_report
 
 BUILT_IN = {"manual": "python", "code": "code"}
 """Kinds of the sources that ship with Python."""
-CHAT, LINES = "chat:", "lines:"
 SHORTEST_TURN = 40  # characters
 LONGEST_LINE = 64  # tokens
 
@@ -51,59 +53,50 @@ class Kind:
     seen: str
 
 
-def parse(texts: Iterable[str]) -> dict[str, str]:
-    """Sources by kind, from KIND=SOURCE. Raises RecipeError where one is not of this form or comes twice."""
-    found: dict[str, str] = {}
-    for text in texts:
-        kind, equals, source = text.partition("=")
-        if not (kind and equals and source):
-            raise RecipeError(f"{text!r} is not KIND=SOURCE", where="--text", fix="as in --text novel=alice.txt")
-        if kind in found:
-            raise RecipeError(f"the kind {kind!r} is given twice", where="--text")
-        found[kind] = source
-    return found
-
-
 def compare_kinds(
+    pair: Pair,
     twin: str,
-    against: str,
-    texts: Mapping[str, str],
+    sources: Mapping[str, str],
     *,
     tokens: int = 4096,
     window: int = 512,
     batch: int = 4,
     seed: int = 0,
     seen: Collection[str] = (),
-) -> dict[str, Any]:
-    """Measures a twin against its original on several kinds of text.
+    memo: Memo | None = None,
+    quiet: bool = True,
+) -> dict[str, Any] | None:
+    """Compares a twin with its original on several kinds of text; under a launcher every process runs its share.
 
     Args:
-        texts: sources by kind, see the module.
+        twin: its folder, for what its record says.
+        sources: by kind, see the module.
         tokens: of every kind, in windows of `window`, or of what the model takes at most.
         seen: kinds that were seen, though the record cannot tell from the names of the texts.
+        memo: where finished pieces are kept.
     Returns:
         `kinds`: a row each with `nats`, `nats_lost`, `divergence` (KL(original ‖ twin)) and their 95 % intervals;
         `unseen`: mean and worst over the kinds that the twin has not seen (None where it has seen all); nats a token.
+        None on every process but the first.
     Raises:
-        SurgeryError: models whose tokenizers differ, a source that cannot be read, or too little text.
+        SurgeryError: models without a tokenizer, a source that cannot be read, or too little text.
     """
-    original, changed = loading.loaded(against), loading.loaded(twin)
-    tokenizer, other = original.text_tokenizer, changed.text_tokenizer
-    if tokenizer is None or other is None or tokenizer.get_vocab() != other.get_vocab():
-        raise EvaluationError("the two models have different tokenizers", where=f"{twin} and {against}")
-    report = _record(twin)
-    network: Any = original.model
-    window = min(window, getattr(network.config.get_text_config(), "max_position_embeddings", None) or window)
-    if unknown := set(seen) - set(texts):
+    if pair.tokenizer is None:
+        raise EvaluationError("kinds of text need a tokenizer", where=twin)
+    report, window = _record(twin), pair.window(window)
+    if unknown := set(seen) - set(sources):
         raise RecipeError(f"no kind {min(unknown)!r} is measured", where="--seen")
-    kinds = [_kind(name, source, twin, report, tokenizer, tokens, window) for name, source in texts.items()]
+    kinds = [_kind(name, source, twin, report, pair.tokenizer, tokens, window) for name, source in sources.items()]
     kinds = [replace(kind, seen="kind") if kind.seen == "no" and kind.name in seen else kind for kind in kinds]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    first, second = original.model.to(device), changed.model.to(device)
+    total = sum(len(kind.text.windows) for kind in kinds)
     rows = []
-    for kind in kinds:
-        parts = [compare_tokens(first, second, windows) for windows in kind.text.windows.split(batch)]
-        rows.append(_row(kind, TokenFidelity.join(parts), seed))
+    with progress(total, "kinds of text", quiet or not processes.first()) as bar:
+        for kind in kinds:
+            found = token_fidelity(pair, kind.text, batch, memo or Memo(None), kind.name, bar)
+            if found is not None:
+                rows.append(_row(kind, found, seed))
+    if not processes.first():
+        return None
     return {"twin": Path(twin).name, "tokens": tokens, "window": window, "kinds": rows, "unseen": _over_unseen(rows)}
 
 
@@ -165,7 +158,7 @@ def _dialogue(source: str, tokenizer: Any, tokens: int) -> Tensor:
 
 
 def _lines(source: str, tokenizer: Any, tokens: int) -> MeasuredText:
-    """A window for every line, filled up behind it; what fills up is not predicted."""
+    """A window for every line, filled up at the end; what fills up is not predicted."""
     rows: list[list[int]] = []
     start, left = start_tokens(tokenizer), tokens
     for line in (line.strip() for text in documents(source) for line in text.splitlines()):

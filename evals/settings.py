@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from surgery.calibration.texts import check_source, label
 from surgery.errors import EvaluationError, RecipeError
 from surgery.models.loading import load_config
 from surgery.runtime.settings import at_least, checked_settings
-from surgery.saving.report import read_report
+from surgery.saving.report import read_report, recorded_original
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,10 @@ class EvalSettings:
         text: a text source, or model inputs (.safetensors) for models without tokens.
         tokens, window, stride, batch: how much of it, in windows of how many tokens, and windows a forward pass.
         block_tokens: tokens for the R² of the blocks, whose sums take 4 · width² numbers a block; 0 to leave it out.
+        kind: kinds of text to compare on beside it, (kind, source) each; `tokens` of every kind are `kind_tokens`.
+        seen: kinds that the twin has seen, though its record cannot tell.
         tasks: lm-eval tasks by name.
+        device: cpu, cuda or another; auto: the accelerator, if there is one.
         device_map: `auto` spreads a model over several devices; `disk` leaves the weights of both on disk, each read
             when it is used, for models larger than memory.
     """
@@ -39,21 +42,41 @@ class EvalSettings:
     skip: int = at_least(0, 0)
     batch: int = at_least(1, 4)
     block_tokens: int = at_least(0, 4096)
+    kind: tuple[tuple[str, str], ...] = ()
+    kind_tokens: int = at_least(2, 4096)
+    seen: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     task_settings: harness.TaskSettings = field(default_factory=harness.TaskSettings)
     speed: bool = True
     dtype: str = "float32"
+    device: str = "auto"
     device_map: str | None = None
     revision: str | None = None
     original_revision: str | None = None
     seed: int = 0
 
 
-def plan_evaluation(
+CHAT, LINES = "chat:", "lines:"
+"""How a kind's text is cut: as turns of a dialogue, or every line by itself."""
+
+
+def plan_evaluation(twin: str | Path, *, output: str | Path | None = None, **given: Any) -> EvalSettings:
+    """What an evaluation would do; everything that can be wrong without running a model is said: `--dry-run`.
+
+    Args:
+        given: see :func:`evaluation_settings`.
+    Raises:
+        SurgeryError: an unknown setting, text or task, a model that is not there, an output that cannot be written.
+    """
+    planned = evaluation_settings(twin, **given)
+    check_evaluation(planned, output)
+    return planned
+
+
+def evaluation_settings(
     twin: str | Path,
     *,
-    against: str | Path | None = None,
-    output: str | Path | None = None,
+    original: str | Path | None = None,
     skip: int | None = None,
     tasks: str | Sequence[str] = (),
     include_path: str | Sequence[str] = (),
@@ -62,26 +85,31 @@ def plan_evaluation(
     system_instruction: str | None = None,
     limit: float | None = None,
     task_batch: int = 8,
-    max_length: int = 2048,
+    task_window: int = 2048,
+    kind: Mapping[str, str] | Iterable[str] = (),
+    seen: str | Iterable[str] = (),
     **settings: Any,
 ) -> EvalSettings:
-    """What an evaluation would do; everything that can be wrong without running a model is said: `--dry-run`.
+    """The settings from names and values, checked as far as no model has to be there.
 
     Args:
         skip: tokens of the text to pass over; by default those that the fit or a refinement saw.
         tasks: lm-eval tasks; in one string, separated by commas.
         include_path: one folder with task files, or several.
-        num_fewshot, apply_chat_template, system_instruction, limit, task_batch, max_length: lm-eval's, see
+        num_fewshot, apply_chat_template, system_instruction, limit, task_batch, task_window: lm-eval's, see
             :class:`evals.harness.TaskSettings`.
+        kind: sources by kind, also as KIND=SOURCE each; see :mod:`evals.kinds`.
+        seen: kinds that were seen, though the twin's record cannot tell from the names of the texts.
         settings: the other fields of :class:`EvalSettings`.
     Raises:
-        SurgeryError: an unknown setting, text or task, a model that is not there, an output that cannot be written.
+        SurgeryError: an unknown setting, or a text that is not there.
     """
-    for ours, given in (("original", "against"), ("task_settings", "include_path, num_fewshot, limit, …")):
-        if ours in settings:
-            raise RecipeError(f"no setting {ours!r}", fix=f"say {given}")
+    if "task_settings" in settings:
+        raise RecipeError("no setting 'task_settings'", fix="say include_path, num_fewshot, limit, …")
     check_source(settings.get("text", EvalSettings.text))
-    twin, original = str(twin), str(against) if against is not None else default_original(str(twin))
+    if original is None:
+        original, revision = recorded_original(twin)
+        settings.setdefault("original_revision", revision)
     names = tasks.split(",") if isinstance(tasks, str) else tasks
     folders = (include_path,) if isinstance(include_path, str) else tuple(include_path)
     run = checked_settings(
@@ -92,7 +120,7 @@ def plan_evaluation(
             "system_instruction": system_instruction,
             "limit": limit,
             "batch_size": task_batch,
-            "max_length": max_length,
+            "max_length": task_window,
             "seed": settings.get("seed", 0),
             "include_path": folders,
         },
@@ -101,17 +129,18 @@ def plan_evaluation(
         EvalSettings,
         {
             **settings,
-            "twin": twin,
-            "original": original,
+            "twin": str(twin),
+            "original": str(original),
+            "kind": parse_kinds(kind),
+            "seen": (seen,) if isinstance(seen, str) else tuple(seen),
             "tasks": tuple(name.strip() for name in names if name.strip()),
             "task_settings": run,
         }
         | ({} if skip is None else {"skip": skip}),
     )
     if skip is None:
-        seen, most = unseen(twin, planned.text)
-        planned = replace(planned, skip=seen, tokens=min(planned.tokens, most or planned.tokens))
-    check_evaluation(planned, output)
+        first, most = unseen(planned.twin, planned.text)
+        planned = replace(planned, skip=first, tokens=min(planned.tokens, most or planned.tokens))
     return planned
 
 
@@ -133,6 +162,22 @@ def check_evaluation(settings: EvalSettings, output: str | Path | None) -> None:
         raise EvaluationError("the folder holds a model", where=str(output), fix="name another folder for the report")
 
 
+def parse_kinds(given: Mapping[str, str] | Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """(kind, source) each, from a mapping or from KIND=SOURCE. Raises RecipeError for what is neither."""
+    if isinstance(given, Mapping):
+        given = [f"{kind}={source}" for kind, source in given.items()]
+    found: dict[str, str] = {}
+    for text in [given] if isinstance(given, str) else given:
+        kind, equals, source = str(text).partition("=")
+        if not (kind and equals and source):
+            raise RecipeError(f"{text!r} is not KIND=SOURCE", where="--kind", fix="as in --kind novel=alice.txt")
+        if kind in found:
+            raise RecipeError(f"the kind {kind!r} is given twice", where="--kind")
+        check_source(source.removeprefix(CHAT).removeprefix(LINES))
+        found[kind] = source
+    return tuple(found.items())
+
+
 def unseen(twin: str, text: str) -> tuple[int, int | None]:
     """(first token of this text that neither fit nor refinement saw, how many there are; None: all that follow)."""
     try:
@@ -144,21 +189,3 @@ def unseen(twin: str, text: str) -> tuple[int, int | None]:
     if kept:
         return kept["begin"], kept["end"] - kept["begin"]
     return seen_of(made["calibration"], text), None
-
-
-def default_original(twin: str) -> str:
-    """What the twin says it was converted from. Raises EvaluationError where that cannot be loaded from here."""
-    try:
-        source = read_report(twin)["source"]
-    except (OSError, KeyError, ValueError):
-        source = None
-    if source and source["kind"] == "hub":
-        return str(source["name"])
-    raise EvaluationError(
-        "the original is not named",
-        where=twin,
-        cause=f"the twin was made from {source['name']!r}, which is not on the Hub"
-        if source
-        else "not a twin's folder",
-        fix="give --against MODEL",
-    )

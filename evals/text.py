@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.calibration.texts import frame, tokens_of
+from surgery.calibration.texts import special_tokens, tokens_of
 from surgery.errors import EvaluationError
 
 
@@ -69,7 +69,7 @@ def read(
     Raises:
         EvaluationError: less text than one window, or a stride that leaves gaps.
     """
-    before, after = frame(tokenizer) if tokenizer is not None else ([], [])
+    before, after = special_tokens(tokenizer) if tokenizer is not None else ([], [])
     room = length - len(before) - len(after)
     stride = room if stride is None or stride == length else stride
     if not 0 < stride <= room or room < 2:
@@ -93,16 +93,16 @@ def cut(
     length: int,
     stride: int,
     tokenizer: Any | None = None,
-    framed: tuple[list[int], list[int]] = ([], []),
+    special: tuple[list[int], list[int]] = ([], []),
 ) -> MeasuredText:
     """Windows over token ids, shape (tokens,); a rest too short for a whole stride is left out.
 
     Args:
-        framed: ids before and after every `length` tokens of text; predicted are tokens of the text alone.
+        special: ids before and after every `length` tokens of text; predicted are tokens of the text alone.
     """
     starts = range(0, len(ids) - length + 1, stride)
     bodies = torch.stack([ids[start : start + length] for start in starts])
-    before, after = (torch.tensor(part, dtype=ids.dtype).expand(len(bodies), -1) for part in framed)
+    before, after = (torch.tensor(part, dtype=ids.dtype).expand(len(bodies), -1) for part in special)
     windows = torch.cat([before, bodies, after], dim=1)
     fresh = torch.zeros_like(windows, dtype=torch.bool)
     text = fresh[:, before.shape[1] : windows.shape[1] - after.shape[1]]

@@ -34,7 +34,7 @@ def main(name: str, tokens: int = 32768, degree: int = 2) -> None:
     first = forward_seconds(loaded.model, data.batches)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ids = torch.cat([batch["input_ids"] for batch in data.batches])
-    twin, report = surgery.convert(loaded.model, calibration=ids, degree=degree, measure=0, quiet=False)
+    twin, report = surgery.convert(loaded.model, text=ids, degree=degree, measure=0, quiet=False)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     second = forward_seconds(twin, data.batches)
     seconds = report.seconds["convert"]

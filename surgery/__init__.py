@@ -28,12 +28,13 @@ if TYPE_CHECKING:
     from surgery.reading.explanation import explain
     from surgery.reading.trace import trace
     from surgery.refining.run import refine
+    from surgery.runs.run import run
     from surgery.runtime.trust import trusting_remote_code
     from surgery.saving.report import Report
 
 __all__ = [
     "GaussianMixture", "Recipe", "Report", "SurgeryError", "__version__", "card", "convert", "explain", "export",
-    "inspect", "load", "push", "refine", "register", "trace", "trusting_remote_code",
+    "inspect", "load", "push", "refine", "register", "run", "trace", "trusting_remote_code",
 ]  # fmt: skip
 
 _PLACES = {
@@ -49,6 +50,7 @@ _PLACES = {
     "load": "surgery.models.loading:load",
     "push": "surgery.publishing.hub:push",
     "refine": "surgery.refining.run:refine",
+    "run": "surgery.runs.run:run",
     "trace": "surgery.reading.trace:trace",
     "trusting_remote_code": "surgery.runtime.trust:trusting_remote_code",
 }

@@ -117,9 +117,7 @@ def _convert(family: str, model_type: str, architecture: str, place: Path) -> _C
         probe = probe_inputs(given)
         if not _survives(model, place / "original", probe):
             return _Converted(replace(row, note="the original itself does not load as it was saved"))
-        twin, report = convert(
-            str(place / "original"), calibration=given, tokens=ROWS * LENGTH, length=LENGTH, degree=2
-        )
+        twin, report = convert(str(place / "original"), text=given, tokens=ROWS * LENGTH, window=LENGTH, degree=2)
         save(twin, None, place / "twin", report.as_dict(), probe, form=report.form, verify=False)
         with torch.no_grad():
             expected = main_output(twin(**probe)).float()

@@ -86,7 +86,7 @@ class _Stacked:
         if len(inspect.signature(module.forward).parameters) == 2:  # weights of all experts, and no numbers (Inkling)
             return "mixture of experts in a form that is not known"
         if getattr(module, "has_post_expert_norm", False):
-            return "mixture of experts with a norm behind each expert, which is not a polynomial"
+            return "mixture of experts with a norm after each expert, which is not a polynomial"
         return None
 
     def count(self, module: Any) -> int:

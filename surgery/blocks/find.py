@@ -47,7 +47,7 @@ def survey(model: nn.Module) -> Survey:
             block, reason = _experts(path, module)
         elif _mixture(module):
             if any(experts.layout(part) is not None for part in module.modules()):
-                continue  # the router aside, what is inside is looked at by itself
+                continue  # apart from the router, what is inside is looked at by itself
             block, reason = None, "mixture of experts in a form that is not known"
             claimed.add(path)
         else:

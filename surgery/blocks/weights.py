@@ -22,6 +22,15 @@ class BlockWeights:
     up: Map | None
     down: Map
 
+    def on_cpu(self) -> BlockWeights:
+        """The same, in the machine's own memory."""
+        gate, up, down = (
+            None if one is None else (one[0].cpu(), None if one[1] is None else one[1].cpu())
+            for one in (self.gate, self.up, self.down)
+        )
+        assert gate is not None and down is not None
+        return BlockWeights(self.activation, gate, up, down)
+
     def finite(self) -> bool:
         """Whether no weight is NaN or infinite."""
         maps = (self.gate, self.down) if self.up is None else (self.gate, self.up, self.down)

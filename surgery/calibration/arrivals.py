@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from surgery.blocks.block import Block
 from surgery.blocks.experts import Routing
 from surgery.blocks.parts import layer_of
-from surgery.closed_form import sinks
 from surgery.errors import CalibrationError
 from surgery.runtime.hooks import hooked
 
@@ -72,13 +72,14 @@ def kept_rows(block: Block, batch: Mapping[str, Tensor], flat: Tensor) -> Tensor
     return torch.ones(len(flat), dtype=torch.bool, device=flat.device)
 
 
-def first_token_is_sink(model: nn.Module, batch: Mapping[str, Tensor], blocks: Sequence[Block]) -> bool:
-    """Whether the first token of a sequence turns into an attention sink somewhere in the model.
+def first_token_size(model: nn.Module, batch: Mapping[str, Tensor], blocks: Sequence[Block]) -> float:
+    """How massive the first token of a sequence becomes: the norm of its residual stream over the other tokens'.
 
-    Seen in one forward pass: its residual stream becomes massive after some layer. Before that layer it has an
-    ordinary norm, but it is on its way, and errors there decide what the sink will be.
+    The median of each, in one forward pass, after the layer where the ratio is largest; 0 where there is no such layer.
+    From `sinks.MASSIVE` on the first token is an attention sink. Before that layer it has an ordinary norm, but it is
+    on its way, and errors there decide what the sink will be.
     """
-    found: list[bool] = []
+    found = [0.0]
 
     def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
@@ -90,9 +91,9 @@ def first_token_is_sink(model: nn.Module, batch: Mapping[str, Tensor], blocks: S
                 real = mask.bool().to(norms.device)
             first = real & (real.long().cumsum(-1) == 1)
             if bool(first.any()) and bool((real & ~first).any()):
-                found.append(bool(norms[first].median() > sinks.MASSIVE * norms[real & ~first].median()))
+                found.append(float(norms[first].median() / norms[real & ~first].median().clamp_min(1e-30)))
 
     layers = {layer_of(block.path) for block in blocks}
     with torch.no_grad(), hooked(model.get_submodule(path).register_forward_hook(hook) for path in layers):
         model(**batch)
-    return any(found)
+    return max(size for size in found if not math.isnan(size))

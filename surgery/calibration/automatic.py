@@ -16,7 +16,7 @@ MOST_MISSING = 1 / 3  # of the shares of `broad`
 
 
 def available(mixture: Mixture) -> tuple[Mixture, str]:
-    """The mixture without the files of `broad` that cannot be had, and a plain word on them.
+    """The mixture without the files of `broad` that cannot be fetched, and a plain word on them.
 
     Raises:
         CalibrationError: more than a third of `broad`, by share, is missing.
@@ -29,15 +29,15 @@ def available(mixture: Mixture) -> tuple[Mixture, str]:
     missing = {part: why for part, why in problems.items() if why}
     if sum(part.share for part in missing) > MOST_MISSING * sum(part.share for part in wanted):
         raise CalibrationError(
-            f"{len(missing)} of the {len(wanted)} files of {BROAD} cannot be had: {next(iter(missing.values()))}",
+            f"{len(missing)} of the {len(wanted)} files of {BROAD} cannot be fetched: {next(iter(missing.values()))}",
             where=BROAD,
             cause="no network",
-            fix="--calibration samples needs none; text files of many kinds do better",
+            fix="--text samples needs none; text files of many kinds do better",
         )
     if not missing:
         return mixture, ""
     left, names = mixture.without(missing), ", ".join(label(part.source) for part in missing)
-    return left, f"left out of {BROAD}, since they cannot be had: {names}"
+    return left, f"left out of {BROAD}, since they cannot be fetched: {names}"
 
 
 def automatic(tokenizer: Any, generates: bool) -> tuple[str, str]:
@@ -54,5 +54,5 @@ def automatic(tokenizer: Any, generates: bool) -> tuple[str, str]:
         available(Mixture.of(BROAD))
     except CalibrationError as error:
         cost = f"calibrated on {otherwise} a quadratic twin loses a fifth more, or worse, on texts of other kinds"
-        return otherwise, f"{error.what}; {cost}; --calibration FILE.txt … mends it"
+        return otherwise, f"{error.what}; {cost}; --text FILE.txt … mends it"
     return BROAD, ""

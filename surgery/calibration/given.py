@@ -156,4 +156,4 @@ def _tensor(values: Any, where: str) -> Tensor:
 
 
 def _unknown(value: Any) -> CalibrationError:
-    return CalibrationError(f"{type(value).__name__} is no calibration input", fix=ACCEPTED)
+    return CalibrationError(f"{type(value).__name__} cannot be used as calibration input", fix=ACCEPTED)

@@ -17,7 +17,7 @@ from surgery.errors import CalibrationError, first_line
 from surgery.runtime.files import replacing
 
 PIECE = 512 * 1024  # bytes of a file as it is stored, fetched and kept at once
-TIMEOUT = 10.0  # seconds without an answer
+TIMEOUT = 10.0  # seconds without a response
 LONGEST = 20_000  # characters of one document: a mixture of many texts, not of a few long ones
 NAME = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})/(?P<file>[^:]+\.jsonl?(?:\.gz)?)")
 
@@ -44,7 +44,7 @@ def hub_file_texts(source: str, chat: Chat = plain_chat) -> Iterator[str]:
 
 
 def problem(source: str) -> str:
-    """Why the beginning of a file cannot be had; nothing where it can, and then it is in the cache."""
+    """Why the beginning of a file cannot be fetched; nothing where it can, and then it is in the cache."""
     try:
         next(_pieces(source), None)
     except CalibrationError as error:
@@ -120,12 +120,12 @@ def _fetched(source: str, start: int) -> bytes:
     url = hf_hub_url(found["repo"], found["file"], repo_type="dataset", revision=found["commit"])
     wanted = {**build_hf_headers(), "Range": f"bytes={start}-{start + PIECE - 1}"}
     try:
-        with get_session().stream("GET", url, headers=wanted, timeout=TIMEOUT, follow_redirects=True) as answer:
-            if answer.status_code == 416:  # the file ended with the piece before
+        with get_session().stream("GET", url, headers=wanted, timeout=TIMEOUT, follow_redirects=True) as response:
+            if response.status_code == 416:  # the file ended with the piece before
                 return b""
-            hf_raise_for_status(answer)
-            skipped = 0 if answer.status_code == 206 else start  # a server that does not know of ranges
-            return _some(answer.iter_raw(), skipped)
+            hf_raise_for_status(response)
+            skipped = 0 if response.status_code == 206 else start  # a server that does not know of ranges
+            return _some(response.iter_raw(), skipped)
     except Exception as error:
         first = first_line(error)
         raise _unreachable(source, first) from error
@@ -146,5 +146,5 @@ def _unreachable(source: str, why: str) -> CalibrationError:
         f"the file could not be fetched: {why}",
         where=source,
         cause="no network, or the Hub has no such file",
-        fix="--calibration samples needs no network; a text file of many kinds does better",
+        fix="--text samples needs no network; a text file of many kinds does better",
     )

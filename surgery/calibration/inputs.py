@@ -182,7 +182,7 @@ def _large_enough(mixture: Mixture, tokens: int, length: int) -> tuple[Mixture, 
             raise CalibrationError(
                 f"its share of {tokens} tokens is {tokens * part.share:.0f}: less than one sequence of {length}",
                 where=part.source,
-                fix="more --tokens, a shorter --length, or fewer sources",
+                fix="more --tokens, a shorter --window, or fewer sources",
             )
     if not small:
         return mixture, ""
@@ -252,6 +252,6 @@ def _described(batches: tuple[dict[str, Tensor], ...], name: str, model: Any) ->
         raise CalibrationError(
             f"{sequences} sequences: one part fits, another is held out, so at least two are needed",
             where=name,
-            fix="give more text, or lower --length",
+            fix="give more text, or lower --window",
         )
     return Calibration(batches, name, tokens, length, digest.hexdigest())

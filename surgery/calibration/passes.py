@@ -40,7 +40,7 @@ class _Pass(greenlet):
     """One suspended forward pass."""
 
     original = False
-    answer: Tensor | None = None
+    supplied: Tensor | None = None
     normed: tuple[Tensor, Tensor] | None = None
     size: Tensor | None = None
     routing: Routing | None = None
@@ -74,9 +74,9 @@ class _Fork(nn.Module):
                 self._wait_routed(me, x, args, kwargs)
             else:
                 me.parent.switch(x)
-            if me.answer is not None:
-                answer, me.answer = me.answer.view(*x.shape[:-1], -1), None
-                return answer
+            if me.supplied is not None:
+                supplied, me.supplied = me.supplied.view(*x.shape[:-1], -1), None
+                return supplied
         return (self.original if me.original else self.current)(x, *args, **kwargs)
 
     def _run_without(self, me: _Pass) -> None:
@@ -114,14 +114,14 @@ class Passes:
     """Forward passes over `batches`, advanced together from block to block; iterate to get :class:`Station`.
 
     Use as a context manager: on exit, whatever happens, the passes are dropped and no fork is left behind.
-    Between two stations, :meth:`replace` puts the finished modules in, and :meth:`answer` may hand a pass the block's
+    Between two stations, :meth:`replace` puts the finished modules in, and :meth:`supply` may hand a pass the block's
     output where it has been computed already.
 
     Args:
         follow_original: run a second set of passes through the original blocks.
         first_is_sink: the first token of every sequence is a sink.
-        probe: inputs of one more pass, which nothing is fitted on; what the twin answers is `outcome` in the end.
-        aside: for models larger than memory, a folder for hidden states: waiting passes keep theirs in (deleted) files
+        probe: inputs of one more pass, which nothing is fitted on; its output through the twin is `outcome` in the end.
+        spill: for models larger than memory, a folder for hidden states: waiting passes keep theirs in (deleted) files
             there, which the system writes out when it needs the memory; and new modules leave memory when all passes
             are beyond them.
     With several processes, each gives all batches and runs its own.
@@ -135,14 +135,14 @@ class Passes:
         follow_original: bool = False,
         first_is_sink: bool = False,
         probe: Mapping[str, Tensor] | None = None,
-        aside: Path | None = None,
+        spill: Path | None = None,
     ) -> None:
         self.model, self.blocks = model, blocks
         self.total = len(batches)
         self.number, self.batches = processes.own_part(batches)
         self.fitted = fitted_sequences(batches)[self.number :]
         self.follow_original, self.first_is_sink = follow_original, first_is_sink
-        self.probe, self.aside, self.outcome = probe, aside, None
+        self.probe, self.spill, self.outcome = probe, spill, None
         self._forks: dict[str, _Fork] = {}
         self._hooks: list[Any] = []
         self._passes: list[tuple[_Pass, ...]] = []
@@ -191,9 +191,9 @@ class Passes:
             else:
                 install(self.model, path, module)
 
-    def answer(self, batch: int, output: Tensor, original: bool = False) -> None:
+    def supply(self, batch: int, output: Tensor, original: bool = False) -> None:
         """What the waiting block returns to this pass; only where the entrance is the whole block."""
-        self._passes[batch][int(original)].answer = output
+        self._passes[batch][int(original)].supplied = output
 
     def __iter__(self) -> Iterator[Station]:
         for index, block in enumerate(self.blocks):
@@ -228,7 +228,7 @@ class Passes:
     def _leave(self, block: Block) -> None:
         for path in block.replaced_paths:
             fork = self._forks[path]
-            if self.aside is not None and isinstance(fork.current, nn.Module):
+            if self.spill is not None and isinstance(fork.current, nn.Module):
                 fork.current.to("meta")
             fork.original = fork.current
 
@@ -247,10 +247,10 @@ class Passes:
                 cause="the calibration inputs do not exercise it, or it runs before an earlier one",
             )
         base = _base(block, x, forward)
-        if self.aside is not None:
+        if self.spill is not None:
             waiting = (x, base, forward.normed[0] if forward.normed is not None else None)
             for held in {id(part): part for part in waiting if part is not None}.values():
-                in_file(held, self.aside)
+                in_file(held, self.spill)
         flat = x.detach().flatten(0, -2)
         if not bool(torch.isfinite(flat).all()):
             raise CalibrationError(

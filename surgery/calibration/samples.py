@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from surgery.calibration.openings import openings
-from surgery.calibration.texts import frame
+from surgery.calibration.texts import special_tokens
 from surgery.errors import CalibrationError
 from surgery.runtime.precision import fast_autocast
+from surgery.runtime.weights_on_disk import device_of
 
 SAMPLED_TOGETHER = 64  # sequences
 MOST_UNKNOWN = 0.1  # of the tokens of English that are the tokenizer's unknown one
@@ -21,7 +22,7 @@ ENGLISH = "The quick brown fox jumps over the lazy dog, and the dog says: what a
 
 def start_tokens(tokenizer: Any) -> list[int]:
     """What a text begins with: what the tokenizer puts there, else its start token, else its end-of-text token."""
-    before, _ = frame(tokenizer)
+    before, _ = special_tokens(tokenizer)
     if before:
         return before
     known = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
@@ -35,7 +36,7 @@ def sample(model: Any, tokenizer: Any, rows: int, length: int, batch: int = SAMP
     """
     start = [] if tokenizer is None else start_tokens(tokenizer)
     if not start or not hasattr(model, "generate") or not model.can_generate():
-        raise CalibrationError("this model cannot generate text of its own", fix="give a text file with --calibration")
+        raise CalibrationError("this model cannot generate text of its own", fix="give a text file with --text")
     from tqdm import tqdm
 
     begun = openings(tokenizer) if knows_english(tokenizer) else []
@@ -47,7 +48,7 @@ def sample(model: Any, tokenizer: Any, rows: int, length: int, batch: int = SAMP
     with tqdm(total=rows, desc=f"sampling {length} tokens", unit="seq", leave=False) as bar:
         for drawn, wanted in zip((plain, others), prompts, strict=True):
             for first in range(0, len(wanted), batch):
-                part = torch.tensor(wanted[first : first + batch], device=model.device)
+                part = torch.tensor(wanted[first : first + batch], device=device_of(model))
                 drawn.extend(_continued(model, part, length))
                 bar.update(len(part))
     later = others[::-1]  # two of each in turn, so that both begin in every way windows begin

@@ -138,4 +138,4 @@ def _is_json(line: str) -> bool:
 
 
 def _no_json(error: Exception, where: str) -> CalibrationError:
-    return CalibrationError(f"no JSON: {error}", where=where, fix='one JSON object a line, each with a "text"')
+    return CalibrationError(f"not JSON: {error}", where=where, fix='one JSON object a line, each with a "text"')

@@ -58,7 +58,7 @@ def _python_english() -> Iterator[str]:
     except ImportError as error:
         raise CalibrationError(
             "this Python was installed without pydoc_data",
-            fix="give a text file with --calibration FILE.txt",
+            fix="give a text file with --text FILE.txt",
         ) from error
     library = _docstrings(Path(sysconfig.get_paths()["stdlib"]))  # read as far as needed: parsing it all takes seconds
     for _, text in sorted(topics.topics.items()):  # interleaved, so that any prefix holds both kinds
@@ -172,10 +172,10 @@ def tokens_of(source: str, tokenizer: Any, count: int, skip: int = 0) -> Tensor:
     return torch.tensor(ids[skip:], dtype=torch.long)
 
 
-def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before and after a text, as ids: a start token (Llama, Gemma), [CLS] and [SEP] (BERT).
 
-    A model trained with a start token is another model without it, so every window gets the frame it knows.
+    A model trained with a start token is another model without it, so every window gets the special tokens it knows.
     """
     bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     for start in range(len(whole) - len(bare) + 1):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surgery.calibration.held_out import HELD_OUT_SHARE, fitted_sequences
 from surgery.calibration.samples import sample, start_tokens
-from surgery.calibration.texts import frame, tokens_of
+from surgery.calibration.texts import special_tokens, tokens_of
 from surgery.errors import CalibrationError
 
 SHORT = 64  # tokens of a short window
@@ -62,26 +62,26 @@ class TextPieces:
         """
         most = SPREAD * self.tokens + self.unseen
         ids = tokens_of(source, tokenizer, most)
-        framed, start = frame(tokenizer), start_tokens(tokenizer)
-        room = self.length - len(framed[0]) - len(framed[1])
+        special, start = special_tokens(tokenizer), start_tokens(tokenizer)
+        room = self.length - len(special[0]) - len(special[1])
         spare = min(self.unseen, max(len(ids) - self.tokens, len(ids) // 4, room)) if len(ids) >= 3 * room else 0
         end = len(ids) - spare
         if len(ids) < most:
             end = min(end, max(self.tokens, 3 * len(ids) // 4))
         rest = ids[end : end + spare]
-        unseen = sequences(rest, self.length, framed, source, 1) if len(rest) >= room else None
+        unseen = sequences(rest, self.length, special, source, 1) if len(rest) >= room else None
         ids = ids[:end]
         used, plenty = min(len(ids), self.tokens), len(ids) > self.tokens
         share = round(used * (1 - self.short))
         if not self.mixed or share < self.least * room or used - share < SHORT:
-            long = sequences(ids, self.length, framed, source, self.least)
+            long = sequences(ids, self.length, special, source, self.least)
             return Windows((_evenly(long, max(self.least, used // room)),), unseen, end)
-        long = sequences(ids if plenty else ids[:share], self.length, framed, source, self.least)
+        long = sequences(ids if plenty else ids[:share], self.length, special, source, self.least)
         long = _evenly(long, share // room)
-        if start and not framed[0]:
+        if start and not special[0]:
             long[::2, 0] = start[0]
         rest = ids if plenty else ids[len(long) * room :]
-        short = sequences(rest, SHORT, (start, framed[1]), source, 1)
+        short = sequences(rest, SHORT, (start, special[1]), source, 1)
         return Windows((long, _evenly(short, (used - len(long) * room) // SHORT)), unseen, end)
 
     def of_samples(self, model: Any, tokenizer: Any, seed: int, limit: int) -> Windows:
@@ -89,7 +89,7 @@ class TextPieces:
         torch.manual_seed(seed)
         short = int(self.tokens * self.short) // SHORT if self.mixed else 0
         rows, extra = -(-(self.tokens - short * SHORT) // self.length), -(-self.unseen // self.length)
-        midst = short > 0 and self.length < limit and not (tokenizer is not None and frame(tokenizer)[0])
+        midst = short > 0 and self.length < limit and not (tokenizer is not None and special_tokens(tokenizer)[0])
         drawn = sample(model, tokenizer, rows + extra, self.length + midst)
         if midst:
             drawn = torch.stack([row[number % 2 :][: self.length] for number, row in enumerate(drawn)])
@@ -121,14 +121,14 @@ def joined(found: Sequence[Windows]) -> tuple[list[Tensor], Tensor | None]:
 
 
 def sequences(
-    ids: Tensor, length: int, framed: tuple[list[int], list[int]] = ([], []), where: str = "given", least: int = 2
+    ids: Tensor, length: int, special: tuple[list[int], list[int]] = ([], []), where: str = "given", least: int = 2
 ) -> Tensor:
-    """Sequences of `length` tokens, frame included, from a stream of ids; (sequences, length). A rest is left out.
+    """Sequences of `length` tokens, special ones included, from a stream of ids; (sequences, length). No rest is kept.
 
     Raises:
         CalibrationError: fewer than `least` sequences.
     """
-    before, after = (torch.tensor(part, dtype=ids.dtype) for part in framed)
+    before, after = (torch.tensor(part, dtype=ids.dtype) for part in special)
     room = length - len(before) - len(after)
     rows = len(ids) // room if room > 0 else 0
     if rows < least:
@@ -136,7 +136,7 @@ def sequences(
             f"{len(ids)} tokens are fewer than {'one sequence' if least == 1 else 'two sequences'} of {length}",
             where=where,
             cause="the text is short, or few tokens were asked for",
-            fix="give more text or more --tokens, or shorter sequences (--length; --window where there is one)",
+            fix="give more text or more --tokens, or shorter windows (--window)",
         )
     bodies = ids[: rows * room].view(rows, room)
     return torch.cat([before.expand(rows, -1), bodies, after.expand(rows, -1)], dim=1)

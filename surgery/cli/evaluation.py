@@ -8,57 +8,63 @@ from typing import Any
 
 import click
 
-from surgery.cli import terminal
+from surgery.cli import options, terminal
 
 
-@click.command("eval")
+@click.command("eval", cls=options.Command)
 @click.argument("twin")
-@click.option("--against", help="The original: Hub id, folder or .gguf.  [default: what the twin was made from]")
-@click.option("-o", "--output", help="Folder for evaluation.json, summary.md, report.html and blocks.png.")
-@click.option("--text", default="python", show_default=True, help="python, hub:NAME, or a .txt or .jsonl file.")
-@click.option("--tokens", type=terminal.COUNT, default=16384, show_default=True, help="Tokens of it to predict.")
-@click.option("--skip", type=terminal.COUNT, help="Tokens of it to pass over.  [default: those the fit saw]")
-@click.option("--window", type=terminal.count(2), default=512, show_default=True, help="Tokens a window.")
-@click.option("--stride", type=terminal.count(1), help="Tokens between two windows.  [default: the window]")
-@click.option("--batch", type=terminal.count(1), default=4, show_default=True, help="Windows a forward pass.")
-@click.option("--block-tokens", type=terminal.COUNT, default=4096, show_default=True, help="For R² of blocks.")
-@click.option("--tasks", default="", help="lm-eval tasks, separated by commas; wildcards work.")
-@click.option("--include-path", multiple=True, help="Folder with task files of your own; repeatable.")
+@options.original()
+@options.output("Folder for evaluation.json, summary.md, report.html and pictures.")
+@options.text("Text to measure on.", "python")
+@options.tokens("Tokens of it to predict", "16384")
+@click.option("--skip", type=options.COUNT, help="Tokens of it to pass over.  [default: those the fit saw]")
+@options.window(512)
+@click.option("--stride", type=options.COUNT, help="Tokens between two windows.  [default: the window]")
+@options.batch(4)
 @click.option(
-    "--num-fewshot",
-    "--fewshot",
-    "num_fewshot",
-    type=terminal.COUNT,
-    help="Examples before each question.  [default: the task's own]",
+    "--kind",
+    multiple=True,
+    metavar="KIND=SOURCE",
+    help="A further kind of text to compare on, as in novel=alice.txt; also dialogue=chat:FILE, sentences=lines:FILE. "
+    "Repeat it for several.",
 )
+@click.option("--kind-tokens", type=options.COUNT, help="Tokens of every kind.  [default: 4096]")
+@click.option("--seen", multiple=True, metavar="KIND", help="A kind that the twin has seen under another name.")
+@click.option("--block-tokens", type=options.COUNT, help="Tokens for R² of the blocks; 0: none.  [default: 4096]")
+@click.option("--tasks", metavar="LIST", help="lm-eval tasks, separated by commas; wildcards work.")
+@click.option("--include-path", multiple=True, metavar="FOLDER", help="Task files of your own. Repeat it for several.")
+@click.option("--num-fewshot", type=options.COUNT, help="Examples before each question.  [default: the task's own]")
 @click.option(
     "--apply-chat-template",
     is_flag=False,
     flag_value=True,
-    default=False,
+    default=None,
     help="Put the questions into the chat template, or into the one of this name.",
 )
 @click.option("--system-instruction", help="System message before each question.")
-@click.option("--limit", type=float, help="Documents a task: a number, or a share below 1.")
-@click.option("--task-batch", type=terminal.count(1), default=8, show_default=True, help="Requests a forward pass.")
-@click.option("--max-length", type=terminal.count(2), default=2048, show_default=True, help="Tokens a request at most.")
-@click.option("--speed/--no-speed", default=True, show_default=True, help="Measure speed and size.")
-@click.option("--nproc", type=terminal.count(1), default=1, show_default=True, help="Processes that share documents.")
-@click.option("--dtype", default="float32", show_default=True, help="Precision to compute in; auto: the stored one.")
-@click.option("--device-map", help="auto: over several devices; disk: larger than memory, weights stay there.")
-@click.option("--revision", help="Hub revision of TWIN.")
-@click.option("--original-revision", help="Hub revision of the original.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--cache", help="Folder for finished measurements.  [default: ~/.cache/polysurgery/evals]")
+@click.option("--limit", type=float, help="Documents in each task: a number, or a share below 1.")
+@click.option("--task-batch", type=options.COUNT, help="Requests in one forward pass.  [default: 8]")
+@click.option("--task-window", type=options.COUNT, help="Tokens in one request at most.  [default: 2048]")
+@click.option("--speed/--no-speed", default=None, help="Measure speed and size.  [default: --speed]")
+@options.seed("the bootstrap intervals and the tasks")
+@options.dtype("float32")
+@options.device()
+@click.option("--device-map", metavar="NAME", help="auto: spread over several devices; disk: weights stay on disk.")
+@options.revision("TWIN")
+@options.original_revision()
+@click.option(
+    "--cache", metavar="FOLDER", help="Where finished measurements are kept.  [default: ~/.cache/polysurgery]"
+)
 @click.option("--no-cache", is_flag=True, help="Measure everything anew, keep nothing.")
-@click.option("--dry-run", is_flag=True, help="Check everything that can be without running a model.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON; no progress bar.")
+@options.nproc()
+@options.dry_run()
+@options.as_json()
 def evaluate(
-    twin: str, nproc: int, dry_run: bool, as_json: bool, cache: str | None, no_cache: bool, **given: Any
+    twin: str, nproc: int | None, dry_run: bool, as_json: bool, cache: str | None, no_cache: bool, **settings: Any
 ) -> None:
-    """Measure TWIN against its original: perplexity, fidelity, blocks, lm-eval tasks, speed.
+    """Measure TWIN against its original: perplexity, fidelity, blocks, kinds of text, lm-eval tasks, speed.
 
-    An interrupted run resumes: finished pieces are kept by the fingerprints of models, data and settings.
+    An interrupted run goes on: finished pieces are kept by the fingerprints of models, data and settings.
     """
     from evals.evaluation import evaluated
     from evals.memo import default_folder
@@ -66,18 +72,18 @@ def evaluate(
     from evals.settings import plan_evaluation
     from surgery.runtime.launch import relaunch, started
 
-    planned = plan_evaluation(twin, **given)
+    planned = plan_evaluation(twin, **options.given(settings))
     if dry_run:
-        terminal.echo(terminal.evaluation_plan(planned, nproc))
+        terminal.echo(terminal.evaluation_plan(planned, nproc or 1))
         return
-    if nproc > 1 and not started():
+    if nproc is not None and nproc > 1 and not started():
         sys.exit(relaunch(nproc, sys.argv[1:]))
-    found = evaluated(planned, given["output"], None if no_cache else cache or default_folder(), quiet=as_json)
+    found = evaluated(planned, settings["output"], None if no_cache else cache or default_folder(), quiet=as_json)
     if found is None:
         return
     if as_json:
         terminal.echo(json.dumps(found, indent=2))
         return
     terminal.echo(markdown(found).rstrip())
-    if given["output"]:
-        terminal.echo(f"{given['output']}: {', '.join(files_of(found))}")
+    if settings["output"]:
+        terminal.echo(f"{settings['output']}: {', '.join(files_of(found))}")

@@ -8,25 +8,69 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from typing import Any
 
 import click
 
-from surgery.cli import conversion, evaluation, publishing, reading, refining, terminal
-from surgery.errors import EXIT_USER, SurgeryError
+from surgery.cli import conversion, evaluation, options, publishing, reading, refining, running, terminal
+from surgery.errors import EXIT_USER, RecipeError, SurgeryError, did_you_mean
 from surgery.runtime.files import CAUSES, not_written
-from surgery.runtime.trust import trust
 from surgery.version import __version__
 
 EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="surgery")
+class _Commands(click.Group):
+    """The group of all commands; whoever leaves the verb out is told what to type."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            raise RecipeError(_no_verb(args[0], did_you_mean(args[0], self.commands)), fix=_next_to_type(args[0]))
+        return super().resolve_command(ctx, args)
+
+
+def _no_verb(word: str, near: str) -> str:
+    return f"{word!r} is not a command{near}"
+
+
+def _next_to_type(word: str) -> str:
+    """For a recipe, a twin or a model; else the list of commands."""
+    path = Path(word)
+    if path.suffix in (".yaml", ".yml"):
+        return f"`surgery run {word}`"
+    if (path / "surgery.json").is_file():
+        return f"`surgery eval {word}` to measure the twin, `surgery --help` for more"
+    if path.exists() or "/" in word:
+        return f"`surgery convert {word} -o twin` to convert the model, `surgery --help` for more"
+    return "`surgery --help` lists the commands"
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, "-V", "--version", prog_name="surgery")
 def cli() -> None:
-    """Turn a pretrained transformer into its polynomial twin."""
+    """Turn a pretrained transformer into its polynomial twin.
+
+    \b
+    surgery convert MODEL -o twin     the twin, and the perplexity it cost
+    surgery eval twin                 how faithful it is, as a table, pictures and JSON
+    surgery push twin user/name       published on the Hub
+    surgery run RECIPE.yaml           all of it, from one file
+    """
+
+
+@click.command(cls=options.Command)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of SHELL, for eval "$(surgery completion bash)" in its start-up file."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(cli, {}, "surgery", "_SURGERY_COMPLETE").source())
 
 
 for command in (
+    running.run,
     conversion.inspect,
     conversion.convert,
     evaluation.evaluate,
@@ -36,18 +80,11 @@ for command in (
     publishing.card,
     publishing.export,
     publishing.push,
+    completion,
 ):
     cli.add_command(command)
-    if command not in (publishing.card, publishing.push):
-        command.params.append(
-            click.Option(
-                ["--trust-remote-code"],
-                is_flag=True,
-                expose_value=False,
-                callback=lambda _context, _option, value: trust(value),
-                help="Run code that a checkpoint brings for its tokenizer.",
-            )
-        )
+    if command not in (publishing.card, publishing.push, completion):
+        command.params.append(options.trust_remote_code())
 
 
 def _leave_group() -> None:
@@ -70,7 +107,7 @@ def main() -> None:
     os.environ.setdefault("TQDM_MININTERVAL", "0.5")
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name="surgery", standalone_mode=False)
         _leave_group()
     except SurgeryError as error:
         terminal.echo(f"error: {error}", err=True)

@@ -2,57 +2,81 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import click
 
-from surgery.cli import terminal
+from surgery.cli import options, terminal
 
 
-@click.command()
+def _base_model() -> options.Option[Any]:
+    return click.option("--base-model", metavar="ID", help="Hub id of the original, where the twin does not know it.")
+
+
+def _license() -> options.Option[Any]:
+    return click.option("--license", "licence", metavar="ID", help="The original's licence.  [default: as on the Hub]")
+
+
+@click.command(cls=options.Command)
 @click.argument("twin")
-@click.option("--base-model", help="Hub id of the original, where the twin does not know it.")
-@click.option("--license", "licence", help="The original's licence.  [default: as on the Hub]")
-def card(twin: str, base_model: str | None, licence: str | None) -> None:
+@_base_model()
+@_license()
+@options.as_json()
+def card(twin: str, base_model: str | None, licence: str | None, as_json: bool) -> None:
     """Write TWIN's model card, README.md, from its saved reports."""
     from surgery.publishing.card import card as run
 
     made = run(twin, base_model=base_model, licence=licence)
+    if as_json:
+        terminal.echo(json.dumps({"card": f"{twin}/README.md", "missing": made.missing}, indent=2))
+        return
     terminal.echo(f"{twin}/README.md")
     for item in made.missing:
         terminal.echo(f"missing: {item}")
 
 
-@click.command()
+@click.command(cls=options.Command)
 @click.argument("twin")
-@click.option("-o", "--output", required=True, help="Folder for the export.")
-@click.option("--form", type=click.Choice(["silu", "onnx", "delta", "full"]), default="silu", show_default=True)
-@click.option("--base", help="The original, for delta and full: Hub id, folder or .gguf.  [default: as recorded]")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier twin at the output.")
-def export(twin: str, output: str, **given: Any) -> None:
+@options.output("Folder for the export.", required=True)
+@click.option("--form", metavar="NAME", help="silu, onnx, delta or full.  [default: silu]")
+@options.original()
+@options.overwrite()
+@options.as_json()
+def export(twin: str, output: str, as_json: bool, **settings: Any) -> None:
     """Write TWIN in another form.
 
     \b
     silu   an ordinary SwiGLU network of twice the width, for engines that know only SiLU (native twins)
-    onnx   a graph for onnxruntime and what else reads ONNX, compared there
+    onnx   a graph for onnxruntime and other readers of ONNX, compared there
     delta  only what the twin adds to its original: a few numbers per unit where the readout was kept
     full   the whole twin again, from a delta
     """
     from surgery.publishing.export import export as run
 
-    terminal.echo(f"{output}: {terminal.export_line(run(twin, output, **given))}")
+    seen = run(twin, output, **options.given(settings))
+    terminal.echo(json.dumps(seen, indent=2) if as_json else f"{output}: {terminal.export_line(seen)}")
 
 
-@click.command()
+@click.command(cls=options.Command)
 @click.argument("twin")
 @click.argument("repository")
 @click.option("--private", is_flag=True, help="Create the repository as private.")
-@click.option("--revision", help="Branch to push to.  [default: main]")
+@click.option("--revision", metavar="NAME", help="Branch to push to.  [default: main]")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
-@click.option("--base-model", help="Hub id of the original, where the twin does not know it.")
-@click.option("--license", "licence", help="The original's licence.  [default: as on the Hub]")
-@click.option("--dry-run", is_flag=True, help="Show the files, their sizes and the card; touch nothing.")
-def push(twin: str, repository: str, dry_run: bool, base_model: str | None, licence: str | None, **how: Any) -> None:
+@_base_model()
+@_license()
+@options.dry_run()
+@options.as_json()
+def push(
+    twin: str,
+    repository: str,
+    dry_run: bool,
+    as_json: bool,
+    base_model: str | None,
+    licence: str | None,
+    **how: Any,
+) -> None:
     """Publish TWIN on the Hub as REPOSITORY (user/name), with its card.
 
     Uses the login of `hf auth login`. An interrupted upload goes on where it stopped.
@@ -60,11 +84,15 @@ def push(twin: str, repository: str, dry_run: bool, base_model: str | None, lice
     from surgery.publishing.hub import plan_push, upload
 
     planned = plan_push(twin, repository, base_model=base_model, licence=licence)
-    for item in planned.card.missing:
-        terminal.echo(f"missing from the card: {item}", err=True)
-    if dry_run:
+    about: dict[str, Any] = {"repository": repository, "files": dict(planned.files), "missing": planned.card.missing}
+    if not as_json:
+        for item in planned.card.missing:
+            terminal.echo(f"missing from the card: {item}", err=True)
+    if dry_run and not as_json:
         for name, size in planned.files:
             terminal.echo(f"{size:>14,}  {name}")
         terminal.echo(f"\n{planned.card.text}")
         return
-    terminal.echo(upload(planned, **how))
+    if not dry_run:
+        about["address"] = upload(planned, **how)
+    terminal.echo(json.dumps(about, indent=2) if as_json else about["address"])

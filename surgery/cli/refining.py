@@ -4,70 +4,71 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from typing import Any
 
 import click
 
-from surgery.cli import terminal
+from surgery.cli import options, terminal
 
 
-@click.command()
+@click.command(cls=options.Command)
 @click.argument("twin")
-@click.option("--teacher", required=True, help="The original: Hub id, folder or .gguf.")
-@click.option("-o", "--output", required=True, help="Folder for the refined twin.")
-@click.option(
-    "--text",
-    multiple=True,
-    help="broad, samples, python, code, hub:NAME or a text file; repeatable, with shares as in novels.txt=2.  "
-    "[default: broad, fetched from the Hub; python=2, code=2 and samples where it cannot be]",
+@options.original()
+@options.output("Folder for the refined twin.", required=True)
+@options.text(
+    "Text to train on.", "broad, fetched from the Hub; python=2, code=2 and samples where that fails", several=True
 )
-@click.option("--tokens", type=terminal.COUNT, help="Tokens to train on, as in 200k or 4M.  [default: 1M]")
-@click.option("--length", type=terminal.COUNT, help="Tokens a window.  [default: 256]")
-@click.option("--batch", type=terminal.COUNT, help="Windows a forward pass and process.  [default: 4]")
-@click.option("--accumulate", type=terminal.COUNT, help="Forward passes a step.  [default: 2]")
-@click.option("--train", help="coefficients, readout, block, all or lora.  [default: block]")
-@click.option("--lora-rank", type=terminal.COUNT, help="Rank of LoRA.  [default: 16]")
-@click.option("--lora-modules", help="Modules LoRA goes on, separated by commas.  [default: all-linear]")
-@click.option("--objective", help="kl, end to end; or local, every block by itself.  [default: kl]")
+@options.tokens("Tokens to train on", "1M")
+@options.window(256)
+@options.batch(4)
+@click.option("--accumulate", type=options.COUNT, help="Forward passes in one step.  [default: 2]")
+@click.option("--train", metavar="NAME", help="coefficients, readout, block, all or lora.  [default: block]")
+@click.option("--lora-rank", type=options.COUNT, help="Rank of LoRA.  [default: 16]")
+@click.option("--lora-modules", metavar="LIST", help="Modules LoRA goes on, with commas.  [default: all-linear]")
+@click.option("--objective", metavar="NAME", help="kl: end to end; local: every block by itself.  [default: kl]")
 @click.option("--match", type=float, help="Weight of the blocks' own errors beside KL.  [default: 0]")
 @click.option("--blend", type=float, help="Share of the steps in which original blocks fade out.  [default: 0]")
 @click.option("--rate", type=float, help="Peak learning rate.  [default: 2e-4]")
 @click.option("--warmup", type=float, help="Share of the steps to reach it.  [default: 0.05]")
 @click.option("--clip", type=float, help="Bound on the gradient's norm.  [default: 1]")
-@click.option("--anchor", type=float, help="Norm penalty: pull towards the weights it started from.  [default: 0]")
+@click.option("--anchor", type=float, help="Pull towards the weights it started from (a norm penalty).  [default: 0]")
 @click.option("--average", type=float, help="Decay of the weights' running mean; 0: none.  [default: 0.98]")
-@click.option("--temperature", type=float, help="Of the distillation loss.  [default: 1]")
-@click.option("--precision", help="auto, bf16 or float32, of the training passes.  [default: auto]")
+@click.option("--temperature", type=float, help="Temperature of the distillation loss.  [default: 1]")
+@options.dtype("auto")
+@options.device()
 @click.option("--checkpointing", is_flag=True, default=None, help="Less memory for activations, a third more time.")
 @click.option("--shard", is_flag=True, default=None, help="Share every tensor out between the processes (FSDP2).")
-@click.option("--validate-tokens", type=terminal.COUNT, help="Held-out tokens.  [default: 8192]")
-@click.option("--validate-every", type=terminal.COUNT, help="Steps between two looks at them.  [default: 50]")
-@click.option(
-    "--patience", type=terminal.COUNT, help="Looks without improvement to stop after; 0: never.  [default: 0]"
-)
+@click.option("--validate-tokens", type=options.COUNT, help="Held-out tokens.  [default: 8192]")
+@click.option("--validate-every", type=options.COUNT, help="Steps between two looks at them.  [default: 50]")
+@click.option("--patience", type=options.COUNT, help="Looks without improvement to stop after; 0: never.  [default: 0]")
 @click.option("--control", is_flag=True, default=None, help="Train the original alike, on the text itself.")
-@click.option("--report-to", multiple=True, help="Trackers, as tensorboard or wandb; repeatable.")
-@click.option("--seed", type=int, help="Order of the windows.  [default: 0]")
-@click.option("--teacher-revision", help="Hub revision of the teacher.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier twin at the output.")
-@click.option("--restart", is_flag=True, help="Discard the state of an interrupted run.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done; load no weights, write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON; no progress bar.")
-def refine(overwrite: bool, restart: bool, dry_run: bool, as_json: bool, **given: Any) -> None:
-    """Distil TWIN briefly from its original. Works under `accelerate launch -m surgery refine …` too.
+@click.option("--report-to", multiple=True, metavar="NAME", help="Tracker, as tensorboard or wandb. Repeatable.")
+@options.seed("the order of the windows")
+@options.original_revision()
+@options.nproc()
+@options.overwrite()
+@options.restart()
+@options.dry_run()
+@options.as_json()
+def refine(nproc: int | None, overwrite: bool, restart: bool, dry_run: bool, as_json: bool, **settings: Any) -> None:
+    """Distil TWIN briefly from its original. Also runs under `accelerate launch -m surgery refine …`.
 
-    An interrupted run goes on exactly where it stopped; the best state on held-out text is what is saved.
+    An interrupted run goes on exactly where it stopped. The best state on held-out text is what is saved.
     """
     from surgery.refining.run import plan_refinement
     from surgery.refining.run import refine as run
     from surgery.runtime import processes
+    from surgery.runtime.launch import relaunch, started
 
-    settings = {name: value for name, value in given.items() if value not in (None, ())}
+    said = options.given(settings)
     if dry_run:
-        planned = plan_refinement(**settings, processes=int(os.environ.get("WORLD_SIZE", "1")))
+        planned = plan_refinement(**said, processes=nproc or int(os.environ.get("WORLD_SIZE", "1")))
         terminal.echo(json.dumps(planned, indent=2) if as_json else terminal.refinement_plan(planned))
         return
-    record = run(**settings, overwrite=overwrite, restart=restart, quiet=as_json)
+    if nproc is not None and nproc > 1 and not started():
+        sys.exit(relaunch(nproc, sys.argv[1:]))
+    record = run(**said, overwrite=overwrite, restart=restart, quiet=as_json)
     if not processes.first():
         return
     if as_json:
@@ -77,4 +78,4 @@ def refine(overwrite: bool, restart: bool, dry_run: bool, as_json: bool, **given
         terminal.echo(line)
     for line in terminal.refinement_warnings(record):
         terminal.echo(line, err=True)
-    terminal.echo(f"{given['output']}: reloaded in a fresh process and compared")
+    terminal.echo(f"{settings['output']}: reloaded in a fresh process and compared")

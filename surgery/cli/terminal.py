@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.runtime.public import printable
-from surgery.runtime.settings import whole_number
 
 if TYPE_CHECKING:
     from evals.settings import EvalSettings
@@ -21,36 +20,12 @@ def echo(text: str, err: bool = False) -> None:
     click.echo(printable(text), err=err)
 
 
-class _Count(click.ParamType):  # type: ignore[type-arg]
-    """A whole number, of tokens mostly: 51200, 200k or 4M."""
-
-    name = "count"
-
-    def __init__(self, least: int = 0) -> None:
-        self.least = least
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        number = whole_number(value)
-        if number is not None and (number >= self.least or not self.least):  # the settings say what is too little
-            return number
-        least = f" of {self.least} or more" if self.least else ""
-        self.fail(f"{value!r} is no number of tokens or the like{least}: write 51200, 200k or 4M", param, ctx)
-
-
-COUNT = _Count()
-
-
-def count(least: int) -> _Count:
-    """The same, of at least so much."""
-    return _Count(least)
-
-
 def refinement_plan(planned: dict[str, Any]) -> str:
     """`surgery refine --dry-run`."""
     settings = planned["settings"]
     return "\n".join(
         (
-            f"{settings['twin']} → {settings['output']}, from {settings['teacher']}",
+            f"{settings['twin']} → {settings['output']}, distilled from {settings['original']}",
             f"{planned['steps']:,} steps of {planned['tokens_a_step']:,} tokens of {', '.join(settings['text'])}",
             f"trained: {settings['train']}, {planned['trained_parameters']:,} of {planned['parameters']:,} parameters",
             f"memory: {planned['bytes_at_least'] / 2**30:.2f} GiB and the activations",
@@ -84,7 +59,7 @@ def refinement_warnings(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -105,7 +80,7 @@ def print_blocks(seen: Inspection) -> None:
         ]
         for number, block in enumerate(seen.survey.blocks)
     ]  # fmt: skip
-    _table(
+    print_table(
         f"{seen.name}: {seen.architecture}, {len(rows)} feed-forward blocks",
         ["", "block", "kind", "activation", "widths", "parameters", "forms at degree 2"],
         rows,
@@ -114,6 +89,27 @@ def print_blocks(seen: Inspection) -> None:
         echo(seen.note)
     for path, reason in seen.survey.left_alone:
         echo(f"left alone: {path}: {reason}")
+
+
+def print_run_plan(planned: dict[str, Any]) -> None:
+    """`surgery run --dry-run`."""
+    from surgery.runs.estimate import as_rows, sized
+
+    title = f"{planned['recipe']}: {planned['model']} → {planned['output']}"
+    print_table(title, ["stage", "twin", "why", "time"], [list(row) for row in as_rows(planned)])
+    known = [row["seconds"] for row in planned["stages"] if row["why"] and row["seconds"] is not None]
+    echo(f"{planned['parameters'] / 1e6:,.0f}M parameters; in all {spoken_total(known)} on this machine, a rough guess")
+    echo(
+        f"disk: {sized(planned['bytes'])} for the twins, {sized(planned['free'])} free; "
+        f"memory: {sized(planned['memory'])} at least"
+    )
+
+
+def spoken_total(seconds: list[float]) -> str:
+    """The sum, in words."""
+    from surgery.runs.estimate import spoken
+
+    return spoken(sum(seconds)) if seconds else "nothing to do"
 
 
 def export_line(seen: dict[str, Any]) -> str:
@@ -162,8 +158,8 @@ def plan_text(planned: dict[str, Any]) -> str:
         if recipe["budget"] is None
         else f"degree        2, 3 or the original, within {recipe['budget']} nats",
         f"optimum for   {recipe['assume']}, readout {recipe['readout']}, target {recipe['target']}",
-        f"calibration   {source_name(recipe['calibration'])}: "
-        f"{recipe['tokens']} tokens in sequences of {recipe['length']}, "
+        f"text          {source_name(recipe['text'])}: "
+        f"{recipe['tokens']:,} tokens in windows of {recipe['window']}, "
         f"{short} of them in short ones, {recipe['random_tokens']:.0%} replaced by random ones",
         f"form          {planned['form']}",
         f"output        {recipe['output'] or '(none)'}",
@@ -202,7 +198,7 @@ def print_report(report: Report, output: str) -> None:
         ]
         for row in report.blocks
     ]  # fmt: skip
-    _table(
+    print_table(
         f"{len(rows)} blocks, {report.calibration['tokens']:,} tokens of {report.calibration['source']}",
         ["block", "degree", "R² held out", "R² fitted", "R² unit", "ridge", "condition", "sinks (error)", "s"],
         rows,

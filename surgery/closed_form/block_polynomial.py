@@ -42,7 +42,7 @@ class BlockPolynomial:
 
     @staticmethod
     def affine(only: Affine) -> BlockPolynomial:
-        """Of degree 1: the map itself, and the identity behind it."""
+        """Of degree 1: the map itself, and the identity after it."""
         out = len(only.bias)
         a = only.bias.new_tensor([0.0, 1.0]).expand(out, 2)  # p(u) = u
         return BlockPolynomial(only, None, a, None, Affine(torch.eye(out).to(only.weight), torch.zeros_like(only.bias)))

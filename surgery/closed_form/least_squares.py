@@ -20,7 +20,7 @@ from torch import Tensor
 
 from surgery.closed_form.moments import UnitMoments
 
-COLLINEAR = 1e-10  # eigenvalues below this share of the largest are noise: their directions get the smallest answer
+COLLINEAR = 1e-10  # eigenvalues below this share of the largest are noise: their directions get the smallest solution
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def solve_units(moments: UnitMoments, basis: Tensor | None = None) -> UnitPolyno
     """Least squares per unit.
 
     Args:
-        moments: from data, a Gaussian or a mixture; the answer is optimal for whatever they describe.
+        moments: from data, a Gaussian or a mixture; the solution is optimal for whatever they describe.
         basis: optional (h, q, r) map: search only among coefficients `basis @ θ` (a linear constraint per unit).
     Directions in which the moments carry no information (a dead unit, a constant preactivation) get coefficient 0.
     Cost O(h q³), q = n + 1 or 2n + 1.

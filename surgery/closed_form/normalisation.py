@@ -18,7 +18,7 @@ PULL = 0.01  # ε, of the median γ²
 
 @dataclass(frozen=True)
 class Normalisation:
-    """N, its ε left aside.
+    """N, without its ε.
 
     Attributes:
         scale, shift: γ and β, (d,).

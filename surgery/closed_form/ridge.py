@@ -153,7 +153,7 @@ def ridge_path(
 ) -> RidgeSolution:
     """min_B Σ w‖t − Bᵀf‖² + λ·n·mean(f²)·‖B − prior‖², with the λ that leaves the smallest held-out residual.
 
-    The path is walked downhill from the usual λ, so most of it is never solved; answers are compared on a few random
+    The path is walked downhill from the usual λ, so most of it is never solved; solutions are compared on a few random
     directions of the output space, which estimates the residual at a tenth of the cost (Johnson and Lindenstrauss).
     Memory: the Gram matrix and one factor of its size.
 

@@ -18,7 +18,9 @@ from torch import Tensor
 from surgery.closed_form.forms import Affine
 from surgery.closed_form.moments import InputMoments
 
-MASSIVE = 5.0  # a residual stream this many times the median is a sink's (Gemma 3 270M: 5 to 16, SmolLM2: hundreds)
+MASSIVE = 5.0  # a residual stream this many times the median may be a sink's (Gemma 3 270M: 5 to 16)
+SURELY = 20.0  # … and this many times, where the model's sinks are far larger (SmolLM2: 176)
+BELOW_LARGEST = 10.0  # a sink is at least the model's largest divided by this
 OUTLYING = 20.0  # the same of a block's output, which differs more between ordinary tokens
 MOST_SINKS = 0.02  # of all tokens; more than that are no exception but the distribution
 SAME_KIND = 0.8  # cosine between x − μ of two sinks that share a unit
@@ -33,9 +35,21 @@ def ordinary(sizes: Tensor) -> Tensor:
     return sizes <= OUTLYING * sizes.nanmedian()
 
 
-def threshold(sizes: Tensor) -> float:
-    """Norm from which on a token counts as a sink; infinite where too many would."""
-    limit = MASSIVE * float(sizes.median())
+def limit_of(largest: float) -> float:
+    """From how many times the median norm on a token of a model counts as a sink.
+
+    A tenth of the model's largest, at least 5 and at most 20: some models have tokens that are large for a few layers
+    and ordinary again, and where sinks are a hundred times the median those are none.
+
+    Args:
+        largest: norm of the model's sinks over the median norm, at the layer where that is largest.
+    """
+    return min(SURELY, max(MASSIVE, largest / BELOW_LARGEST))
+
+
+def threshold(sizes: Tensor, times: float = MASSIVE) -> float:
+    """Norm from which on a token counts as a sink, `times` the median; infinite where too many would."""
+    limit = times * float(sizes.median())
     return limit if float((sizes > limit).double().mean()) <= MOST_SINKS else float("inf")
 
 

@@ -96,7 +96,7 @@ def next_allowance(tried: Sequence[tuple[float, float]], budget: float) -> float
     """The sum of costs to try next, so that what is lost comes to a little less than the budget.
 
     Log loss against log sum is taken as a line: of slope 1 through the one try, later through the two nearest to the
-    budget; and the answer stays between the largest sum that was within the budget and the smallest that was not.
+    budget; and the result stays between the largest sum that was within the budget and the smallest that was not.
 
     Args:
         tried: (sum of costs, nats lost), at least one; what is not above zero counts as next to none.

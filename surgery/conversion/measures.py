@@ -51,6 +51,6 @@ def compared(before: Perplexity | None, after: Perplexity | None, plan: Recipe) 
         "twin": after.perplexity,
         "nats": after.nats - before.nats,
         "tokens": before.tokens,
-        "text": f"{Mixture.of(plan.calibration).name}, the {before.tokens} tokens after those used for calibration",
-        "window": plan.length,
+        "text": f"{Mixture.of(plan.text).name}, the {before.tokens} tokens after those used for calibration",
+        "window": plan.window,
     }

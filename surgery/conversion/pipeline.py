@@ -28,6 +28,7 @@ from surgery.conversion.task import Replacements, unchanged_on_error
 from surgery.models import loading
 from surgery.runtime import processes, weights_on_disk
 from surgery.runtime.stopwatch import Stopwatch
+from surgery.runtime.vocabulary import understands_former_names
 from surgery.saving.checkpoint import save
 from surgery.saving.folder import check_room, check_target, whole_folder
 from surgery.saving.forms import finish_custom, finish_native
@@ -36,11 +37,12 @@ from surgery.saving.report import Report, write_report
 from surgery.saving.shards import write_shards
 
 
+@understands_former_names
 def convert(
     model: Any,
     *,
     tokenizer: Any = None,
-    calibration: Any = None,
+    text: Any = None,
     moments: Mapping[str, GaussianMixture] | None = None,
     recipe: Recipe | None = None,
     output: str | Path | None = None,
@@ -57,8 +59,8 @@ def convert(
         model: Hub id, folder, .gguf file, or a transformers model in memory, which is changed in place and put in
             evaluation mode; on error it is as it was, but for that mode.
         tokenizer: for a model in memory, to calibrate on text and to be saved along.
-        calibration: a source name (see :mod:`surgery.calibration.texts`), several or shares by name; or token ids,
-            texts, model inputs or a dataset (see :mod:`surgery.calibration.given`); default from the recipe.
+        text: to calibrate on: a source name (see :mod:`surgery.calibration.texts`), several or shares by name; or token
+            ids, texts, model inputs or a dataset (see :mod:`surgery.calibration.given`); default from the recipe.
         moments: distribution of each block's input by path, for `assume="gaussian"`; measured where absent.
         recipe: settings; `settings` (any field of :class:`~surgery.conversion.recipe.Recipe`) override it.
         output: folder to save the twin to, verified by reloading it in a fresh process.
@@ -73,18 +75,20 @@ def convert(
     """
     processes.join()
     named = isinstance(model, str | Path)
-    plan = _plan(str(model) if named else None, calibration, recipe, output, settings)
+    plan = _plan(str(model) if named else None, text, recipe, output, settings)
     target, watch = _claimed(plan, overwrite, restart), Stopwatch()
     if target is not None:
         plan = plan.model_copy(update={"output": str(target)})
+    place = loading.placed(plan.device)
+    plan = plan.model_copy(update={"dtype": loading.computing_dtype(plan.dtype, place)})
     torch.manual_seed(plan.seed)
     with watch.timing("load"):
-        loaded = _loaded(plan, target) if named else loading.from_memory(model, tokenizer)
+        loaded = _loaded(plan, target, place) if named else loading.from_memory(model, tokenizer)
     if target is not None:
         check_room(target, loaded.model, _stored(loaded, plan))
     on_disk = weights_on_disk.read_when_used(loaded.source.name) if plan.offload else nullcontext()
     with watch.timing("prepare"), on_disk:
-        ready = prepared(loaded, plan, moments, calibration, quiet)
+        ready = prepared(loaded, plan, moments, text, quiet)
     task, plan = ready.task, ready.task.plan
     partial = processes.looked_up(lambda: PartialRun.open(target, plan, ready.identity, task.data))
     with unchanged_on_error(task) if loaded.source.kind == "memory" else nullcontext():
@@ -100,21 +104,21 @@ def convert(
 
 
 def _plan(
-    model: str | None, calibration: Any, recipe: Recipe | None, output: str | Path | None, settings: Mapping[str, Any]
+    model: str | None, text: Any, recipe: Recipe | None, output: str | Path | None, settings: Mapping[str, Any]
 ) -> Recipe:
     """The recipe with everything on top of it, checked as far as no model is needed."""
     chosen = (recipe.model_dump() if recipe else {}) | dict(settings)
-    named = calibration is not None and is_named(calibration)
+    named = text is not None and is_named(text)
     given = {
         "model": model,
         "output": None if output is None else str(output),
-        "calibration": spelled(calibration) if named else None,
+        "text": spelled(text) if named else None,
     }
     plan = load_recipe(None, chosen | {name: value for name, value in given.items() if value is not None})
     if model is not None:
         check_named(plan)
-    if calibration is None or named:
-        Mixture.of(plan.calibration).check()
+    if text is None or named:
+        Mixture.of(plan.text).check()
     return plan
 
 
@@ -129,9 +133,8 @@ def _claimed(plan: Recipe, overwrite: bool, restart: bool) -> Path | None:
     return target
 
 
-def _loaded(plan: Recipe, target: Path | None) -> loading.LoadedModel:
+def _loaded(plan: Recipe, target: Path | None, place: torch.device) -> loading.LoadedModel:
     """The recipe's model, where it is to compute."""
-    where = loading.placed(plan.device)
     if plan.blocks is not None:  # a wrong number is said before the weights are read
         chosen_blocks(survey(loading.load_meta(plan.model, plan.revision)[0]), plan)
     if target is not None and plan.offload:
@@ -139,7 +142,7 @@ def _loaded(plan: Recipe, target: Path | None) -> loading.LoadedModel:
             plan.model, plan.revision, plan.dtype, weights_on_disk.ON_DISK, merged=merged_folder(target)
         )
     loaded = loading.loaded(plan.model, plan.revision, plan.dtype)
-    loaded.model.to(where)
+    loaded.model.to(place)
     return loaded
 
 
@@ -193,8 +196,8 @@ def _store(
         with whole_folder(target) as place:
             beside = loaded.tokenizer, loaded.companions
             write_shards(network, partial.folder, ready.files, *beside, place, dtype)
-            answer = main_output(made.replaced.outcome)
-            seen = verified(place, ready.probe, answer, dtype, made.form, on_disk=True)
+            expected = main_output(made.replaced.outcome)
+            seen = verified(place, ready.probe, expected, dtype, made.form, on_disk=True)
             write_report(place, report.as_dict(), seen)
     else:
         how: dict[str, Any] = {"dtype": dtype, "form": made.form, "companions": loaded.companions}
@@ -213,7 +216,7 @@ def _public(plan: Recipe) -> dict[str, Any]:
     """Local paths by their last part only: the report travels with the checkpoint."""
     local = {"model": Path(plan.model).expanduser().exists(), "output": True, "moments": True}
     paths = {key: Path(value).name for key, here in local.items() if here and (value := getattr(plan, key))}
-    given = plan.calibration
+    given = plan.text
     if isinstance(given, dict):
-        return paths | {"calibration": {label(source): share for source, share in given.items()}}
-    return paths | {"calibration": label(given) if isinstance(given, str) else [label(source) for source in given]}
+        return paths | {"text": {label(source): share for source, share in given.items()}}
+    return paths | {"text": label(given) if isinstance(given, str) else [label(source) for source in given]}

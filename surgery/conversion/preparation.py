@@ -14,7 +14,7 @@ from torch import Tensor
 from surgery.blocks.block import Block
 from surgery.blocks.find import Survey, survey
 from surgery.blocks.verify import verify_each
-from surgery.calibration.arrivals import first_token_is_sink
+from surgery.calibration.arrivals import first_token_size
 from surgery.calibration.automatic import automatic
 from surgery.calibration.inputs import Calibration, calibration_inputs, is_named
 from surgery.calibration.mixtures import Mixture
@@ -59,7 +59,7 @@ def prepared(
     loaded: loading.LoadedModel,
     plan: Recipe,
     moments: Mapping[str, GaussianMixture] | None,
-    calibration: Any,
+    text: Any,
     quiet: bool,
 ) -> Preparation:
     """All that is known before a block is fitted, with everything said that can be wrong.
@@ -74,23 +74,23 @@ def prepared(
     if plan.budget is not None and not is_causal(network):
         raise RecipeError("a budget is in nats, which only a causal language model has", fix="leave --budget out")
     form_of(plan, native)  # whatever can be wrong is said before samples are drawn
-    named = calibration is None or is_named(calibration)
+    named = text is None or is_named(text)
     plan, note = processes.looked_up(lambda: _chosen_source(plan, loaded)) if named else (plan, "")
     known = model_identity(loaded, plan.model, given)
-    data = processes.looked_up(lambda: _inputs(plan.calibration if named else calibration, loaded, plan, known))
+    data = processes.looked_up(lambda: _inputs(plan.text if named else text, loaded, plan, known))
     data = replace(data, note=data.note or note)
     if not quiet and processes.first():
         for said in (loaded.source.note, loaded.companions.note if plan.output else ""):
             if said:
                 print(printable(f"{loaded.source.name}: {said}"), file=sys.stderr)
         if data.note:
-            print(printable(f"calibration: {data.source}; {data.note}"), file=sys.stderr)
+            print(printable(f"calibration text: {data.source}; {data.note}"), file=sys.stderr)
     probe = _probe(network, data)
     blocks, others = _seen_to_run(network, blocks, probe, plan)
     check_repeated(blocks, plan)
     form = form_of(plan, native and not others)
-    first_is_sink = is_causal(network) and first_token_is_sink(network, probe, blocks)
-    task = ConversionTask(network, blocks, data, plan, given, first_is_sink, quiet)
+    first_token = first_token_size(network, probe, blocks) if is_causal(network) else 0.0
+    task = ConversionTask(network, blocks, data, plan, given, first_token, quiet)
     return Preparation(
         task, form, (*found.left_alone, *others), probe, shared_perplexity(network, data.unseen), files, known
     )
@@ -144,8 +144,8 @@ def _seen_to_run(
 def _inputs(source: Any, loaded: loading.LoadedModel, plan: Recipe, known: str) -> Calibration:
     """Calibration batches, and further ones that no fit sees, to measure perplexity on."""
     measured = plan.measure if is_named(source) and is_causal(loaded.model) and not plan.offload else 0
-    settings = {name: getattr(plan, name) for name in ("tokens", "length", "batch", "seed", "random_tokens")}
-    settings |= {"short": plan.short, "unseen": measured}
+    settings = {name: getattr(plan, name) for name in ("tokens", "batch", "seed", "random_tokens")}
+    settings |= {"length": plan.window, "short": plan.short, "unseen": measured}
 
     def draw() -> Calibration:
         ids_only = not is_named(source) or Mixture.of(source).is_inputs
@@ -159,10 +159,10 @@ def _inputs(source: Any, loaded: loading.LoadedModel, plan: Recipe, known: str) 
 
 def _chosen_source(plan: Recipe, loaded: loading.LoadedModel) -> tuple[Recipe, str]:
     """`auto` spelled out, and a plain word on it; see :func:`surgery.calibration.automatic.automatic`."""
-    if plan.calibration != AUTO:
+    if plan.text != AUTO:
         return plan, ""
     source, note = automatic(loaded.tokenizer, is_causal(loaded.model))
-    return plan.model_copy(update={"calibration": source}), note
+    return plan.model_copy(update={"text": source}), note
 
 
 def _probe(model: Any, data: Calibration) -> dict[str, Tensor]:

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from surgery.calibration.mixtures import Mixture, Part
 from surgery.calibration.texts import AUTO, BUILT_IN, SAMPLES
 from surgery.errors import RecipeError, did_you_mean
 from surgery.runtime.settings import whole_number
+from surgery.runtime.vocabulary import FORMER, current
+from surgery.runtime.yaml_file import read_mapping
 
 MOST_BLOCKS = 1_000_000  # no model has more; a larger number is a slip of the hand
 
@@ -25,7 +26,7 @@ MOST_BLOCKS = 1_000_000  # no model has more; a larger number is a slip of the h
 class Recipe(BaseModel):
     """One conversion.
 
-    The defaults are the recommended ones; `docs/log.md` holds the measurements behind them.
+    The defaults are the recommended ones; `docs/log.md` holds the measurements.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -55,13 +56,13 @@ class Recipe(BaseModel):
         None, gt=0, description="nats that may be lost: per block degree 2, degree 3 or the original, to stay within"
     )
     blocks: str | None = Field(None, description="which blocks, as in 0-5,8 (default: all)")
-    calibration: str | list[str] | dict[str, float] = Field(
+    text: str | list[str] | dict[str, float] = Field(
         "auto",
-        description="broad, samples, python, code, hub:NAME, or a .txt/.jsonl/.safetensors file; several, with "
-        "shares (SOURCE=2); auto: broad, fetched once; samples where it cannot be",
+        description="calibration text: broad, samples, python, code, hub:NAME, or a .txt/.jsonl/.safetensors file; "
+        "several, with shares (SOURCE=2); auto: broad, fetched once; samples where it cannot be",
     )
     tokens: int = Field(65536, ge=1, description="calibration tokens")
-    length: int = Field(512, ge=2, description="tokens a sequence")
+    window: int = Field(512, ge=2, description="tokens a sequence")
     short: float | None = Field(
         None,
         ge=0,
@@ -79,7 +80,7 @@ class Recipe(BaseModel):
         "auto", description="checkpoint form: stock architecture where possible, or custom code"
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("float32", description="precision to compute in")
-    device: str = Field("cpu", description="where to compute: cpu, cuda, …; auto: the accelerator, if there is one")
+    device: str = Field("auto", description="where to compute: cpu, cuda, …; auto: the accelerator, if there is one")
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision of the saved weights (auto: as in the source)"
     )
@@ -91,14 +92,14 @@ class Recipe(BaseModel):
     )
     tail_width: float = Field(3.0, gt=1, description="its width, in standard deviations of the data")
 
-    @field_validator("tokens", "length", "batch", "measure", mode="before")
+    @field_validator("tokens", "window", "batch", "measure", mode="before")
     @classmethod
     def _counts(cls, given: Any) -> Any:
         """200k and 4M are numbers, here as on the command line."""
         number = whole_number(given) if isinstance(given, str) else None
         return given if number is None else number
 
-    @field_validator("calibration", mode="before")
+    @field_validator("text", mode="before")
     @classmethod
     def _sources(cls, given: Any) -> Any:
         """One message for all three forms."""
@@ -125,17 +126,17 @@ class Recipe(BaseModel):
             problems.append("offload needs an output folder, and no budget")
         if self.tail_weight and self.assume != "data":
             problems.append("tail_weight needs assume: data")
-        part = Part(SAMPLES if self.calibration == AUTO else str(self.calibration), 1.0)
-        least = math.ceil(2 * self.length / (1 - part.short(self.short)))
-        if self.tokens < least and self.calibration in (AUTO, *BUILT_IN):
+        part = Part(SAMPLES if self.text == AUTO else str(self.text), 1.0)
+        least = math.ceil(2 * self.window / (1 - part.short(self.short)))
+        if self.tokens < least and self.text in (AUTO, *BUILT_IN):
             problems.append(
-                f"tokens ({self.tokens}) must be at least {least}, so that two sequences of length ({self.length}) are "
+                f"tokens ({self.tokens}) must be at least {least}, so that two windows of {self.window} are "
                 f"left beside the short ones (short: {part.short(self.short):g})"
             )
         try:
-            Mixture.of(self.calibration)
+            Mixture.of(self.text)
         except RecipeError as error:
-            problems.append(f"calibration: {error.where}: {error.what}")
+            problems.append(f"text: {error.where}: {error.what}")
         if self.blocks is not None:
             try:
                 parse_blocks(self.blocks)
@@ -158,9 +159,9 @@ class Recipe(BaseModel):
     @property
     def short_share(self) -> float | None:
         """None where it differs between sources, or is not known yet; the calibration's parts say it."""
-        if self.short is not None or self.calibration == AUTO:
+        if self.short is not None or self.text == AUTO:
             return self.short
-        shares = {part.short(None) for part in Mixture.of(self.calibration).parts}
+        shares = {part.short(None) for part in Mixture.of(self.text).parts}
         return shares.pop() if len(shares) == 1 else None
 
     def resolved(self) -> dict[str, Any]:
@@ -190,51 +191,41 @@ def load_recipe(path: str | None, overrides: Mapping[str, Any]) -> Recipe:
     values: dict[str, Any] = {}
     lines: dict[str, int] = {}
     if path is not None:
-        values, lines = _read(Path(path).expanduser())
+        values, lines = read_mapping(Path(path).expanduser())
+        if isinstance(values.get("convert"), dict):
+            raise RecipeError("the recipe describes a whole run", where=path, fix=f"`surgery run {path}`")
+        lines = {FORMER.get(key, key): line for key, line in lines.items()}
     given = {key: value for key, value in overrides.items() if value is not None}
     try:
-        return Recipe.model_validate({**values, **given})
+        return Recipe.model_validate({**current(values), **current(given)})
     except ValidationError as error:
-        messages = []
-        for item in error.errors():
-            key = str(item["loc"][0]) if item["loc"] else ""
-            place = f"{path}:{lines[key]}: " if key in lines and key not in given else ""
-            text = item["msg"].removeprefix("Value error, ")
-            if item["type"] == "extra_forbidden":
-                text = f"unknown key{did_you_mean(key, Recipe.model_fields)}"
-            elif key:
-                known = re.findall(r"'(\w+)'", text) if item["type"] == "literal_error" else ()
-                near = did_you_mean(str(item["input"]), known)
-                text = f"{item['input']!r} will not do{near}: {text[:1].lower() + text[1:]}"
-            messages.append(f"{place}{key + ': ' if key else ''}{text}")
-        count = f"{len(messages)} problems" if len(messages) > 1 else "a problem"
-        raise RecipeError(
-            f"{count} in the {'settings' if path is None else 'recipe'}\n  " + "\n  ".join(messages),
-            fix="`surgery convert --help` says what each option takes",
-        ) from error
+        messages = [
+            (f"{path}:{lines[key]}: " if key in lines and key not in given else "") + message
+            for key, message in problems_of(error)
+        ]
+        raise problems_error(messages, "settings" if path is None else "recipe", "convert") from error
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except OSError as error:
-        raise RecipeError(
-            "the recipe cannot be read",
-            where=str(path),
-            cause=str(error.strerror),
-            fix="check the path given to --recipe",
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"not valid YAML: {error}", where=str(path)) from error
-    if values is None:
-        return {}, {}
-    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
-        raise RecipeError("a recipe is a mapping of names to values", where=str(path))
-    lines: dict[str, int] = {}
-    for key, _ in node.value:
-        if key.value in lines:
-            raise RecipeError(f"{key.value} is given twice", where=f"{path}:{key.start_mark.line + 1}")
-        lines[key.value] = key.start_mark.line + 1
-    return values, lines
+def problems_of(error: ValidationError) -> list[tuple[str, str]]:
+    """(key, what is wrong with it) each; the key is empty where several do not go together."""
+    found = []
+    for item in error.errors():
+        key = str(item["loc"][0]) if item["loc"] else ""
+        text = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            text = f"unknown key{did_you_mean(key, Recipe.model_fields)}"
+        elif key:
+            known = re.findall(r"'(\w+)'", text) if item["type"] == "literal_error" else ()
+            near = did_you_mean(str(item["input"]), known)
+            text = f"{item['input']!r} will not do{near}: {text[:1].lower() + text[1:]}"
+        found.append((key, f"{key + ': ' if key else ''}{text}"))
+    return found
+
+
+def problems_error(messages: Sequence[str], where: str, command: str) -> RecipeError:
+    """All of them in one error."""
+    count = f"{len(messages)} problems" if len(messages) > 1 else "a problem"
+    return RecipeError(
+        f"{count} in the {where}\n  " + "\n  ".join(messages),
+        fix=f"`surgery {command} --help` says what each option takes",
+    )

@@ -41,11 +41,11 @@ def replace_blocks(
     like = task.like()
     done = Replacements([], [])
     follow = task.plan.refit and task.plan.target == "stream" and any(block.residual for block in blocks)
-    aside = None if probe is None else partial.folder
+    spill = None if probe is None else partial.folder
     finished = processes.from_first(partial.finished(blocks))
     passed = [] if len(finished) == len(blocks) else task.batches()  # nothing is left to calibrate, so nothing runs
     with (
-        Passes(model, passed, once, follow, task.first_is_sink, probe, aside) as passes,
+        Passes(model, passed, once, follow, task.first_is_sink, probe, spill) as passes,
         Progress(len(blocks), task.quiet or not processes.first()) as progress,
     ):
         unfinished = [block for block in repeated if follow and block.path not in finished]
@@ -83,9 +83,9 @@ def _replace(
         entry, modules = modules_for(fitted, form, task.like())
         passes.replace(modules)
     for number, output in enumerate(fitted.outputs):  # none of blocks inside which the passes wait
-        passes.answer(number, output)
+        passes.supply(number, output)
     for number, output in enumerate(fitted.written):
-        passes.answer(number, output, original=True)
+        passes.supply(number, output, original=True)
     row = fitted.row(time.monotonic() - begun)
     if processes.first():
         partial.keep(block, entry, row, modules)

@@ -19,7 +19,7 @@ from surgery.errors import ModelError, RecipeError
 def check_conversion(recipe: Recipe) -> None:
     """Raises SurgeryError for what can be wrong in a recipe by itself: no model, or no such calibration source."""
     check_named(recipe)
-    Mixture.of(recipe.calibration).check()
+    Mixture.of(recipe.text).check()
 
 
 def check_named(recipe: Recipe) -> None:
@@ -69,7 +69,7 @@ def check_hooks(model: Any, blocks: Sequence[Block]) -> None:
             part = attribute(model, path)
             if isinstance(part, nn.Module) and (part._forward_hooks or part._forward_pre_hooks):
                 raise ModelError(
-                    "a forward hook hangs on a part of a block that is to be replaced",
+                    "a part of a block to be replaced has a forward hook",
                     where=path,
                     cause="the hook may change what the block computes, and would be lost",
                     fix="remove it, and put it on the twin",

@@ -13,6 +13,7 @@ from torch import Tensor
 from surgery.blocks.block import Block
 from surgery.blocks.parts import attribute
 from surgery.calibration.inputs import Calibration
+from surgery.closed_form import sinks
 from surgery.closed_form.moments import GaussianMixture
 from surgery.conversion.recipe import Recipe
 from surgery.fitting.block import FitSettings
@@ -28,7 +29,8 @@ class ConversionTask:
     Attributes:
         blocks: in the order in which they run, verified.
         given: distributions of the blocks' inputs by path, for `assume: gaussian`.
-        first_is_sink: the first token of a sequence turns into an attention sink.
+        first_token: how massive the first token of a sequence becomes, see
+            :func:`surgery.calibration.arrivals.first_token_size`.
     """
 
     model: Any
@@ -36,8 +38,13 @@ class ConversionTask:
     data: Calibration
     plan: Recipe
     given: Mapping[str, GaussianMixture]
-    first_is_sink: bool
+    first_token: float
     quiet: bool
+
+    @property
+    def first_is_sink(self) -> bool:
+        """The first token of a sequence turns into an attention sink."""
+        return self.first_token > sinks.MASSIVE
 
     def settings(self, degree: int, form: str) -> FitSettings:
         plan = self.plan
@@ -49,6 +56,7 @@ class ConversionTask:
             tail_width=plan.tail_width,
             guard=form == "native" and degree == 2,
             units=plan.units,
+            sink_limit=sinks.limit_of(self.first_token),
         )
 
     def batches(self) -> list[dict[str, Any]]:

@@ -47,6 +47,7 @@ class FitSettings:
     tail_width: float = 3.0
     guard: bool = False
     units: float = 1.0
+    sink_limit: float = sinks.MASSIVE
 
 
 MEASURES = (
@@ -62,7 +63,7 @@ class FittedBlock:
 
     Attributes:
         polynomial: what takes its place; sink units are its last.
-        r2_fit, r2_held: share of the block's own output variance (on the twin's stream, sinks aside) explained on
+        r2_fit, r2_held: share of the block's own output variance (on the twin's stream, without sinks) explained on
             tokens used and not used for fitting.
         r2_units_median: over units of the share explained by the unit's own polynomial.
         ridge: chosen λ; None where the readout was kept.
@@ -125,7 +126,7 @@ def fit_block(
     block = station.block
     original = original or block.weights(station.modules)
     target = Target.of(station, corrections)
-    sample = take_sample(target, original, settings.degree, settings.unit_tokens)
+    sample = take_sample(target, original, settings.degree, settings.unit_tokens, settings.sink_limit)
     inputs = InputMoments.of(sample.x[~sample.massive])
     at = Preactivations.of(inputs, original.gate, original.up)
     moments = _moments(original, at, sample, settings, given)

@@ -20,7 +20,7 @@ from surgery.runtime import processes
 
 CHUNK = 2048  # tokens whose hidden vectors are held at once
 YOUNG_SINKS = 0.1  # weight of sinks that are not massive yet, all together, against all other tokens
-MISTAKEN = 0.2  # of a sink unit's answer at its sink
+MISTAKEN = 0.2  # of a sink unit's output at its sink
 WEIGHT_LIMIT = 100.0  # of a token with a small residual, against the typical one
 
 
@@ -152,7 +152,7 @@ def refit(
         prior: readout that the ridge pulls towards, (p, out).
         sample: says from which norm on a token is a sink, and how much the sinks weigh.
         sink_units: how many features before the constant belong to sinks.
-        cache_bytes: memory that may be spent on keeping hidden vectors until the answer is known.
+        cache_bytes: memory that may be spent on keeping hidden vectors until the solution is known.
         units: how many units to keep beside the sink units, the most useful ones; all where None.
     """
     station, block = target.station, target.station.block
@@ -208,13 +208,13 @@ def _pieces(arrival: Arrival) -> Iterator[tuple[slice, bool]]:
             yield slice(start, min(start + CHUNK, end)), held
 
 
-def mistaken(answers: Tensor) -> Tensor:
+def mistaken(outputs: Tensor) -> Tensor:
     """Tokens that a sink unit takes for its sink. One among the ordinary would cost the sink its reproduction.
 
     Args:
-        answers: of the sink units, (tokens, sink units).
+        outputs: of the sink units, (tokens, sink units).
     """
-    return (answers > MISTAKEN).any(-1)
+    return (outputs > MISTAKEN).any(-1)
 
 
 def kept_readout(prior: Tensor, features: Tensor, output: Tensor, extra: int) -> Readout:

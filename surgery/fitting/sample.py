@@ -53,9 +53,11 @@ class Sample:
         return float(self.ordinary.sum()) / max(1, int(self.sink.sum()))
 
 
-def take_sample(target: Target, original: BlockWeights, degree: int, tokens: int) -> Sample:
+def take_sample(target: Target, original: BlockWeights, degree: int, tokens: int, sink_limit: float) -> Sample:
     """About `tokens` tokens, drawn from all batches alike (always several per input dimension).
 
+    Args:
+        sink_limit: from how many times the median norm on a token is a sink's.
     Raises:
         CalibrationError: too few for a unit of this degree, or an output that is not finite.
     """
@@ -82,7 +84,7 @@ def take_sample(target: Target, original: BlockWeights, degree: int, tokens: int
         raise CalibrationError("the block's output holds NaN or infinite values", where=station.block.path)
     norm = target.reaching(output)
     total = (size.square() + norm.square()).sqrt()
-    limit = sinks.threshold(total)
+    limit = sinks.threshold(total, sink_limit)
     truly = gathered("size", station.original or station.twin)
     sink = ((truly.square() + norm.square()).sqrt() > limit) | gathered("known_sink")
     aim = output[sink]

@@ -29,7 +29,7 @@ def unwrapped(model: Any) -> Any:
         raise ModelError("the model has adapters on it", where=name, cause="a LoRA or another of peft's", fix=MERGE)
     if not isinstance(model, nn.Module) or not hasattr(getattr(model, "config", None), "model_type"):
         raise ModelError(
-            f"{name} is no transformers model",
+            f"{name} is not a transformers model",
             cause="a model of your own, or only a part of one" if isinstance(model, nn.Module) else "",
             fix="give a Hub id, a folder, a .gguf file, or what transformers' from_pretrained returned",
         )

@@ -20,8 +20,10 @@ from surgery.models.architecture import Architecture, class_by_weights, general_
 from surgery.models.companions import Companions, companions, has_tokenizer
 from surgery.models.in_memory import unwrapped
 from surgery.models.refusals import ADAPTER, adapter_on_the_hub, is_adapter, unreadable
-from surgery.runtime import weights_on_disk
+from surgery.runtime import processes, weights_on_disk
+from surgery.runtime.precision import fast_bf16
 from surgery.runtime.trust import trusted
+from surgery.runtime.vocabulary import understands_former_names
 
 
 @dataclass(frozen=True)
@@ -168,13 +170,14 @@ def load_meta(name: str, revision: str | None = None) -> tuple[nn.Module, Any, s
         return found.cls._from_config(config), config, "; ".join(filter(None, (twin_note(name, config), found.note)))
 
 
+@understands_former_names
 def load(
     name: str | Path,
     *,
     revision: str | None = None,
     dtype: str = "float32",
     device_map: str | dict[str, str] | None = None,
-    base: str | None = None,
+    original: str | None = None,
 ) -> Any:
     """A model ready to use: an original or a twin, a delta applied to its original; as a transformers model.
 
@@ -182,11 +185,11 @@ def load(
         name: Hub id, folder or .gguf file; `revision` of the Hub.
         dtype: precision to compute in; `auto` is the stored one.
         device_map: as in transformers; `{"": "disk"}` leaves the weights on disk.
-        base: the original of a delta, where it is not to be loaded from the Hub as recorded.
+        original: of a delta, where it is not to be loaded from the Hub as recorded.
     Raises:
         ModelError: nothing there, not a transformer, or weights missing from the checkpoint.
     """
-    return loaded(str(name), revision, dtype, device_map, base).model
+    return loaded(str(name), revision, dtype, device_map, original).model
 
 
 def loaded(
@@ -202,7 +205,7 @@ def loaded(
     Args:
         name: Hub id, folder or .gguf file; a delta is applied to its original.
         dtype: precision to compute in; `auto` is the stored one.
-        base: the original of a delta, where it is not to be loaded from the Hub as recorded.
+        original: of a delta, where it is not to be loaded from the Hub as recorded.
         merged: folder for weights that stay on disk but are not there as the model keeps them (experts are put
             together on loading), in one of their own that is removed with the model; then this one and the one it is
             in, if they are empty. Default: a temporary one.
@@ -222,9 +225,9 @@ def loaded(
     options |= whole
     if whole and isinstance(device_map, dict) and "disk" in device_map.values():
         raise ModelError(
-            "quantised weights are made whole on loading, and cannot stay on disk",
+            "quantised weights are decompressed on loading, and cannot stay on disk",
             where=name,
-            fix="leave --offload out, or save the model with its weights made whole first",
+            fix="leave --offload out, or save the model with decompressed weights first",
         )
     kind_of_model = architecture(name, config, revision)
     model, left_over = _weights(name, path, kind_of_model.cls, options, merged)
@@ -290,6 +293,7 @@ def placed(device: str) -> Any:
     if device == "auto":
         from accelerate import PartialState
 
+        processes.join()  # what joins first says how
         found: torch.device = PartialState().device
         return torch.device("cpu") if found.type == "mps" else found  # Metal has no float64, which the sums are kept in
     try:
@@ -302,6 +306,11 @@ def placed(device: str) -> Any:
             fix="cpu, cuda, cuda:1, …, or auto",
         ) from error
     return torch.device(device)
+
+
+def computing_dtype(dtype: str, device: torch.device) -> str:
+    """`auto` spelled out: bfloat16 where this device multiplies it faster than float32."""
+    return dtype if dtype != "auto" else "bfloat16" if fast_bf16(device) else "float32"
 
 
 def public_name(name: str, kind: str) -> str:
@@ -320,8 +329,7 @@ def _load_delta(
         raise ModelError(
             f"this delta was taken from {described['base']!r}, which is not on the Hub",
             where=name,
-            fix='name the original: surgery.load(DELTA, base="ORIGINAL"), or surgery export DELTA --form full --base '
-            "ORIGINAL -o OUT",
+            fix="surgery.load(DELTA, original=MODEL), or surgery export DELTA --form full --original MODEL -o OUT",
         )
     try:
         tensors = load_file(str(cached_file(locate(name)[0], delta.WEIGHTS, revision=revision)))

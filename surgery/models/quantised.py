@@ -35,7 +35,7 @@ def reading(name: str, config: Any) -> dict[str, Any]:
     except Exception as error:
         first = first_line(error)
         raise ModelError(
-            f"the checkpoint is quantised ({method}), and its weights cannot be made whole here: {first}",
+            f"the checkpoint is quantised ({method}), and its weights cannot be decompressed here: {first}",
             where=name,
             fix="install what it asks for, or convert the checkpoint that it was quantised from",
         ) from error
@@ -68,7 +68,7 @@ def _refused(name: str, method: str) -> ModelError:
     return ModelError(
         f"the weights are quantised ({method})",
         where=name,
-        cause="polynomials are fitted to the weights themselves, and transformers does not make these whole on loading",
+        cause="polynomials are fitted to the weights themselves, and transformers does not decompress these on loading",
         fix="convert the checkpoint that it was quantised from; or load it, call model.dequantize() where its kind has "
         "that, save it, and convert what was saved",
     )

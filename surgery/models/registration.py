@@ -32,7 +32,7 @@ def register_when_possible() -> None:
 
 
 class _Waiting(importlib.abc.MetaPathFinder):
-    """Sees the import of the Auto classes, lets the others find it, and has twins registered behind it."""
+    """Sees the import of the Auto classes, lets the others find it, and has twins registered after it."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != AUTO_MODULE:

@@ -24,6 +24,7 @@ from surgery.saving.report import read_verified_report
 EVALUATION = Path("evaluation") / "evaluation.json"
 PLOT = Path("evaluation") / "blocks.png"
 TEXTS, TEXTS_PLOT = Path("evaluation") / "texts.json", Path("evaluation") / "texts.png"
+COMPARED_PLOT = Path("evaluation") / "twins.png"  # this twin beside others of the same model
 
 
 READERS = {
@@ -66,7 +67,10 @@ def render_card(folder: Path, base_model: str | None = None, licence: str | None
     else:
         headline, tasks, notes = [], [], []
         missing.append("an evaluation (surgery eval TWIN -o TWIN/evaluation)")
-    texts = public(json.loads((folder / TEXTS).read_text(encoding="utf-8"))) if (folder / TEXTS).is_file() else None
+    texts = (evaluation or {}).get("kinds")
+    if texts is None and (folder / TEXTS).is_file():
+        texts = public(json.loads((folder / TEXTS).read_text(encoding="utf-8")))
+    pictures = [str(plot) for plot in (COMPARED_PLOT, TEXTS_PLOT) if (folder / plot).is_file()]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name, options = _loaded_as(report, config)
     reader = next((reader for file, reader in READERS.items() if (folder / file).is_file()), None)
@@ -82,7 +86,9 @@ def render_card(folder: Path, base_model: str | None = None, licence: str | None
             blocks=report["blocks"], evaluated=bool(evaluation),
             headline=headline, tasks=tasks, notes=notes, plot=str(PLOT) if (folder / PLOT).is_file() else None,
             texts=kind_rows(texts) if texts else [], over_texts=unseen_line(texts) if texts else "",
-            texts_plot=str(TEXTS_PLOT) if (folder / TEXTS_PLOT).is_file() else None,
+            texts_plot=pictures[0] if pictures else None,
+            variable="processor" if reader in ("AutoProcessor", "AutoImageProcessor") else "tokenizer",
+            generates=reader == "AutoTokenizer" and name == "AutoModelForCausalLM",
             checkpoint=_checkpoint_row(report, config),
             refinement=report.get("refinement"),
             quadratic=_degrees(report) == [2], degrees=" or ".join(map(str, _degrees(report))),

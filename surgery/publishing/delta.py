@@ -32,7 +32,7 @@ def export_delta(folder: Path, out: Path, base: str | None = None, overwrite: bo
         raise ModelError(
             f"the twin was made from {source['name']!r}, which is not on the Hub",
             where=str(folder),
-            fix="name the original with --base",
+            fix="name the original with --original",
         )
     twin = loading.loaded(str(folder), dtype="auto")
     stored = twin.source.dtype

@@ -9,12 +9,14 @@ from surgery.errors import RecipeError, did_you_mean
 from surgery.publishing.delta import export_delta, export_full
 from surgery.publishing.onnx import export_onnx
 from surgery.publishing.silu import export_silu
+from surgery.runtime.vocabulary import understands_former_names
 
 FORMS = ("silu", "onnx", "delta", "full")
 
 
+@understands_former_names
 def export(
-    twin: str | Path, output: str | Path, *, form: str = "silu", base: str | None = None, overwrite: bool = False
+    twin: str | Path, output: str | Path, *, form: str = "silu", original: str | None = None, overwrite: bool = False
 ) -> dict[str, Any]:
     """Writes a twin in another form, and believes it only once it computes the same there.
 
@@ -22,7 +24,7 @@ def export(
         twin: folder of a finished twin; `output`: folder for the export.
         form: `silu`, an ordinary SwiGLU network of twice the width (native twins); `onnx`, a graph for onnxruntime;
             `delta`, what the twin adds to its original; `full`, the whole twin again, from a delta.
-        base: the original, for `delta` and `full`: Hub id, folder or .gguf; by default as the twin's report names it.
+        original: for `delta` and `full`: Hub id, folder or .gguf; by default as the twin's report names it.
         overwrite: replace an earlier twin at the output.
     Returns:
         `form`, and `difference`, relative norm over the outputs' (0 for a delta, which gives every bit); of a delta
@@ -36,5 +38,5 @@ def export(
     if form == "silu":
         seen = export_silu(folder, out, overwrite)
     else:
-        seen = {"delta": export_delta, "full": export_full, "onnx": export_onnx}[form](folder, out, base, overwrite)
+        seen = {"delta": export_delta, "full": export_full, "onnx": export_onnx}[form](folder, out, original, overwrite)
     return {**seen, "form": form}

@@ -99,7 +99,7 @@ def check_repository(name: str) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise RecipeError(
-            f"no name of a repository: {first_line(error).rstrip('.')}",
+            f"not a valid name of a repository: {first_line(error).rstrip('.')}",
             where=repr(name),
             fix="as in user/name",
         ) from error

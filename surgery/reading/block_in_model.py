@@ -83,7 +83,9 @@ def find_block(model: Any, index: int, expert: int | None = None) -> BlockInMode
     first, last = (model.get_submodule(part) for part in (saved.paths[0], saved.paths[-1]))
     if not isinstance(saved, SavedExperts):
         if expert is not None:
-            raise RecipeError(f"block {index} ({path}) is no mixture of experts", where="--expert", fix="leave it out")
+            raise RecipeError(
+                f"block {index} ({path}) is not a mixture of experts", where="--expert", fix="leave it out"
+            )
         return BlockInModel(index, path, first, last, saved.read(model))
     if expert is None or expert >= first.number:
         raise RecipeError(
@@ -143,7 +145,7 @@ def surroundings(model: Any, block: BlockInModel, probe: Mapping[str, Tensor]) -
 
 
 class _BlockReached(Exception):  # noqa: N818 - no error
-    """Ends a forward pass behind the block that was asked for."""
+    """Ends a forward pass after the block that was asked for."""
 
 
 @contextmanager
@@ -179,7 +181,7 @@ def recorded_activity(
     the residual stream before it and of its output, (tokens,): massive at attention sinks. All NaN where a token does
     not go to this expert.
 
-    Every forward pass ends at the block: the layers behind it cost nothing.
+    Every forward pass ends at the block: the layers after it cost nothing.
     """
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     with torch.no_grad(), _recorded(block, rows):

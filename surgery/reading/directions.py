@@ -10,7 +10,7 @@
     quadratic:K       the K-th of its quadratic part (`Expansion.output_gram`)
 
 A norm divides by a scale that depends on the token and multiplies by γ (LayerNorm takes the mean away first). A
-direction e that is read behind it, e·norm(r), is read off the stream r by Pᵀ(γ ⊙ e) up to that positive scale.
+direction e that is read after it, e·norm(r), is read off the stream r by Pᵀ(γ ⊙ e) up to that positive scale.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Direction:
 
 @dataclass(frozen=True)
 class NormScale:
-    """What a norm does to directions that are read behind it.
+    """What a norm does to directions that are read after it.
 
     Attributes:
         scale: γ, (d,); None for no norm at all.
@@ -68,7 +68,7 @@ class NormScale:
         return NormScale(scale.double(), torch.allclose(moved, one, atol=1e-3 * float(one.abs().max())))
 
     def before(self, directions: Tensor) -> Tensor:
-        """Directions of the stream before the norm that are read behind it as `directions`, (…, d): Pᵀ(γ ⊙ e)."""
+        """Directions of the stream before the norm that are read after it as `directions`, (…, d): Pᵀ(γ ⊙ e)."""
         if self.scale is None:
             return directions
         read = directions * self.scale.to(directions)

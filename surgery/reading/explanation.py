@@ -17,10 +17,11 @@ from surgery.errors import RecipeError, SurgeryError
 from surgery.models import loading
 from surgery.reading.activity import Activity, examples
 from surgery.reading.block_in_model import BlockInModel, NotATwinError, find_block, recorded_activity, surroundings
-from surgery.reading.directions import Direction, Vocabulary, check_direction, named_direction
+from surgery.reading.directions import KINDS, Direction, Vocabulary, check_direction, named_direction
 from surgery.reading.page import write_explanation
 from surgery.reading.spectrum import Spectrum, spectrum
 from surgery.runtime.settings import at_least, checked_settings
+from surgery.runtime.vocabulary import understands_former_names
 
 FORMAT = 1
 COORDINATES = ("raw", "data")
@@ -34,7 +35,7 @@ class ExplainSettings:
     Attributes:
         twin: Hub id, folder or .gguf file.
         block, expert: its number, as `surgery inspect` counts; and which expert of it, where it is a mixture.
-        output: direction of its output (see :mod:`surgery.reading.directions`); None for a survey of its own.
+        direction: of its output (see :mod:`surgery.reading.directions`); None for a survey of its own.
         minus: a direction to subtract, as in the difference of two logits.
         pairs: eigenpairs to show.
         coordinates: `raw` for the eigenpairs of Γ itself, `data` for those of Σ^½ Γ Σ^½ (shares are then of the
@@ -46,7 +47,7 @@ class ExplainSettings:
 
     twin: str
     block: int = at_least(0)
-    output: str | None = None
+    direction: str | None = None
     minus: str | None = None
     pairs: int = at_least(1, 6)
     coordinates: str = "raw"
@@ -59,15 +60,17 @@ class ExplainSettings:
     expert: int | None = at_least(0, None)
     revision: str | None = None
     dtype: str = "float32"
+    device: str = "auto"
     seed: int = 0
 
 
+@understands_former_names
 def explain(
     twin: str | Path,
     block: int,
     *,
-    output: str | None = None,
-    folder: str | Path | None = None,
+    direction: str | None = None,
+    output: str | Path | None = None,
     quiet: bool = True,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -76,28 +79,32 @@ def explain(
     Args:
         twin: Hub id, folder or .gguf file.
         block: its number, as `surgery inspect` counts.
-        output: direction of the block's output (see :mod:`surgery.reading.directions`), a vector of its width; None
-            surveys the block's own.
-        folder: where explanation.json, explanation.html and spectrum.png are written.
+        direction: of the block's output (see :mod:`surgery.reading.directions`), a vector of its width; None surveys
+            the block's own.
+        output: folder for explanation.json, explanation.html and spectrum.png.
         settings: the other fields of :class:`ExplainSettings`.
     Returns:
         what explanation.json holds: shares of variance, eigenvalues, tokens and contexts.
     Raises:
         SurgeryError: not a twin, no such block, an unknown direction, too little text.
     """
-    given = {**settings, "twin": str(twin), "block": block, "output": output}
+    if str(output).partition(":")[0] in KINDS and not Path(str(output)).exists():
+        raise RecipeError(
+            f"{str(output)!r} is a direction, not a folder", where="--output", fix="give --direction for it"
+        )
+    given = {**settings, "twin": str(twin), "block": block, "direction": direction}
     found = explained(checked_settings(ExplainSettings, given), quiet)
-    if folder is not None:
-        write_explanation(found, Path(folder))
+    if output is not None:
+        write_explanation(found, Path(output))
     return found
 
 
 def explained(settings: ExplainSettings, quiet: bool = True) -> dict[str, Any]:
     """The explanation as data, for settings that were checked."""
     started = time.monotonic()
-    if settings.minus and not settings.output:
-        raise RecipeError("--minus needs an --output to be subtracted from")
-    for named in filter(None, (settings.output, settings.minus)):
+    if settings.minus and not settings.direction:
+        raise RecipeError("--minus needs a --direction to be subtracted from")
+    for named in filter(None, (settings.direction, settings.minus)):
         check_direction(named)
     if settings.coordinates not in COORDINATES:
         raise RecipeError(f"no coordinates {settings.coordinates!r}", fix=f"one of {', '.join(COORDINATES)}")
@@ -108,7 +115,9 @@ def explained(settings: ExplainSettings, quiet: bool = True) -> dict[str, Any]:
         raise SurgeryError("only models that read tokens are explained with text", where=settings.twin)
     ids = torch.cat([batch["input_ids"] for batch in inputs.batches])
     block = surroundings(model, block, {name: value[:1, :8] for name, value in inputs.batches[0].items()})
+    model.to(loading.placed(settings.device))
     x, _, size = recorded_activity(model, block, inputs.batches)
+    model.to("cpu")
     seen = Activity.of(ids, x.cpu(), size.cpu())
     expansion = block.polynomial.expand(seen.mean)
     vocabulary = Vocabulary.of(model, loaded.tokenizer, block)
@@ -124,10 +133,10 @@ def explained(settings: ExplainSettings, quiet: bool = True) -> dict[str, Any]:
         "notes": _notes(block, settings),
     }  # fmt: skip
     reader = _Reader(settings, seen, expansion, vocabulary, loaded.tokenizer)
-    if settings.output is None:
+    if settings.direction is None:
         report |= reader.own_directions()
     else:
-        direction = named_direction(settings.output, model, loaded.tokenizer, block, expansion)
+        direction = named_direction(settings.direction, model, loaded.tokenizer, block, expansion)
         if settings.minus:
             less = named_direction(settings.minus, model, loaded.tokenizer, block, expansion)
             direction = Direction(f"{direction.name} − {less.name}", direction.vector - less.vector)
@@ -156,7 +165,7 @@ def _block(settings: ExplainSettings, loaded: loading.LoadedModel, quiet: bool) 
         "blocks": str(settings.block),
         "tokens": max(FIT_TOKENS, settings.tokens),
     }
-    recipe |= {"calibration": settings.text, "measure": 0, "form": "custom", "seed": settings.seed}
+    recipe |= {"text": settings.text, "measure": 0, "form": "custom", "seed": settings.seed}
     convert(model, tokenizer=loaded.tokenizer, quiet=quiet, **recipe)
     return find_block(model, settings.block, settings.expert), inputs()
 

@@ -82,7 +82,7 @@ def _lanczos(matrix: Quadratic, count: int) -> tuple[Tensor, Tensor]:
         return (matrix @ column)[:, 0].double().cpu().numpy()  # type: ignore[no-any-return]
 
     operator = LinearOperator((matrix.size, matrix.size), matvec=product, dtype=np.float64)
-    start = np.random.default_rng(0).standard_normal(matrix.size)  # so that the same question has the same answer
+    start = np.random.default_rng(0).standard_normal(matrix.size)  # so that the result is always the same
     values, vectors = eigsh(operator, k=count, which="LM", v0=start)
     order = np.argsort(-np.abs(values))
     return torch.from_numpy(values[order].copy()).to(like), torch.from_numpy(vectors[:, order].copy()).to(like)

@@ -26,7 +26,9 @@ from surgery.models import loading
 from surgery.reading.approximation import approximations
 from surgery.runtime.files import not_written, write_bytes, write_json
 from surgery.runtime.hooks import hooked
+from surgery.runtime.progress import progress
 from surgery.runtime.settings import at_least, checked_settings
+from surgery.runtime.vocabulary import understands_former_names
 
 FORMAT = 1
 JSON, PLOT = "trace.json", "trace.png"
@@ -47,6 +49,7 @@ class TraceSettings:
     text: str = "python"
     tokens: int = at_least(2, 4096)
     window: int = at_least(2, 256)
+    device: str = "auto"
     seed: int = 0
 
 
@@ -91,6 +94,7 @@ def training_steps(names: Sequence[str], revisions: str | Sequence[str] | None) 
     return [TrainingStep(names[0], revision.strip()) for revision in wanted if revision.strip()]
 
 
+@understands_former_names
 def trace(
     checkpoints: str | Path | Sequence[str | Path],
     *,
@@ -138,9 +142,8 @@ def traced(
     described = json.loads(json.dumps(asdict(settings)))
     known = {} if folder is None or restart else _known(folder, described)
     report: dict[str, Any] = {"format": FORMAT, "settings": described, "checkpoints": []}
-    from tqdm import tqdm
-
-    for step in tqdm(steps, desc="tracing", unit="checkpoint", disable=quiet):
+    bar = progress(len(steps), "tracing", quiet)
+    for step in steps:
         row = known.pop(step.key, None) or {
             "key": step.key,
             "label": step.label,
@@ -150,6 +153,8 @@ def traced(
         report["checkpoints"].append(row)
         if folder is not None:
             _write(folder, {**report, "others": list(known.values())})
+        bar.update(1)
+    bar.close()
     if folder is not None:
         write_bytes(folder / PLOT, plot(report))
     return report
@@ -184,6 +189,7 @@ def measure(step: TrainingStep, settings: TraceSettings) -> dict[str, Any]:
     started = time.monotonic()
     loaded = loading.loaded(step.name, step.revision)
     model: Any = loaded.model
+    model.to(loading.placed(settings.device))
     much = {"tokens": settings.tokens, "length": settings.window, "batch": 1 << 30, "seed": settings.seed}
     data = calibration_inputs(settings.text, model, loaded.text_tokenizer, **much)
     batch = {name: value.to(model.device) for name, value in data.batches[0].items()}
@@ -210,8 +216,8 @@ def _rows(
     sequences = len(next(iter(batch.values())))
 
     def look(block: Block, x: Tensor) -> None:
-        original = block.weights(block.modules(model))
-        even = torch.arange(x.shape[:-1].numel(), device=x.device) // max(1, x.shape[:-1].numel() // sequences) % 2 == 0
+        original, x = block.weights(block.modules(model)).on_cpu(), x.cpu()
+        even = torch.arange(x.shape[:-1].numel()) // max(1, x.shape[:-1].numel() // sequences) % 2 == 0
         flat = x.flatten(0, -2)
         size = original(flat).float().norm(dim=-1)
         ordinary = sinks.ordinary(size)

@@ -32,7 +32,7 @@ Blocks = Sequence[tuple[str, ...]]
 
 
 class Objective(Protocol):
-    """One batch forward and backward; the loss, detached. `done` is the share of the steps behind it."""
+    """One batch forward and backward; the loss, detached. `done` is the share of the steps done."""
 
     done: float
 
@@ -89,7 +89,7 @@ class EndToEnd:
     ) -> None:  # fmt: skip
         self.accelerator, self.network, self.teacher, self.autocast = accelerator, network, teacher, autocast
         self.temperature, self.match, self.blend = temperature, match, blend
-        self.done = 0.0  # share of the steps behind us; the training loop keeps it
+        self.done = 0.0  # share of the steps done; the training loop keeps it
         self.twin, self.blocks = twin, blocks
         self.paths = [paths[-1] for paths in blocks] if match else []
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.calibration.texts import frame
+from surgery.calibration.texts import special_tokens
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,17 @@ def pack(texts: Iterable[Sequence[int]], length: int, tokenizer: Any, with_posit
 
     Every piece of a document begins with what the tokenizer puts before a text, since that is the text models know.
     """
-    before, after = frame(tokenizer)
+    before, after = special_tokens(tokenizer)
     filler = tokenizer.eos_token_id or 0
     rows: list[Tensor] = []
     places: list[Tensor] = []
     row: list[int] = []
     place: list[int] = []
-    room_of_frame = len(before) + len(after)
+    taken = len(before) + len(after)
     for text in texts:
         at = 0
         while at < len(text):
-            room = length - len(row) - room_of_frame
+            room = length - len(row) - taken
             if room < 2:  # too little for a piece: the row is filled up as part of the last one
                 last = place[-1] if place else -1
                 place += range(last + 1, last + 1 + length - len(row))

@@ -21,6 +21,7 @@ def run_key(settings: RefineSettings, report: dict[str, Any], windows: PackedWin
         **asdict(settings),
         "report_to": None,
         "checkpointing": None,
+        "device": None,
         "processes": processes,
         "weights": report["verification"]["weights"],
         "windows": hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest(),
@@ -38,7 +39,7 @@ def record_of(
     shown["text"] = [label(source) for source in settings.text]
     return {
         "options": _options(settings),
-        "settings": shown | {"teacher": loading.public_name(settings.teacher, loading.locate(settings.teacher)[2])},
+        "settings": shown | {"original": loading.public_name(settings.original, loading.locate(settings.original)[2])},
         "processes": run.accelerator.num_processes,
         "trained_parameters": sum(value.numel() for value in run.trainable.values()),
         "tokens_seen": run.tokens_seen,
@@ -63,7 +64,7 @@ def _options(settings: RefineSettings) -> str:
     words = [f"--text {label(source)}" for source in settings.text]
     for field in fields(settings):
         value = getattr(settings, field.name)
-        if value == field.default or field.name in ("twin", "teacher", "output", "text", "report_to"):
+        if value == field.default or field.name in ("twin", "original", "output", "text", "report_to", "device"):
             continue
         flag = f"--{field.name.replace('_', '-')}"
         words.append(flag if value is True else f"{flag} {value}")

@@ -46,16 +46,18 @@ from surgery.refining.training import Training
 from surgery.runtime import processes
 from surgery.runtime.public import printable
 from surgery.runtime.settings import checked_settings
+from surgery.runtime.vocabulary import understands_former_names
 from surgery.saving.checkpoint import save
 from surgery.saving.folder import check_room, check_target, kept_beside
 from surgery.saving.reload import probe_inputs
-from surgery.saving.report import read_verified_report
+from surgery.saving.report import read_verified_report, recorded_original
 
 
+@understands_former_names
 def refine(
     twin: str | Path,
-    teacher: str | Path,
-    output: str | Path,
+    original: str | Path | None = None,
+    output: str | Path | None = None,
     *,
     overwrite: bool = False,
     restart: bool = False,
@@ -67,7 +69,8 @@ def refine(
     Under `accelerate launch` every process must call it. An interrupted run goes on exactly where it stopped.
 
     Args:
-        twin: folder of a finished twin; `teacher`: the original: Hub id, folder or .gguf.
+        twin: folder of a finished twin.
+        original: the teacher: Hub id, folder or .gguf; by default what the twin was made from.
         output: folder for the refined twin.
         overwrite, restart: replace an earlier twin there; discard the state of an interrupted run.
         settings: the other fields of :class:`~surgery.refining.settings.RefineSettings`.
@@ -77,14 +80,21 @@ def refine(
         SurgeryError: teacher and twin do not match, too little text, values not finite, a folder of another run, or
             too little memory.
     """
-    chosen = refine_settings(twin, teacher, output, **settings)
+    chosen = refine_settings(twin, original, output, **settings)
     check_refinement(chosen)
     return refined(chosen, overwrite, restart, quiet)
 
 
-def refine_settings(twin: str | Path, teacher: str | Path, output: str | Path, **settings: Any) -> RefineSettings:
-    """Settings by name. Raises RecipeError for unknown ones."""
-    given = {**settings, "twin": str(twin), "teacher": str(teacher), "output": str(output)}
+def refine_settings(
+    twin: str | Path, original: str | Path | None, output: str | Path | None, **settings: Any
+) -> RefineSettings:
+    """Settings by name. Raises RecipeError for unknown ones, and where the original has to be named."""
+    given = {**settings, "twin": str(twin), "original": str(original)}
+    if original is None:
+        given["original"], revision = recorded_original(twin)
+        given.setdefault("original_revision", revision)
+    if output is not None:
+        given["output"] = str(output)
     for name in {"text", "report_to"} & settings.keys():
         given[name] = (given[name],) if isinstance(given[name], str) else tuple(given[name])
     return checked_settings(RefineSettings, given)
@@ -152,7 +162,7 @@ class _Refinement:
         )
         self.schedule = Schedule.of(settings, accelerator.num_processes)
         self.key = run_key(settings, report, self.windows, accelerator.num_processes)
-        self.precision = autocast(settings.precision, accelerator.device)
+        self.autocast = autocast(settings.dtype, accelerator.device)
 
     def train(self) -> tuple[dict[str, Any], Trainee]:
         """Trains the student to the end and puts its best state in place; the record, and what was trained."""
@@ -174,9 +184,9 @@ class _Refinement:
     def _objective(self, network: Any) -> Objective:
         settings, blocks = self.settings, [paths for paths, _ in self.replaced]
         if settings.objective == "local":
-            return Local(self.accelerator, self.teacher, self.precision, self.twin, blocks)
+            return Local(self.accelerator, self.teacher, self.autocast, self.twin, blocks)
         weights = settings.temperature, settings.match, settings.blend
-        return EndToEnd(self.accelerator, network, self.teacher, self.precision, self.twin, blocks, *weights)
+        return EndToEnd(self.accelerator, network, self.teacher, self.autocast, self.twin, blocks, *weights)
 
     def _run(
         self, student: Trainee, teacher: Any, objective: Objective, control: bool = False, log: Any = None
@@ -201,7 +211,7 @@ class _Refinement:
         """
         settings, accelerator = self.settings, self.accelerator
         trained.optimizer.state.clear()
-        original: Any = loading.loaded(settings.teacher, settings.teacher_revision).model
+        original: Any = loading.loaded(settings.original, settings.original_revision).model
         still = copy.deepcopy(original).requires_grad_(False)
         which = "block" if settings.train in (LORA, "coefficients") else settings.train
         trainable = named_trainable(original, which, self.replaced)
@@ -211,7 +221,7 @@ class _Refinement:
             still.to(accelerator.device)
         pair = original, original, still
         trainee = ready_student(settings, accelerator, pair, set(trainable), self.replaced)
-        run = self._run(trainee, still, NextToken(accelerator, trainee.network, self.precision), control=True)
+        run = self._run(trainee, still, NextToken(accelerator, trainee.network, self.autocast), control=True)
         nats = [row["nats"] for row in run.curve]
         return {"nats_before": nats[0], "nats_after": nats[-1], "least": min(nats), "curve": run.curve}
 
@@ -243,7 +253,11 @@ def _accelerator(settings: RefineSettings, out: Path) -> Any:
     from accelerate import Accelerator
 
     processes.join()
+    place = loading.placed(settings.device)
+    if settings.device != "auto" and place.type == "cuda" and place.index is not None:
+        torch.cuda.set_device(place)
     return Accelerator(
+        cpu=settings.device != "auto" and place.type == "cpu",
         gradient_accumulation_steps=settings.accumulate,
         mixed_precision="no",
         log_with=list(settings.report_to) or None,
@@ -267,16 +281,21 @@ def _too_little_memory() -> SurgeryError:
     return SurgeryError(
         "out of memory",
         cause="activations grow with batch × length, logits with the vocabulary too; what is trained counts five times",
-        fix="lower --batch (and raise --accumulate by as much) or --length; then --checkpointing, --train readout or "
+        fix="lower --batch (and raise --accumulate by as much) or --window; then --checkpointing, --train readout or "
         "lora, --objective local, or --shard with several processes (and --restart, where steps were done already)",
     )
 
 
 def plan_refinement(
-    twin: str | Path, teacher: str | Path, output: str | Path, *, processes: int = 1, **given: Any
+    twin: str | Path,
+    original: str | Path | None = None,
+    output: str | Path | None = None,
+    *,
+    processes: int = 1,
+    **given: Any,
 ) -> dict[str, Any]:
     """What :func:`refine` would do, without loading weights: `--dry-run`."""
-    settings = refine_settings(twin, teacher, output, **given)
+    settings = refine_settings(twin, original, output, **given)
     check_refinement(settings)
     return _planned(settings, processes)
 
@@ -287,7 +306,7 @@ def _planned(settings: RefineSettings, processes: int) -> dict[str, Any]:
     trainable = with_lora(twin, settings)[1] if settings.train == LORA else named_trainable(twin, settings.train)
     count = sum(value.numel() for value in trainable.values())
     schedule = Schedule.of(settings, processes)
-    a_step = settings.batch * settings.accumulate * processes * settings.length
+    a_step = settings.batch * settings.accumulate * processes * settings.window
     parameters = sum(value.numel() for value in twin.parameters())
     originals = sum(value.numel() for name, value in twin.named_parameters() if name in inside)
     # weights once, the original's blocks (or, sharded, both models), and of what is trained gradient, mean, best and

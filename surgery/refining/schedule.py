@@ -18,7 +18,7 @@ class Schedule:
     @staticmethod
     def of(settings: RefineSettings, processes: int) -> Schedule:
         """For so many processes, which share a step's windows."""
-        a_step = settings.batch * settings.accumulate * processes * settings.length
+        a_step = settings.batch * settings.accumulate * processes * settings.window
         return Schedule(settings, max(1, settings.tokens // a_step))
 
     def rate_at(self, step: int) -> float:

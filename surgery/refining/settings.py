@@ -20,10 +20,10 @@ from surgery.refining.parameters import SETS
 from surgery.runtime.precision import fast_bf16
 from surgery.saving.report import read_verified_report
 
-OBJECTIVES, PRECISIONS = ("kl", "local"), ("auto", "bf16", "float32")
+OBJECTIVES, DTYPES = ("kl", "local"), ("auto", "bfloat16", "float32")
 LORA = "lora"
 SHORTEST = 8  # tokens of a window
-COUNTS = ("tokens", "length", "batch", "accumulate", "validate_tokens", "validate_every", "lora_rank")
+COUNTS = ("tokens", "window", "batch", "accumulate", "validate_tokens", "validate_every", "lora_rank")
 ABOVE_ZERO = (*COUNTS, "rate", "clip", "temperature")
 
 
@@ -34,7 +34,7 @@ class RefineSettings:
     Attributes:
         text: training texts, each with its share of the tokens (SOURCE=2), 1 where it says none; auto: broad, or
             python=2, code=2 and samples where that cannot be fetched.
-        tokens, length: tokens to train on, in windows of this many; a shorter text is gone through again.
+        tokens, window: tokens to train on, in windows of this many; a shorter text is gone through again.
         batch, accumulate: windows a forward pass and process, and forward passes a step.
         train: coefficients, readout, block, all or lora.
         lora_rank, lora_modules: rank of LoRA, and the modules it goes on (as peft takes them).
@@ -46,7 +46,9 @@ class RefineSettings:
         anchor: norm penalty, the pull towards the weights the run started from, λ/2 ‖θ − θ₀‖², decoupled from the
             gradient as in AdamW (Loshchilov & Hutter, arXiv 1711.05101): θ ← θ − rate·λ·(θ − θ₀).
         temperature: T of the loss.
-        precision: of the forward passes in training; weights and measurements stay in float32.
+        dtype: of the forward passes in training; weights and measurements stay in float32. auto: bfloat16 where the
+            device multiplies it faster.
+        device: cpu, cuda or another; auto: the accelerator, if there is one.
         checkpointing: compute activations again in the backward pass instead of keeping them.
         shard: every process holds a part of every tensor (FSDP2), for models larger than one device.
         validate_tokens, validate_every: held-out tokens, and steps between two looks at them.
@@ -56,11 +58,11 @@ class RefineSettings:
     """
 
     twin: str
-    teacher: str
+    original: str
     output: str
     text: tuple[str, ...] = (AUTO,)
     tokens: int = 1_000_000
-    length: int = 256
+    window: int = 256
     batch: int = 4
     accumulate: int = 2
     train: str = "block"
@@ -75,7 +77,8 @@ class RefineSettings:
     average: float = 0.98
     anchor: float = 0.0
     temperature: float = 1.0
-    precision: str = "auto"
+    dtype: str = "auto"
+    device: str = "auto"
     checkpointing: bool = False
     shard: bool = False
     validate_tokens: int = 8192
@@ -84,7 +87,7 @@ class RefineSettings:
     seed: int = 0
     control: bool = False
     report_to: tuple[str, ...] = ()
-    teacher_revision: str | None = None
+    original_revision: str | None = None
 
 
 def check_refinement(settings: RefineSettings) -> None:
@@ -92,17 +95,23 @@ def check_refinement(settings: RefineSettings) -> None:
     report = read_verified_report(Path(settings.twin))
     if report["form"] in ("silu", "onnx"):
         raise RecipeError(f"the {report['form']} form cannot be refined", where=settings.twin, fix="refine its twin")
-    loading.load_config(settings.teacher, settings.teacher_revision)
+    loading.placed(settings.device)
+    loading.load_config(settings.original, settings.original_revision)
     twin: Any = loading.load_meta(settings.twin)[0]
     if not loading.is_causal(twin):
         raise ModelError("only causal language models can be refined", where=type(twin).__name__)
-    most = getattr(twin.config.get_text_config(), "max_position_embeddings", None) or settings.length
-    if not SHORTEST <= settings.length <= most:
+    most = getattr(twin.config.get_text_config(), "max_position_embeddings", None) or settings.window
+    if not SHORTEST <= settings.window <= most:
         raise RecipeError(
-            f"{settings.length} is not from {SHORTEST} to {most}, the model's positions", where="--length"
+            f"{settings.window} is not from {SHORTEST} to {most}, the model's positions", where="--window"
         )
     if any(saved.routed for saved in saved_blocks(twin)) and (settings.objective == "local" or settings.blend):
         raise RecipeError("experts cannot be refined block by block, or blended", fix="leave --objective and --blend")
+    check_settings(settings)
+
+
+def check_settings(settings: RefineSettings) -> None:
+    """Raises SurgeryError for what can be wrong before there is a twin."""
     _check_texts(settings)
     _check_values(settings)
     _check_trackers(settings)
@@ -112,7 +121,9 @@ def _check_texts(settings: RefineSettings) -> None:
     mixture = Mixture.of(settings.text)
     mixture.check()
     if mixture.is_inputs or (AUTO in settings.text and not mixture.one):
-        raise RecipeError(f"{mixture.name} is no text", where="--text", fix="broad, samples, hub:NAME or a text file")
+        raise RecipeError(
+            f"{mixture.name} is not a text", where="--text", fix="broad, samples, hub:NAME or a text file"
+        )
 
 
 def _check_values(settings: RefineSettings) -> None:
@@ -125,7 +136,7 @@ def _check_values(settings: RefineSettings) -> None:
     for name in ("anchor", "match", "patience"):
         if getattr(settings, name) < 0:
             raise RecipeError(f"{getattr(settings, name)} is below 0", where=f"--{name}")
-    for name, known in {"train": (*SETS, LORA), "objective": OBJECTIVES, "precision": PRECISIONS}.items():
+    for name, known in {"train": (*SETS, LORA), "objective": OBJECTIVES, "dtype": DTYPES}.items():
         value = getattr(settings, name)
         if value not in known:
             raise RecipeError(f"no {name} {value!r}{did_you_mean(value, known)}", fix=f"one of {', '.join(known)}")
@@ -144,7 +155,7 @@ def _check_trackers(settings: RefineSettings) -> None:
             raise RecipeError(f"the tracker {tracker!r} is not installed", where="--report-to", fix=fix)
 
 
-def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+def autocast(dtype: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """bf16 where the processor multiplies it faster than float32, weights in float32 all the same."""
-    wanted = precision if precision != "auto" else ("bf16" if fast_bf16(device) else "float32")
-    return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=wanted == "bf16")
+    wanted = dtype if dtype != "auto" else ("bfloat16" if fast_bf16(device) else "float32")
+    return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=wanted == "bfloat16")

@@ -18,7 +18,7 @@ from surgery.refining.settings import LORA, RefineSettings
 
 def load_teacher(settings: RefineSettings, student: Any) -> Any:
     """The original; as a Llama where the twin was made from it as one."""
-    teacher: Any = loading.loaded(settings.teacher, settings.teacher_revision).model
+    teacher: Any = loading.loaded(settings.original, settings.original_revision).model
     if type(student).__name__ == "LlamaForCausalLM" and type(teacher).__name__ != "LlamaForCausalLM":
         return as_llama(teacher) or teacher
     return teacher

@@ -12,7 +12,7 @@ import torch
 from surgery.calibration.automatic import automatic, available
 from surgery.calibration.mixtures import Mixture, seen_of
 from surgery.calibration.samples import sample
-from surgery.calibration.texts import AUTO, BROAD, SAMPLES, frame, label, tokenised
+from surgery.calibration.texts import AUTO, BROAD, SAMPLES, label, special_tokens, tokenised
 from surgery.errors import CalibrationError
 from surgery.refining.packing import PackedWindows, cut_out, pack, packable
 from surgery.refining.settings import RefineSettings
@@ -49,7 +49,7 @@ def training_windows(
     for part in mixture.parts:
         source, name = part.source, label(part.source)
         seen = seen_of(report["calibration"], source)
-        held_each = max(settings.length, round(settings.validate_tokens * part.share))
+        held_each = max(settings.window, round(settings.validate_tokens * part.share))
         if name in ranges:
             seen, held_each = ranges[name]["begin"], ranges[name]["end"] - ranges[name]["begin"]
         wanted = round(settings.tokens * part.share)
@@ -67,16 +67,16 @@ def training_windows(
             )
         rest, kept = cut_out(texts, seen, seen + held_each)
         ranges[name] = {"begin": seen, "end": seen + held_each, "read": total}
-        held[name] = pack(kept, settings.length, tokenizer, positions)
-        packed = pack(rest, settings.length, tokenizer, positions)
-        train.append(_as_many(packed, -(-wanted // settings.length), again=not mixture.one))
+        held[name] = pack(kept, settings.window, tokenizer, positions)
+        packed = pack(rest, settings.window, tokenizer, positions)
+        train.append(_as_many(packed, -(-wanted // settings.window), again=not mixture.one))
     windows = PackedWindows.join(train)
     a_step = settings.batch * settings.accumulate * accelerator.num_processes
     if any(len(part) == 0 for part in held.values()) or len(windows) < a_step:
         raise CalibrationError(
-            f"{windows.ids.numel():,} tokens are too few: a step takes {a_step} windows of {settings.length}",
+            f"{windows.ids.numel():,} tokens are too few: a step takes {a_step} windows of {settings.window}",
             where=", ".join(settings.text),
-            fix="give more text, or lower --length, --batch, --accumulate or --validate-tokens",
+            fix="give more text, or lower --window, --batch, --accumulate or --validate-tokens",
         )
     return held, windows, ranges
 
@@ -93,14 +93,14 @@ def _samples(
     settings: RefineSettings, teacher: Any, tokenizer: Any, count: int, accelerator: Any, place: Path
 ) -> list[array[int]]:
     """The original's own texts, drawn once and kept beside the run's state."""
-    made_of = f"{settings.teacher} {settings.teacher_revision} {settings.seed} {settings.length} {count}"
+    made_of = f"{settings.original} {settings.original_revision} {settings.seed} {settings.window} {count}"
     file = place / f"samples-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.pt"
     if accelerator.is_main_process and not file.is_file():
         torch.manual_seed(settings.seed)
-        drawn = sample(teacher, tokenizer, -(-count // settings.length), settings.length)
+        drawn = sample(teacher, tokenizer, -(-count // settings.window), settings.window)
         with replacing(file) as temporary:
             torch.save(drawn, temporary)
     accelerator.wait_for_everyone()
-    before, _ = frame(tokenizer)  # it is put before every piece again when windows are packed
+    before, _ = special_tokens(tokenizer)  # it is put before every piece again when windows are packed
     rows = [array("i", row) for row in torch.load(file, weights_only=True).tolist()]
     return [row[len(before) :] if list(row[: len(before)]) == before else row for row in rows]

@@ -173,7 +173,7 @@ class Training:
                 f"{self.in_a_row} steps in a row were not finite",
                 where=f"step {self.step}",
                 cause="a polynomial left the range it was fitted on",
-                fix="lower --rate, or train with --precision float32",
+                fix="lower --rate, or train with --dtype float32",
             )
 
     @contextmanager
@@ -241,9 +241,7 @@ class Training:
             CalibrationError: no state was finite.
         """
         if not self.best:
-            raise CalibrationError(
-                "the divergence on held-out text was never finite", fix="train with --precision float32"
-            )
+            raise CalibrationError("the divergence on held-out text was never finite", fix="train with --dtype float32")
         self._put({name: value.to(dtype) for name, value in self.best.items()})
         return self.look()
 

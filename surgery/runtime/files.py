@@ -80,7 +80,7 @@ def not_written(error: OSError, what: str, where: Path) -> CheckpointError:
 
 
 def as_os_error(error: Exception) -> OSError:
-    """The operating system's error behind one of a library's own, as safetensors has it ("… (os error 28)")."""
+    """The operating system's error that caused one of a library's own, as safetensors has it ("… (os error 28)")."""
     if isinstance(error, OSError):
         return error
     found = re.search(r"os error (\d+)", str(error))

@@ -6,15 +6,21 @@ import sys
 from types import TracebackType
 from typing import Any
 
+SHAPE = "{desc}: {n_fmt}/{total_fmt} {bar:20} {elapsed} (left {remaining}){postfix}"
+
+
+def progress(total: int, doing: str, quiet: bool = False) -> Any:
+    """tqdm's bar on standard error, with the time left."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, disable=quiet, desc=doing, file=sys.stderr, smoothing=0.1, bar_format=SHAPE)
+
 
 class Progress:
     """Counts blocks on standard error; silent when asked to be."""
 
     def __init__(self, total: int, quiet: bool, doing: str = "converting") -> None:
-        from tqdm import tqdm
-
-        shape = "{desc}: {n_fmt}/{total_fmt} {bar:20} {elapsed} (left {remaining}){postfix}"
-        self.bar = tqdm(total=total, disable=quiet, desc=doing, file=sys.stderr, smoothing=0.1, bar_format=shape)
+        self.bar = progress(total, doing, quiet)
 
     def __enter__(self) -> Progress:
         return self
@@ -26,6 +32,6 @@ class Progress:
         self.tell(f"{row['path']} R²={row['r2_held']:.4f}")
 
     def tell(self, text: str) -> None:
-        """One more block is done; `text` stands behind the bar."""
+        """One more block is done; `text` is shown after the bar."""
         self.bar.set_postfix_str(text)
         self.bar.update(1)

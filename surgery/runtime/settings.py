@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, field, fields
+from dataclasses import MISSING, Field, field, fields, is_dataclass
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from surgery.errors import RecipeError, did_you_mean
 
@@ -40,9 +40,10 @@ def checked_settings(kind: type[Settings], values: Mapping[str, Any]) -> Setting
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     values = {name: _counted(known.get(name), value) for name, value in values.items()}
     said = [f"no setting {name!r}{did_you_mean(name, known)}" for name in values if name not in known]
+    hints = get_type_hints(kind)
     for name, one in known.items():
         if name in values:
-            said += _too_little(one, values[name])
+            said += _too_little(one, values[name]) or _of_another_type(name, hints[name], values[name])
         elif one.default is MISSING is one.default_factory:
             said.append(f"{name} is not given")
     if said:
@@ -56,6 +57,19 @@ def _counted(one: Field[Any] | None, value: Any) -> Any:
         return value
     number = whole_number(value)
     return value if number is None else number
+
+
+def _of_another_type(name: str, hint: Any, value: Any) -> list[str]:
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    plain = is_dataclass(hint)  # checked when it was made
+    try:
+        if not plain:
+            TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(value)
+    except ValidationError as error:
+        text = error.errors()[0]["msg"]
+        return [f"{name} is {value!r}, which will not do: {text[:1].lower() + text[1:]}"]
+    return []
 
 
 def _too_little(one: Field[Any], value: Any) -> list[str]:

@@ -102,6 +102,7 @@ def trust_notes(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+KIND_COLUMNS = ("kind of text", "tokens", "original, nats", "nats lost (95 %)", "KL", "")
 SEEN = {"no": "", "kind": "its kind was seen", "text": "another part of it was seen"}
 
 
@@ -124,6 +125,11 @@ def kind_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
         )
         for row in found["kinds"]
     ]
+
+
+def sentence(text: str) -> str:
+    """The text as a line of its own."""
+    return text[:1].upper() + text[1:]
 
 
 def unseen_line(found: dict[str, Any]) -> str:

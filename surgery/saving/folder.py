@@ -35,7 +35,7 @@ def check_target(out: Path, overwrite: bool) -> Path:
     blocking = next((parent for parent in out.parents if parent.exists() and not parent.is_dir()), None)
     if blocking is not None:
         raise CheckpointError(
-            "a file stands in the way of the output folder", where=str(blocking), fix="choose another -o"
+            "a file blocks the path of the output folder", where=str(blocking), fix="choose another -o"
         )
     if out.exists() and not out.is_dir():
         raise CheckpointError("the output exists and is not a folder", where=str(out), fix="choose another -o")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, RecipeError
 from surgery.runtime.files import sha256, write_json
 from surgery.runtime.public import public
 from surgery.saving.folder import REPORT
@@ -92,3 +92,21 @@ def read_verified_report(folder: Path) -> dict[str, Any]:
             fix="convert again; saving verifies the twin in a fresh process",
         )
     return report
+
+
+def recorded_original(twin: str | Path) -> tuple[str, str | None]:
+    """What a twin says it was converted from: Hub id and revision.
+
+    Raises:
+        RecipeError: not a twin's folder, or made from a model that is not on the Hub.
+    """
+    try:
+        source = read_report(twin)["source"]
+    except (OSError, KeyError, ValueError):
+        source = None
+    if source and source["kind"] == "hub":
+        return str(source["name"]), source.get("revision")
+    made_from = (
+        f"the twin was made from {source['name']!r}, which is not on the Hub" if source else "not a twin's folder"
+    )
+    raise RecipeError("the original is not named", where=str(twin), cause=made_from, fix="give --original MODEL")

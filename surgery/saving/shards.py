@@ -48,7 +48,7 @@ def stored_tensors(model: Any, source: Source) -> dict[str, StoredTensor]:
     for name in model.state_dict():
         if name not in found and name not in tied:
             raise ModelError(
-                f"{name} is in none of the checkpoint's files",
+                f"{name} is not in the checkpoint's files",
                 where=source.name,
                 cause="this architecture makes it on loading",
                 fix="convert it in memory, without --offload",

@@ -39,14 +39,14 @@ def test_a_block_that_is_not_what_it_seems_is_left_alone_and_told(ids):
     model = tiny.make("llama")
     mlp = model.model.layers[1].mlp
     mlp.forward = lambda x: mlp.down_proj((mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)).clamp(-0.1, 0.1))
-    twin, report = surgery.convert(model, calibration=ids, length=24)
+    twin, report = surgery.convert(model, text=ids, window=24)
     assert [row["path"] for row in report.blocks] == ["model.layers.0.mlp"]
     assert report.form == "custom"
     ((path, reason),) = report.left_alone
     assert path == "model.layers.1.mlp"
     assert "something else happens inside it" in reason
     with pytest.raises(ModelError, match=r"layers\.1\.mlp"):
-        surgery.convert(twin, calibration=ids, length=24, blocks="0")
+        surgery.convert(twin, text=ids, window=24, blocks="0")
 
 
 def test_an_activation_that_serves_something_else_too_is_not_replaced(ids):

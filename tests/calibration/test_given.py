@@ -110,7 +110,7 @@ def test_paths_name_files_and_lists_of_lines_are_texts(tmp_path):
         with pytest.raises(CalibrationError, match=r"novles\.txt: there is no such"):
             read(missing)
         with pytest.raises(RecipeError, match="no calibration source"):
-            surgery.convert(LLAMA, tokenizer=Characters(), calibration=missing)
+            surgery.convert(LLAMA, tokenizer=Characters(), text=missing)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_paths_name_files_and_lists_of_lines_are_texts(tmp_path):
     [
         (torch.tensor(STREAM).float(), "integers, not float32"),
         (np.array(STREAM) / 2, "integers, not float64"),
-        ([0.5, 1.5], "float is no calibration input"),
+        ([0.5, 1.5], "float cannot be used as calibration input"),
         (torch.tensor(STREAM) > 9, "integers, not bool"),
         ({"input_ids": torch.rand(4, 16)}, "integers, not float32"),
         (torch.tensor([[3, -100] * 8] * 4), "-100 is below 0"),
@@ -135,11 +135,11 @@ def test_paths_name_files_and_lists_of_lines_are_texts(tmp_path):
         ([], "nothing is given"),
         ({}, "number of examples"),
         (iter(()), "nothing is given"),
-        (3, "int is no calibration input"),
-        (object(), "object is no calibration input"),
-        ([None], "NoneType is no calibration input"),
+        (3, "int cannot be used as calibration input"),
+        (object(), "object cannot be used as calibration input"),
+        ([None], "NoneType cannot be used as calibration input"),
         ([{"input_ids": IDS}, "text\n"], "in one"),
-        (b"some bytes", "bytes is no calibration input"),
+        (b"some bytes", "bytes cannot be used as calibration input"),
     ],
 )
 def test_anything_else_is_one_clear_error(given, message):

@@ -114,9 +114,9 @@ def test_a_part_that_is_missing_is_left_out_and_named(hub):
 def test_without_a_network_there_are_samples_and_a_plain_word(hub):
     source, note = automatic(Characters(), generates=True)
     assert source == "samples"
-    assert "could not be fetched" in note and "--calibration" in note
+    assert "could not be fetched" in note and "--text" in note
     assert automatic(Characters(), generates=False)[0] == "python"
-    with pytest.raises(CalibrationError, match="of broad cannot be had"):
+    with pytest.raises(CalibrationError, match="of broad cannot be fetched"):
         available(Mixture.of("broad"))
 
 
@@ -150,11 +150,11 @@ def test_a_conversion_fetches_broad_text_once_and_needs_no_network_again(hub, tm
         put(hub, source, [f"kind {number} of text, page {page}. " * 20 for page in range(60)])
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     online = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
-    command = ["convert", tmp_path / "base", "--tokens", 8192, "--length", 32, "--measure", 512]
+    command = ["convert", tmp_path / "base", "--tokens", 8192, "--window", 32, "--measure", 512]
     done = process(*command, "-o", tmp_path / "one", env=kept | online)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "one" / "surgery.json").read_text())
-    assert report["recipe"]["calibration"] == report["calibration"]["source"] == "broad"
+    assert report["recipe"]["text"] == report["calibration"]["source"] == "broad"
     assert [part["source"] for part in report["calibration"]["parts"]] == list(PARTS)
     assert report["calibration"]["note"] == ""
     fetched = [line for line in hub.log if "resolve" in line]

@@ -5,8 +5,9 @@ import torch
 
 from surgery.blocks.find import survey
 from surgery.blocks.verify import verify_all
-from surgery.calibration.arrivals import first_token_is_sink
+from surgery.calibration.arrivals import first_token_size
 from surgery.calibration.passes import Passes
+from surgery.closed_form import sinks
 from surgery.errors import CalibrationError
 from tests import tiny
 
@@ -106,7 +107,7 @@ def test_values_that_are_not_finite_are_an_error(ids):
 
 def test_a_first_token_that_turns_massive_is_known_from_the_first_block_on(ids):
     model, blocks = prepared("llama", ids)
-    assert not first_token_is_sink(model, {"input_ids": ids[:2]}, blocks)
+    assert first_token_size(model, {"input_ids": ids[:2]}, blocks) <= sinks.MASSIVE
     last = model.model.layers[1].mlp.down_proj
 
     def massive(_, __, output):
@@ -114,7 +115,7 @@ def test_a_first_token_that_turns_massive_is_known_from_the_first_block_on(ids):
         return output
 
     handle = last.register_forward_hook(massive)
-    assert first_token_is_sink(model, {"input_ids": ids[:2]}, blocks)
+    assert first_token_size(model, {"input_ids": ids[:2]}, blocks) > sinks.MASSIVE
     handle.remove()
     mask = torch.ones_like(ids[:4])
     mask[:2, :10] = 0

@@ -73,7 +73,7 @@ def test_a_shared_block_is_fitted_on_all_its_calls(make, ids, tmp_path):
     calls = {block.path: block.calls for block in confirmed(model, ids)}
     with torch.no_grad():
         before = model(input_ids=ids[:4])[0]
-    twin, report = surgery.convert(model, calibration=ids, length=32, output=tmp_path / "twin")
+    twin, report = surgery.convert(model, text=ids, window=32, output=tmp_path / "twin")
     assert {row["path"]: row["tokens"] for row in report.blocks} == {p: n * ids.numel() for p, n in calls.items()}
     assert all(row["r2_held"] > 0.5 for row in report.blocks)
     assert json.loads((tmp_path / "twin" / "surgery.json").read_text())["verification"]["verified"]
@@ -88,7 +88,7 @@ def test_what_was_fitted_on_one_call_only_does_worse(ids, monkeypatch):
     from surgery.calibration.repeated import _calls
 
     def error():
-        original, twin = albert(), surgery.convert(albert(), calibration=ids, length=32)[0]
+        original, twin = albert(), surgery.convert(albert(), text=ids, window=32)[0]
         (sums,) = block_sums(original, twin, confirmed(original, ids), [{"input_ids": ids}]).values()
         return float(sums.residual.sum())
 
@@ -100,7 +100,7 @@ def test_what_was_fitted_on_one_call_only_does_worse(ids, monkeypatch):
 
 def test_shared_bilinear_blocks_are_recovered_exactly(ids):
     model, twin = hrm(hidden_act="linear"), hrm(hidden_act="linear")
-    twin, report = surgery.convert(twin, calibration=ids, length=32)
+    twin, report = surgery.convert(twin, text=ids, window=32)
     with torch.no_grad():
         torch.testing.assert_close(twin(input_ids=ids[:4])[0], model(input_ids=ids[:4])[0], rtol=1e-3, atol=1e-3)
     assert min(row["r2_held"] for row in report.blocks) > 0.9999
@@ -121,16 +121,16 @@ def test_a_killed_run_goes_on_with_the_shared_blocks(ids, tmp_path, monkeypatch)
 
     monkeypatch.setattr(replacement, "fit", fit)
     with pytest.raises(KeyboardInterrupt):
-        surgery.convert(hrm(), calibration=ids, length=32, output=tmp_path / "twin")
-    _, report = surgery.convert(hrm(), calibration=ids, length=32, output=tmp_path / "twin")
+        surgery.convert(hrm(), text=ids, window=32, output=tmp_path / "twin")
+    _, report = surgery.convert(hrm(), text=ids, window=32, output=tmp_path / "twin")
     assert len(seen) == 3 and seen[2] == seen[1], "the finished block is not fitted again"
-    _, whole = surgery.convert(hrm(), calibration=ids, length=32)
+    _, whole = surgery.convert(hrm(), text=ids, window=32)
     assert [row["r2_held"] for row in report.blocks] == [row["r2_held"] for row in whole.blocks]
 
 
 def test_a_budget_refuses_what_runs_several_times(ids):
     with pytest.raises(ModelError, match="share"):
-        surgery.convert(hrm(), calibration=ids, length=32, budget=0.5)
+        surgery.convert(hrm(), text=ids, window=32, budget=0.5)
 
 
 @pytest.mark.fresh_process
@@ -138,7 +138,7 @@ def test_a_budget_refuses_what_runs_several_times(ids):
 def test_a_half_is_replaced_as_a_whole(degree, ids, tmp_path):
     """ESM calls its activation as a function inside the module of the first map."""
     original = tiny.make("esm")
-    twin, _ = surgery.convert(tiny.make("esm"), calibration=ids, degree=degree, output=tmp_path / "twin")
+    twin, _ = surgery.convert(tiny.make("esm"), text=ids, degree=degree, output=tmp_path / "twin")
     blocks = confirmed(original, ids)
     assert {block.activation for block in blocks} == {"gelu"}
     sums = block_sums(original, twin, blocks, [{"input_ids": ids}])
@@ -151,15 +151,13 @@ def test_a_half_is_replaced_as_a_whole(degree, ids, tmp_path):
 
 def test_a_delta_of_halves_gives_every_bit(ids, tmp_path):
     tiny.make("esm").save_pretrained(tmp_path / "base")
-    surgery.convert(
-        tmp_path / "base", calibration=ids, degree=3, readout="keep", form="custom", output=tmp_path / "twin"
-    )
+    surgery.convert(tmp_path / "base", text=ids, degree=3, readout="keep", form="custom", output=tmp_path / "twin")
     from surgery.publishing.delta import export_delta
 
     export_delta(tmp_path / "twin", tmp_path / "delta", str(tmp_path / "base"))
     whole, again = (
         surgery.load(str(tmp_path / "twin")),
-        surgery.load(str(tmp_path / "delta"), base=str(tmp_path / "base")),
+        surgery.load(str(tmp_path / "delta"), original=str(tmp_path / "base")),
     )
     for name, value in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name

@@ -26,5 +26,5 @@ def test_repeated_inputs_do_not_wait_in_memory(monkeypatch):
 
     monkeypatch.setattr(_Fork, "_wait_routed", noting)
     monkeypatch.setattr(either, "fit_experts", looking)
-    surgery.convert(model_of("llama4"), calibration=IDS, length=24, batch=8)
+    surgery.convert(model_of("llama4"), text=IDS, window=24, batch=8)
     assert waiting and set(waiting[0]) == {0}

@@ -62,13 +62,13 @@ def test_gzipped_files_are_read_as_what_they_hold(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", lines({"text": "a"}, {"txt": "a", "id": 1}), r"a\.jsonl:2.*|.*'id', 'txt'"),
-        ("a.jsonl", '{"text": "a"}\n{"text": "b', r"no JSON"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b', r"not JSON"),
         ("a.jsonl", '{"text": "a"}\n\n[1]', r"a list without"),
         ("a.jsonl", '{"text": 3}', "neither"),
         ("a.jsonl", '{"messages": ["hi"]}', "neither"),
-        ("a.jsonl", "[" * 100_000, "no JSON"),
-        ("a.json", '{"a": [1, 2}', "no JSON"),
-        ("a.json", "[" * 100_000, "no JSON"),
+        ("a.jsonl", "[" * 100_000, "not JSON"),
+        ("a.json", '{"a": [1, 2}', "not JSON"),
+        ("a.json", "[" * 100_000, "not JSON"),
         ("a.json", '[{"text": "a"}, 3]', "an? int without"),
     ],
 )

@@ -42,7 +42,7 @@ def test_the_english_that_ships_with_python_is_plenty_and_stable():
         ("short.txt", "abc", "fewer than two"),
         ("empty.txt", "", "fewer than two"),
         ("bad.jsonl", '{"txt": "a"}', r"bad\.jsonl:1"),
-        ("worse.jsonl", "not json", "no JSON"),
+        ("worse.jsonl", "not json", "not JSON"),
         ("broken.safetensors", "xx", "not a readable"),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 
 from surgery.calibration.held_out import fitted_sequences
 from surgery.calibration.inputs import calibration_inputs
-from surgery.calibration.texts import frame, tokens_of
+from surgery.calibration.texts import special_tokens, tokens_of
 from surgery.calibration.windows import SHORT
 from tests import tiny
 from tests.calibration.support import MODEL, Characters, WithStart
@@ -51,8 +51,8 @@ def test_unseen_tokens_are_after_those_used(tmp_path):
 
 def test_every_window_gets_the_frame_the_tokenizer_gives_a_text(tmp_path):
     (tmp_path / "a.txt").write_text("hello world " * 40)
-    assert frame(WithStart()) == ([1], [2])
-    assert frame(Characters()) == ([], [])
+    assert special_tokens(WithStart()) == ([1], [2])
+    assert special_tokens(Characters()) == ([], [])
     data = calibration_inputs(str(tmp_path / "a.txt"), MODEL, WithStart(), tokens=480, length=16, batch=8)
     ids = torch.cat([batch["input_ids"] for batch in data.batches])
     assert (ids[:, 0] == 1).all()

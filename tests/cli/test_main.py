@@ -37,14 +37,14 @@ def test_inspect_reads_no_weights(llama, tmp_path):
 
 
 def test_a_device_that_is_not_here_is_an_error(llama, tmp_path):
-    done = surgery("convert", llama, "-o", tmp_path / "twin", "--tokens", 4096, "--length", 32, "--device", "nowhere")
+    done = surgery("convert", llama, "-o", tmp_path / "twin", "--tokens", 4096, "--window", 32, "--device", "nowhere")
     assert done.returncode == 2
     assert "no device 'nowhere'" in done.stderr and "cpu, cuda" in done.stderr
     assert not (tmp_path / "twin").exists()
 
 
 def test_convert_prints_perplexity_and_keeps_the_companions(llama, tmp_path):
-    arguments = ["convert", llama, "--tokens", 4096, "--length", 32, "--measure", 512]
+    arguments = ["convert", llama, "--tokens", 4096, "--window", 32, "--measure", 512]
     done = process(*arguments, "-o", tmp_path / "twin")
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout
@@ -56,8 +56,8 @@ def test_convert_prints_perplexity_and_keeps_the_companions(llama, tmp_path):
     assert "modeling_polynomial.py" not in names
     report = json.loads((tmp_path / "twin" / "surgery.json").read_text())
     assert report["perplexity"]["tokens"] >= 400
-    assert report["calibration"]["source"] == report["recipe"]["calibration"] == "samples", "there is no network"
-    assert "files of broad cannot be had" in done.stderr and "--calibration" in report["calibration"]["note"]
+    assert report["calibration"]["source"] == report["recipe"]["text"] == "samples", "there is no network"
+    assert "files of broad cannot be fetched" in done.stderr and "--text" in report["calibration"]["note"]
     assert report["recipe"]["output"] == "twin", "no path of this machine travels with the checkpoint"
     assert report["recipe"]["model"] == "model"
     again = surgery(*arguments, "-o", tmp_path / "twin")
@@ -73,19 +73,19 @@ def test_texts_come_with_shares_and_what_was_read_of_each_is_passed_over(llama, 
     for name in ("one", "two"):
         (tmp_path / f"{name}.txt").write_text(f"{name} word after another, and so on. " * 900)
     texts = [str(tmp_path / "one.txt=3"), str(tmp_path / "two.txt")]
-    given = [word for text in texts for word in ("--calibration", text)]
-    settings = ["--tokens", 2048, "--length", 32, "--measure", 512]
+    given = [word for text in texts for word in ("--text", text)]
+    settings = ["--tokens", 2048, "--window", 32, "--measure", 512]
     done = surgery("convert", llama, "-o", tmp_path / "twin", *given, *settings)
     assert done.returncode == 0, done.stderr
     assert "2,048 tokens of one.txt + two.txt" in done.stdout
     report = json.loads((tmp_path / "twin" / "surgery.json").read_text())
-    assert report["recipe"]["calibration"] == ["one.txt=3", "two.txt"], "no path of this machine"
+    assert report["recipe"]["text"] == ["one.txt=3", "two.txt"], "no path of this machine"
     parts = {part["source"]: part for part in report["calibration"]["parts"]}
     assert [part["tokens"] for part in parts.values()] == pytest.approx([1536, 512], abs=64)
     for name, part in parts.items():
-        planned = surgery("eval", tmp_path / "twin", "--against", llama, "--text", tmp_path / name, "--dry-run")
+        planned = surgery("eval", tmp_path / "twin", "--original", llama, "--text", tmp_path / name, "--dry-run")
         assert f"tokens after {part['end']}" in planned.stdout
-    other = surgery("eval", tmp_path / "twin", "--against", llama, "--text", "code", "--dry-run")
+    other = surgery("eval", tmp_path / "twin", "--original", llama, "--text", "code", "--dry-run")
     assert "tokens after 0" in other.stdout
 
 
@@ -121,7 +121,7 @@ def broken(kind, llama, tmp_path):
 
 @pytest.mark.parametrize("kind", ["truncated", "missing", "unknown", "activation"])
 def test_broken_models_are_clear_errors(kind, llama, tmp_path):
-    done = surgery("convert", broken(kind, llama, tmp_path), "-o", tmp_path / "twin", "--tokens", 2048, "--length", 32)
+    done = surgery("convert", broken(kind, llama, tmp_path), "-o", tmp_path / "twin", "--tokens", 2048, "--window", 32)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("error:") == 1
     assert "Traceback" not in done.stderr
@@ -135,18 +135,18 @@ def test_broken_models_are_clear_errors(kind, llama, tmp_path):
         (["convert", "-o", "x"], "no model was named"),
         (["convert", "-o", "x", "--nproc", "2"], "no model was named"),
         (["convert", "--dry-run"], "no model was named"),
-        (["convert", "MODEL", "--calibration", "pyton", "--dry-run"], "did you mean 'python'"),
-        (["eval", "MODEL", "--against", "MODEL", "--tokens", "1"], "tokens is 1, but must be at least 2"),
-        (["eval", "MODEL", "--against", "MODEL", "--skip", "-1"], "skip is -1"),
+        (["convert", "MODEL", "--text", "pyton", "--dry-run"], "did you mean 'python'"),
+        (["eval", "MODEL", "--original", "MODEL", "--tokens", "1"], "tokens is 1, but must be at least 2"),
+        (["eval", "MODEL", "--original", "MODEL", "--skip", "-1"], "skip is -1"),
         (["trace", "MODEL", "--tokens", "0"], "tokens is 0"),
         (["convert", "MODEL", "--dry-run", "--device", "banana"], "no device 'banana'"),
         (["convert", "MODEL", "--dry-run", "-o", "MODEL"], "was not made by this tool"),
         (["explain", "MODEL", "--block", "9"], "block 9 was asked for, but the model has blocks 0 to 1"),
-        (["explain", "MODEL", "--block", "0", "--fit", "2", "--output", "tokn: a"], "did you mean 'token'"),
+        (["explain", "MODEL", "--block", "0", "--fit", "2", "--direction", "tokn: a"], "did you mean 'token'"),
         (["explain", "MODEL", "--block", "0", "--tokens", "0"], "tokens is 0"),
         (["convert", "MODEL"], "no output folder"),
         (["convert", "MODEL", "-o", "x", "--degree", "12"], "degree"),
-        (["convert", "MODEL", "-o", "x", "--calibration", "pyton"], "did you mean 'python'"),
+        (["convert", "MODEL", "-o", "x", "--text", "pyton"], "did you mean 'python'"),
         (["convert", "MODEL", "-o", "x", "--recipe", "none.yaml"], "cannot be read"),
         (["convert", "MODEL", "-o", "x", "--blocks", "7"], "blocks 0 to 1"),
         (["convert", "MODEL", "-o", "x", "--nonsense"], "No such option"),
@@ -179,7 +179,7 @@ def test_a_full_disk_is_a_clear_error_and_finished_blocks_are_kept(llama, tmp_pa
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
-    command = ["convert", llama, "-o", tmp_path / "twin", "--tokens", 2048, "--length", 32, "--measure", 0]
+    command = ["convert", llama, "-o", tmp_path / "twin", "--tokens", 2048, "--window", 32, "--measure", 0]
     done = process(*command, preexec_fn=small_files)
     assert done.returncode == 2, done.stderr
     assert "could not be written" in done.stderr
@@ -212,7 +212,7 @@ main()
 
 
 def test_killed_half_way_it_leaves_no_checkpoint_and_goes_on_from_the_finished_block(llama, tmp_path):
-    command = ["convert", llama, "-o", tmp_path / "twin", "--tokens", 2048, "--length", 32, "--measure", 0]
+    command = ["convert", llama, "-o", tmp_path / "twin", "--tokens", 2048, "--window", 32, "--measure", 0]
     killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, command)], capture_output=True, check=False)
     assert killed.returncode == -9
     assert not (tmp_path / "twin").exists()

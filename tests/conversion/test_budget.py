@@ -99,7 +99,7 @@ def convert(knowing, **settings):
     import copy
 
     model, text = knowing
-    return surgery.convert(copy.deepcopy(model), calibration=text, length=32, **settings)
+    return surgery.convert(copy.deepcopy(model), text=text, window=32, **settings)
 
 
 def test_the_whole_stays_within_the_budget_and_the_account_is_kept(knowing, tmp_path):
@@ -135,7 +135,7 @@ def test_costs_leave_the_model_as_it_was_when_nothing_fits(knowing):
     model, text = knowing
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ModelError, match="no choice of blocks stays within"):
-        surgery.convert(model, calibration=text, length=32, budget=1e-9)
+        surgery.convert(model, text=text, window=32, budget=1e-9)
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -143,7 +143,7 @@ def test_costs_leave_the_model_as_it_was_when_nothing_fits(knowing):
 
 def test_long_and_short_windows_together(tmp_path):
     tiny.save_with_tokenizer("llama", tmp_path / "base")
-    settings = {"calibration": "python", "tokens": 4096, "length": 96, "short": 0.5, "measure": 192}
+    settings = {"text": "python", "tokens": 4096, "window": 96, "short": 0.5, "measure": 192}
     _, report = surgery.convert(tmp_path / "base", budget=10.0, **settings)
     assert report.budget["tokens"] % 95 == 0
     assert report.budget["measured"] == pytest.approx(report.perplexity["nats"])
@@ -151,9 +151,9 @@ def test_long_and_short_windows_together(tmp_path):
 
 def test_a_budget_is_for_causal_models_and_chooses_degrees_itself(ids):
     with pytest.raises(RecipeError, match="causal"):
-        surgery.convert(tiny.make("bert"), calibration=ids, length=32, budget=0.1)
+        surgery.convert(tiny.make("bert"), text=ids, window=32, budget=0.1)
     with pytest.raises(RecipeError, match="chooses degrees"):
-        surgery.convert(tiny.make("llama"), calibration=ids, length=32, budget=0.1, degree=3)
+        surgery.convert(tiny.make("llama"), text=ids, window=32, budget=0.1, degree=3)
 
 
 def test_a_killed_search_goes_on_from_its_costs_and_tries(knowing, tmp_path, monkeypatch):

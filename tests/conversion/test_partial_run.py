@@ -16,7 +16,7 @@ def test_samples_are_not_drawn_again_after_an_interruption(tmp_path, monkeypatch
     from surgery.fitting import either
 
     tiny.save_with_tokenizer("llama", tmp_path / "model")
-    settings = {"output": tmp_path / "twin", "tokens": 2048, "length": 32, "measure": 64}
+    settings = {"output": tmp_path / "twin", "tokens": 2048, "window": 32, "measure": 64}
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -51,12 +51,12 @@ def test_interrupted_runs_resume_and_do_not_redo_finished_blocks(ids, tmp_path, 
     state = copy.deepcopy(model.state_dict())
     monkeypatch.setattr(either, "fit_block", counting)
     with pytest.raises(KeyboardInterrupt):
-        surgery.convert(model, calibration=ids, output=tmp_path / "twin")
+        surgery.convert(model, text=ids, output=tmp_path / "twin")
     assert not (tmp_path / "twin").exists()
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items()), "put back as it was"
     with pytest.raises(CheckpointError, match="other settings"):
-        surgery.convert(model, calibration=ids, output=tmp_path / "twin", degree=3)
-    surgery.convert(model, calibration=ids, output=tmp_path / "twin")
+        surgery.convert(model, text=ids, output=tmp_path / "twin", degree=3)
+    surgery.convert(model, text=ids, output=tmp_path / "twin")
     assert calls == ["model.layers.0.mlp", "model.layers.1.mlp", "model.layers.1.mlp"]
     assert not (tmp_path / "twin.partial").exists()
     monkeypatch.undo()
@@ -66,12 +66,12 @@ def test_interrupted_runs_resume_and_do_not_redo_finished_blocks(ids, tmp_path, 
 
     monkeypatch.setattr(pipeline, "save", failing)
     with pytest.raises(CheckpointError, match="no space"):
-        surgery.convert(tiny.make("llama"), calibration=ids, output=tmp_path / "late")
+        surgery.convert(tiny.make("llama"), text=ids, output=tmp_path / "late")
     monkeypatch.undo()
     monkeypatch.setattr(either, "fit_block", None)  # all blocks are done: only saving is left
-    surgery.convert(tiny.make("llama"), calibration=ids, output=tmp_path / "late")
+    surgery.convert(tiny.make("llama"), text=ids, output=tmp_path / "late")
     monkeypatch.undo()
-    surgery.convert(tiny.make("llama"), calibration=ids, output=tmp_path / "straight")
+    surgery.convert(tiny.make("llama"), text=ids, output=tmp_path / "straight")
     one, two = (load_file(tmp_path / place / "model.safetensors") for place in ("twin", "straight"))
     three = load_file(tmp_path / "late" / "model.safetensors")
     for key in one:

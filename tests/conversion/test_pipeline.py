@@ -18,9 +18,7 @@ def test_higher_degrees_come_closer(ids):
     model = tiny.make("llama")
     before = outputs(model, "llama", ids)
     errors = [
-        float(
-            (outputs(surgery.convert(copy.deepcopy(model), calibration=ids, degree=d)[0], "llama", ids) - before).norm()
-        )
+        float((outputs(surgery.convert(copy.deepcopy(model), text=ids, degree=d)[0], "llama", ids) - before).norm())
         for d in (1, 2, 3)
     ]
     assert errors[0] > errors[1] > errors[2]
@@ -31,7 +29,7 @@ def test_the_stream_target_and_the_refit_both_help(ids):
     before = outputs(model, "llama", ids)
 
     def error(**settings):
-        twin, _ = surgery.convert(copy.deepcopy(model), calibration=ids, **settings)
+        twin, _ = surgery.convert(copy.deepcopy(model), text=ids, **settings)
         return float((outputs(twin, "llama", ids) - before).norm())
 
     kept = error(readout="keep")
@@ -41,14 +39,14 @@ def test_the_stream_target_and_the_refit_both_help(ids):
 
 def test_a_relative_output_folder_works(ids, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    surgery.convert(tiny.make("llama"), calibration=ids, output="build/twin")
+    surgery.convert(tiny.make("llama"), text=ids, output="build/twin")
     assert (tmp_path / "build" / "twin" / "surgery.json").is_file()
 
 
 def test_native_equals_custom(ids):
     model = tiny.make("llama")
-    native, report = surgery.convert(copy.deepcopy(model), calibration=ids)
-    custom, other = surgery.convert(copy.deepcopy(model), calibration=ids, form="custom")
+    native, report = surgery.convert(copy.deepcopy(model), text=ids)
+    custom, other = surgery.convert(copy.deepcopy(model), text=ids, form="custom")
     assert (report.form, other.form) == ("native", "custom")
     assert native.config.hidden_act == "linear"
     assert native.config.mlp_bias
@@ -63,18 +61,18 @@ def test_padding_never_counts(ids):
     plain = ids[:, :24]
     padded = torch.cat([torch.zeros(len(ids), 8, dtype=torch.long), plain], dim=1)
     mask = (torch.arange(32) >= 8).long().expand(len(ids), -1)
-    one, _ = surgery.convert(copy.deepcopy(model), calibration=plain)
-    two, _ = surgery.convert(copy.deepcopy(model), calibration={"input_ids": padded, "attention_mask": mask})
+    one, _ = surgery.convert(copy.deepcopy(model), text=plain)
+    two, _ = surgery.convert(copy.deepcopy(model), text={"input_ids": padded, "attention_mask": mask})
     a, b = outputs(one, "llama", ids), outputs(two, "llama", ids)
     assert (a - b).norm() < 1e-3 * a.norm()
-    three, _ = surgery.convert(copy.deepcopy(model), calibration=padded)  # negative control: the padding counted
+    three, _ = surgery.convert(copy.deepcopy(model), text=padded)  # negative control: the padding counted
     assert (outputs(three, "llama", ids) - a).norm() > 1e-2 * a.norm()
 
 
 def test_some_blocks_only(ids, tmp_path):
     model = tiny.make("llama")
     first = model.model.layers[0].mlp
-    twin, report = surgery.convert(model, calibration=ids, blocks="1", output=tmp_path / "twin")
+    twin, report = surgery.convert(model, text=ids, blocks="1", output=tmp_path / "twin")
     assert twin.model.layers[0].mlp is first
     assert [row["path"] for row in report.blocks] == ["model.layers.1.mlp"]
     assert report.form == "custom"
@@ -83,21 +81,21 @@ def test_some_blocks_only(ids, tmp_path):
 def test_gaussian_standard_and_given_moments(ids, tmp_path):
     model = tiny.make("llama")
     for settings in ({"assume": "gaussian"}, {"assume": "standard"}):
-        _, report = surgery.convert(copy.deepcopy(model), calibration=ids, **settings)
+        _, report = surgery.convert(copy.deepcopy(model), text=ids, **settings)
         assert report.recipe["readout"] == "keep"
     d = tiny.WIDTH
     paths = [f"model.layers.{i}.mlp" for i in range(tiny.LAYERS)]
     given = {path: GaussianMixture(torch.ones(1), torch.zeros(1, d), torch.eye(d)[None]) for path in paths}
-    a, _ = surgery.convert(copy.deepcopy(model), calibration=ids, moments=given, assume="gaussian")
-    b, _ = surgery.convert(copy.deepcopy(model), calibration=ids, assume="standard")
+    a, _ = surgery.convert(copy.deepcopy(model), text=ids, moments=given, assume="gaussian")
+    b, _ = surgery.convert(copy.deepcopy(model), text=ids, assume="standard")
     torch.testing.assert_close(outputs(a, "llama", ids), outputs(b, "llama", ids))
     file = tmp_path / "moments.safetensors"
     save_file({f"{p}.mean": torch.zeros(d) for p in paths} | {f"{p}.covariance": torch.eye(d) for p in paths}, file)
-    c, _ = surgery.convert(copy.deepcopy(model), calibration=ids, assume="gaussian", **{"moments": None})
+    c, _ = surgery.convert(copy.deepcopy(model), text=ids, assume="gaussian", **{"moments": None})
     from surgery.conversion.recipe import Recipe
 
     recipe = Recipe(assume="gaussian", moments=str(file))
-    e, _ = surgery.convert(copy.deepcopy(model), calibration=ids, recipe=recipe)
+    e, _ = surgery.convert(copy.deepcopy(model), text=ids, recipe=recipe)
     torch.testing.assert_close(outputs(e, "llama", ids), outputs(b, "llama", ids))
     assert (outputs(c, "llama", ids) - outputs(b, "llama", ids)).abs().max() > 1e-4
 
@@ -108,14 +106,14 @@ def test_a_mixture_can_be_given(ids):
         torch.tensor([0.5, 0.5]), torch.stack([-torch.ones(d), torch.ones(d)]), torch.eye(d).repeat(2, 1, 1)
     )
     given = {f"model.layers.{i}.mlp": two for i in range(tiny.LAYERS)}
-    _, report = surgery.convert(tiny.make("llama"), calibration=ids, moments=given, assume="gaussian")
+    _, report = surgery.convert(tiny.make("llama"), text=ids, moments=given, assume="gaussian")
     assert len(report.blocks) == tiny.LAYERS
 
 
 def test_a_partial_twin_can_be_converted_further(ids, tmp_path):
-    surgery.convert(tiny.make("llama"), calibration=ids, output=tmp_path / "half", blocks="1")
+    surgery.convert(tiny.make("llama"), text=ids, output=tmp_path / "half", blocks="1")
     half = surgery.load(str(tmp_path / "half"))
-    _, report = surgery.convert(half, calibration=ids, output=tmp_path / "whole", degree=3)
+    _, report = surgery.convert(half, text=ids, output=tmp_path / "whole", degree=3)
     assert [row["path"] for row in report.blocks] == ["model.layers.0.mlp"]
     whole = surgery.load(str(tmp_path / "whole"))
     assert {entry["path"]: entry["degree"] for entry in whole.config.polynomial_blocks} == {
@@ -134,17 +132,17 @@ def test_a_partial_twin_can_be_converted_further(ids, tmp_path):
         ({"blocks": "3-1"}, RecipeError, "backwards"),
         ({"form": "native", "degree": 3}, RecipeError, "native"),
         ({"readoutt": "keep"}, RecipeError, "did you mean 'readout'"),
-        ({"calibration": torch.ones(1, 32, dtype=torch.long)}, CalibrationError, "sequences"),
-        ({"calibration": torch.ones(40, dtype=torch.long), "length": 64}, CalibrationError, "fewer than two"),
-        ({"calibration": torch.ones(2, 8, dtype=torch.long)}, CalibrationError, "too few"),
-        ({"calibration": "python"}, CalibrationError, "tokenizer"),
+        ({"text": torch.ones(1, 32, dtype=torch.long)}, CalibrationError, "sequences"),
+        ({"text": torch.ones(40, dtype=torch.long), "window": 64}, CalibrationError, "fewer than two"),
+        ({"text": torch.ones(2, 8, dtype=torch.long)}, CalibrationError, "too few"),
+        ({"text": "python"}, CalibrationError, "tokenizer"),
     ],
 )
 def test_wrong_settings_are_clear_errors_and_leave_the_model_alone(settings, error, text, ids):
     model = tiny.make("llama")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(error, match=text):
-        surgery.convert(model, **{"calibration": ids, **settings})
+        surgery.convert(model, **{"text": ids, **settings})
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert type(model.model.layers[0].mlp).__name__ == "LlamaMLP"
 
@@ -154,7 +152,7 @@ def test_nan_in_weights_is_an_error(ids):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(SurgeryError, match=r"layers\.1"):
-        surgery.convert(model, calibration=ids)
+        surgery.convert(model, text=ids)
 
 
 def test_nothing_to_convert_is_an_error(ids):
@@ -162,4 +160,4 @@ def test_nothing_to_convert_is_an_error(ids):
         **tiny.COMMON, num_key_value_heads=2, kv_channels=8, num_local_experts=4, num_experts_per_tok=2
     )
     with pytest.raises(ModelError, match="mixture of experts"):
-        surgery.convert(transformers.JetMoeForCausalLM(config), calibration=ids)
+        surgery.convert(transformers.JetMoeForCausalLM(config), text=ids)

@@ -12,7 +12,7 @@ from tests import tiny
 @pytest.mark.parametrize("name", ["llama", "opt", "bert", "gpt2"])
 def test_block_r2_against_a_direct_computation(name, ids):
     original, twin = tiny.make(name), tiny.make(name)
-    twin, _ = surgery.convert(twin, calibration=ids, degree=2)
+    twin, _ = surgery.convert(twin, text=ids, degree=2)
     blocks = survey(original).blocks
     batches = [{"input_ids": part} for part in ids.split(8)]
     rows = block_rows(original, twin, blocks, block_sums(original, twin, blocks, batches))

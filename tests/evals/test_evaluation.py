@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import surgery
+from evals import pair as pairs
 from evals.evaluation import measure
 from evals.memo import Memo
 from evals.settings import EvalSettings
@@ -64,7 +65,7 @@ def test_finished_pieces_are_kept_and_reused(pair, tmp_path, monkeypatch):
     def forbidden(*_, **__):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(evaluation, "compare_tokens", forbidden)
+    monkeypatch.setattr(pairs, "compare_tokens", forbidden)
     monkeypatch.setattr(evaluation, "block_sums", forbidden)
     again = measure(settings_of(pair), Memo(tmp_path))
     assert set(again["reused"]) == {"text", "blocks"}
@@ -81,7 +82,7 @@ def test_finished_pieces_are_kept_and_reused(pair, tmp_path, monkeypatch):
         ({"--tokens": "16"}, ["16 tokens are fewer than one window of 32"]),
         ({"--text": "nowhere.txt"}, ["nowhere.txt"]),
         ({"--stride": "64"}, ["stride"]),
-        ({"--against": "missing/"}, ["missing"]),
+        ({"--original": "missing/"}, ["missing"]),
         ({"--include-path": "nowhere", "--tasks": "mine"}, ["nowhere", "task files"]),
         ({"-o": "twin"}, ["holds a model"]),
     ],
@@ -89,7 +90,7 @@ def test_finished_pieces_are_kept_and_reused(pair, tmp_path, monkeypatch):
 def test_bad_input_is_a_clear_error(pair, change, words, monkeypatch):
     monkeypatch.chdir(pair)
     given = {
-        "--against": "base",
+        "--original": "base",
         "--text": "text.txt",
         "--window": "32",
         "--tokens": "256",
@@ -114,7 +115,7 @@ def test_models_of_different_tokenizers_are_refused(pair, tmp_path):
 
 
 def test_a_dry_run_runs_nothing_and_names_everything(pair, tmp_path):
-    done = run(pair / "twin", "--against", pair / "base", "--dry-run", "-o", tmp_path / "report")
+    done = run(pair / "twin", "--original", pair / "base", "--dry-run", "-o", tmp_path / "report")
     assert done.returncode == 0, done.stderr
     (part,) = read_report(str(pair / "twin"))["calibration"]["parts"]
     assert part["end"] > 4096
@@ -126,7 +127,7 @@ def test_encoders_are_evaluated_by_their_outputs(tmp_path, ids):
     from safetensors.torch import save_file
 
     tiny.make("bert").save_pretrained(tmp_path / "base")
-    surgery.convert(tmp_path / "base", calibration=ids, output=tmp_path / "twin")
+    surgery.convert(tmp_path / "base", text=ids, output=tmp_path / "twin")
     save_file({"input_ids": ids[:16], "attention_mask": torch.ones_like(ids[:16])}, tmp_path / "inputs.safetensors")
     given = {"text": str(tmp_path / "inputs.safetensors"), "window": 32}
     settings = EvalSettings(twin=str(tmp_path / "twin"), original=str(tmp_path / "base"), **given)

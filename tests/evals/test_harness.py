@@ -25,9 +25,9 @@ def test_tasks_agree_with_lm_eval_by_hand_and_two_processes_with_one(pair, tmp_p
         'doc_to_text: ""\ndoc_to_target: "{{text}}"\nmetric_list:\n  - metric: word_perplexity\n'
         "  - metric: bits_per_byte\nmetadata:\n  version: 1.0\n"
     )
-    common = [pair / "twin", "--against", pair / "base", "--text", pair / "text.txt", "--tokens", "512"]
+    common = [pair / "twin", "--original", pair / "base", "--text", pair / "text.txt", "--tokens", "512"]
     common += ["--window", "32", "--tasks", tasks, "--include-path", tmp_path, "--limit", limit, "--no-cache"]
-    common += ["--max-length", "64", "--block-tokens", "256", "--no-speed", "--json"]
+    common += ["--task-window", "64", "--block-tokens", "256", "--no-speed", "--json"]
     alone = run(*common, "-o", tmp_path / "one")
     assert alone.returncode == 0, alone.stderr
     one = json.loads(alone.stdout)

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import surgery
-from evals.kinds import compare_kinds, parse
+from evals.kinds import compare_kinds
 from evals.kinds_report import JSON, PLOT, write_kinds
+from evals.pair import load_pair
+from evals.settings import parse_kinds
 from evals.uncertainty import mean_of
 from surgery.errors import EvaluationError, RecipeError
 from surgery.saving.evaluation import kind_rows, unseen_line
@@ -33,17 +35,18 @@ def place(tmp_path_factory):
     surgery.convert(
         folder / "base",
         output=folder / "twin",
-        calibration=str(folder / "novels.txt"),
+        text=str(folder / "novels.txt"),
         tokens=2048,
-        length=32,
+        window=32,
         measure=0,
     )  # fmt: skip
     return folder
 
 
-def compared(place, *texts, **more):
+def compared(place, *texts, twin=None, original=None, **more):
     settings = {"tokens": 512, "window": 32} | more
-    return compare_kinds(str(place / "twin"), str(place / "base"), parse(texts), **settings)
+    twin, original = str(twin or place / "twin"), str(original or place / "base")
+    return compare_kinds(load_pair(twin, original), twin, dict(parse_kinds(texts)), **settings)
 
 
 def test_what_was_calibrated_on_is_seen_and_its_kind_too(place):
@@ -73,12 +76,10 @@ def test_what_was_calibrated_on_is_seen_and_its_kind_too(place):
 
 def test_a_refinement_has_seen_its_texts(place, tmp_path):
     surgery.refine(
-        place / "twin", place / "base", tmp_path / "refined", text=str(place / "drama.txt"), tokens=2048, length=32,
+        place / "twin", place / "base", tmp_path / "refined", text=str(place / "drama.txt"), tokens=2048, window=32,
         validate_tokens=256,
     )  # fmt: skip
-    found = compare_kinds(
-        str(tmp_path / "refined"), str(place / "base"), {"drama": str(place / "drama.txt")}, tokens=128, window=32
-    )
+    found = compared(place, f"drama={place}/drama.txt", twin=tmp_path / "refined", tokens=128)
     assert found["kinds"][0]["seen"] == "text"
     assert found["unseen"] is None
     assert "every kind" in unseen_line(found)
@@ -89,9 +90,7 @@ def test_the_original_against_itself_loses_nothing(place, tmp_path):
     for file in (place / "base").iterdir():
         (tmp_path / "same" / file.name).write_bytes(file.read_bytes())
     (tmp_path / "same" / "surgery.json").write_bytes((place / "twin" / "surgery.json").read_bytes())
-    found = compare_kinds(
-        str(tmp_path / "same"), str(place / "base"), {"drama": str(place / "drama.txt")}, tokens=256, window=32
-    )
+    found = compared(place, f"drama={place}/drama.txt", twin=tmp_path / "same", tokens=256)
     assert found["unseen"]["worst"]["value"] == 0
     assert found["kinds"][0]["divergence"]["value"] == pytest.approx(0, abs=1e-6)
 
@@ -125,7 +124,7 @@ def test_a_dialogue_needs_a_chat_template(place, tmp_path):
 @pytest.mark.parametrize("texts", [["alice.txt"], ["=alice.txt"], ["novel="], ["novel=a.txt", "novel=b.txt"]])
 def test_texts_come_with_their_kind_once(texts):
     with pytest.raises(RecipeError):
-        parse(texts)
+        parse_kinds(texts)
 
 
 def test_what_is_written_is_read_by_people_and_programs(place, tmp_path):

@@ -7,7 +7,7 @@ from surgery.errors import RecipeError, SurgeryError
 
 
 def plan(pair, **more):
-    return plan_evaluation(pair / "twin", against=pair / "base", **more)
+    return plan_evaluation(pair / "twin", original=pair / "base", **more)
 
 
 def test_everything_has_a_default_and_the_fit_is_passed_over(pair):
@@ -24,7 +24,6 @@ def test_one_folder_of_tasks_may_be_a_string(pair):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"original": "x"}, "no setting 'original'.*say against"),
         ({"task_settings": None}, "no setting 'task_settings'"),
         ({"window": 1}, "window is 1, but must be at least 2"),
         ({"skip": -1}, "skip is -1"),

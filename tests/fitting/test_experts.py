@@ -23,7 +23,7 @@ def test_what_is_quadratic_already_is_recovered_exactly(name):
                     setattr(part, attribute, torch.nn.Identity())  # gate ⊙ up: bilinear
     with torch.no_grad():
         before = model(IDS[:4]).logits
-    twin, report = surgery.convert(model, calibration=IDS, degree=2, length=24)
+    twin, report = surgery.convert(model, text=IDS, degree=2, window=24)
     with torch.no_grad():
         after = twin(IDS[:4]).logits
     assert all(row["starved"] == [] for row in report.blocks if row["kind"] == "experts")
@@ -38,7 +38,7 @@ def test_swiglu_experts_are_no_quadratic_and_the_error_falls_with_the_degree():
         model = model_of("gpt_oss")
         with torch.no_grad():
             before = model(IDS[:16]).logits
-        twin, _ = surgery.convert(model, calibration=IDS, degree=degree, length=24)
+        twin, _ = surgery.convert(model, text=IDS, degree=degree, window=24)
         with torch.no_grad():
             errors.append(float((twin(IDS[:16]).logits - before).norm() / before.norm()))
     assert errors[0] > 1.1 * errors[1] > 1.21 * errors[2] > 0
@@ -58,7 +58,7 @@ def test_each_expert_is_fitted_on_its_own_tokens():
         model(IDS)
     handle.remove()
     expected = [len(seen["routing"].of_expert(number)[0]) for number in range(4)]
-    _, report = surgery.convert(model, calibration=IDS, length=24, batch=64)
+    _, report = surgery.convert(model, text=IDS, window=24, batch=64)
     assert list(report.blocks[0]["tokens_by_expert"]) == expected
     assert sum(expected) == 2 * IDS.numel()
 
@@ -77,7 +77,7 @@ def test_an_expert_without_tokens_is_reported_and_gets_its_layers_polynomial():
     block = the_experts(model)[0]
     hook = without_tokens(model, block)
     original = experts.weights(model.get_submodule(block.path), 3).down[0].clone()
-    twin, report = surgery.convert(model, calibration=IDS, length=24, readout="refit")
+    twin, report = surgery.convert(model, text=IDS, window=24, readout="refit")
     hook.remove()
     assert report.blocks[0]["starved"] == [3]
     assert report.blocks[0]["tokens_by_expert"][3] == 0
@@ -91,7 +91,7 @@ def test_an_expert_without_tokens_keeps_as_few_units_as_the_others():
     model = model_of("mixtral")
     block = the_experts(model)[0]
     hook = without_tokens(model, block)
-    twin, report = surgery.convert(model, calibration=IDS, length=24, units=0.25)
+    twin, report = surgery.convert(model, text=IDS, window=24, units=0.25)
     hook.remove()
     assert report.blocks[0]["starved"] == [3]
     assert twin.get_submodule(block.path).gate_weight.shape[1] == round(0.25 * block.hidden)
@@ -125,7 +125,7 @@ def test_errors_count_as_much_as_the_routing_does():
 
 def test_a_closed_form_under_a_gaussian_is_refused_where_there_is_none():
     with pytest.raises(CalibrationError, match="gate and up together"):
-        surgery.convert(model_of("gpt_oss"), calibration=IDS, length=24, assume="gaussian")
+        surgery.convert(model_of("gpt_oss"), text=IDS, window=24, assume="gaussian")
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def saved(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny_models, "make", lambda _: model_of("mixtral"))
         tiny_models.save_with_tokenizer("mixtral", folder / "base")
-    surgery.convert(folder / "base", output=folder / "twin", tokens=2048, length=32, measure=256, calibration="python")
+    surgery.convert(folder / "base", output=folder / "twin", tokens=2048, window=32, measure=256, text="python")
     return folder
 
 
@@ -153,8 +153,8 @@ def test_twins_of_experts_are_refined_end_to_end_only(saved, tmp_path):
     from surgery.refining.settings import RefineSettings, check_refinement
 
     given = {
-        "twin": str(saved / "twin"), "teacher": str(saved / "base"), "output": str(tmp_path / "out"),
-        "tokens": 4096, "length": 32, "validate_tokens": 256, "precision": "float32", "rate": 3e-3,
+        "twin": str(saved / "twin"), "original": str(saved / "base"), "output": str(tmp_path / "out"),
+        "tokens": 4096, "window": 32, "validate_tokens": 256, "dtype": "float32", "rate": 3e-3,
     }  # fmt: skip
     record = refined(RefineSettings(**given, train="coefficients"))
     assert record["divergence_after"] < record["divergence_before"]
@@ -167,5 +167,5 @@ def test_twins_of_experts_are_refined_end_to_end_only(saved, tmp_path):
 def test_affine_blocks_whose_first_values_are_given_from_above(tmp_path):
     tiny(LISTED["switch_transformers"], "switch_transformers", causal=False).save_pretrained(tmp_path / "base")
     given = {"input_ids": IDS, "decoder_input_ids": IDS.roll(1, 1)}
-    _, report = surgery.convert(tmp_path / "base", output=tmp_path / "twin", calibration=given, degree=1, length=24)
+    _, report = surgery.convert(tmp_path / "base", output=tmp_path / "twin", text=given, degree=1, window=24)
     assert {row["kind"] for row in report.blocks} == {"plain", "experts"}

@@ -125,7 +125,7 @@ def left(monkeypatch, name, told=lambda block: block):
     monkeypatch.setattr(replacement, "modules_for", modules)
     numbers = [block.path for block in survey(model).blocks]
     chosen = f"{numbers.index(first.path)},{numbers.index(last.path)}"
-    twin, _ = surgery.convert(model, calibration=IDS, degree=3, length=24, blocks=chosen, form="custom")
+    twin, _ = surgery.convert(model, text=IDS, degree=3, window=24, blocks=chosen, form="custom")
     return float((stream(twin, last) - whole).norm() / gone.norm())
 
 

@@ -34,7 +34,7 @@ def test_the_weights_and_the_configuration_say_which_class_it_is(decoder, expect
 def test_a_twin_of_it_is_what_it_is(tmp_path):
     """Inspected and converted without a word it was once a causal model, since that comes first."""
     folder = saved(tiny.make("bert"), tmp_path / "model")
-    twin, report = surgery.convert(folder, calibration=IDS, length=32, degree=3, output=tmp_path / "twin", measure=0)
+    twin, report = surgery.convert(folder, text=IDS, window=32, degree=3, output=tmp_path / "twin", measure=0)
     assert "BertForMaskedLM" in report.source["note"]
     again = surgery.load(tmp_path / "twin")
     with torch.no_grad():

@@ -56,14 +56,12 @@ def test_gemma_in_half_precision_stays_gemma(tmp_path):
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma"])
 def test_their_twins_load_with_plain_transformers(name, tmp_path):
     tiny.save_with_tokenizer(name, tmp_path / "base")
-    command = ["convert", tmp_path / "base", "-o", tmp_path / "twin", "--calibration", "python", "--json"]
-    done = commands.surgery(*command, "--tokens", 4096, "--length", 32, "--measure", 512)
+    command = ["convert", tmp_path / "base", "-o", tmp_path / "twin", "--text", "python", "--json"]
+    done = commands.surgery(*command, "--tokens", 4096, "--window", 32, "--measure", 512)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["form"] == "native"
     config = json.loads((tmp_path / "twin" / "config.json").read_text())
     assert (config["architectures"], config["hidden_act"]) == (["LlamaForCausalLM"], "linear")
-    custom = surgery.convert(
-        tmp_path / "base", calibration="python", tokens=4096, length=32, measure=512, form="custom"
-    )[1]
+    custom = surgery.convert(tmp_path / "base", text="python", tokens=4096, window=32, measure=512, form="custom")[1]
     assert report["perplexity"]["nats"] == pytest.approx(custom.perplexity["nats"], abs=1e-3)

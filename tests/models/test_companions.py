@@ -43,7 +43,7 @@ def llama(tmp_path):
 
 
 def convert(folder, out, **settings):
-    given = {"calibration": IDS, "degree": 2, **settings}
+    given = {"text": IDS, "degree": 2, **settings}
     return surgery.convert(folder, output=out, **given)[1].as_dict()
 
 
@@ -63,7 +63,7 @@ def test_everything_that_transformers_reads_travels_and_goes_on_travelling(llama
 def test_a_vision_twin_has_its_processor(tmp_path):
     tiny.make("vit").save_pretrained(tmp_path / "vit")
     transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
-    convert(tmp_path / "vit", tmp_path / "twin", calibration=tiny.inputs_for("vit", IDS))
+    convert(tmp_path / "vit", tmp_path / "twin", text=tiny.inputs_for("vit", IDS))
     assert transformers.AutoImageProcessor.from_pretrained(tmp_path / "twin").size["height"] == 16
 
 
@@ -110,10 +110,10 @@ def test_a_tokenizer_that_does_not_load_is_said_and_its_files_travel(llama, tmp_
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "twin" / name).read_bytes() == (llama / name).read_bytes()
     with pytest.raises(ModelError, match="tokenizer does not load"):
-        convert(llama, tmp_path / "other", calibration="python", tokens=2048, length=32)
+        convert(llama, tmp_path / "other", text="python", tokens=2048, window=32)
     assert not (tmp_path / "other").exists()
     with pytest.raises(ModelError, match="tokenizer does not load"):
-        evaluate(tmp_path / "twin", against=llama, tokens=256, window=32)
+        evaluate(tmp_path / "twin", original=llama, tokens=256, window=32)
     with pytest.raises(ModelError, match="tokenizer does not load"):
         surgery.trace([str(llama)], tokens=256, window=32)
 
@@ -200,7 +200,7 @@ def test_a_tokenizers_own_code_is_run_where_it_is_trusted_and_never_asked_for(ll
 
     def run(*more):
         command = [sys.executable, "-m", "surgery", "convert", str(llama), "-o", str(tmp_path / "twin"), *more]
-        command += ["--calibration", "python", "--tokens", "2048", "--length", "32", "--measure", "0", "--json"]
+        command += ["--text", "python", "--tokens", "2048", "--window", "32", "--measure", "0", "--json"]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, stdin=subprocess.PIPE)
 
     done = run()
@@ -218,7 +218,7 @@ def test_a_tokenizers_own_code_is_run_where_it_is_trusted_and_never_asked_for(ll
 def test_every_command_that_reads_a_model_may_be_told_to_trust_its_tokenizer():
     commands = main.cli.commands.items()
     told = {name for name, command in commands if "trust_remote_code" in [option.name for option in command.params]}
-    assert told == set(main.cli.commands) - {"card", "push"}
+    assert told == set(main.cli.commands) - {"card", "push", "completion"}
 
 
 def test_a_gguf_file_has_its_tokenizer_inside_and_nothing_is_looked_up(tmp_path):

@@ -21,7 +21,7 @@ LORA = peft.LoraConfig(r=2, target_modules=["q_proj"])
 
 
 def convert(model):
-    return surgery.convert(model, calibration=IDS, degree=3)[0]
+    return surgery.convert(model, text=IDS, degree=3)[0]
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +83,11 @@ def offloaded(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (lambda _: None, "NoneType is no transformers model"),
-        (lambda _: 3, "int is no transformers model"),
-        (lambda _: nn.Linear(3, 3), "Linear is no transformers model"),
+        (lambda _: None, "NoneType is not a transformers model"),
+        (lambda _: 3, "int is not a transformers model"),
+        (lambda _: nn.Linear(3, 3), "Linear is not a transformers model"),
         (lambda _: tiny.make("llama").model.layers[0].mlp, "LlamaMLP"),
-        (lambda _: tiny.make("llama").state_dict(), "is no transformers model"),
+        (lambda _: tiny.make("llama").state_dict(), "is not a transformers model"),
         (lambda _: peft.get_peft_model(tiny.make("llama"), LORA), "adapters"),
         (lambda _: peft.get_peft_model(tiny.make("llama"), LORA).base_model.model, "adapters"),
         (lambda _: with_adapter(), "adapters"),

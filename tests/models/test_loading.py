@@ -26,13 +26,13 @@ def test_converting_a_twin_again_says_so(tmp_path, capfd):
     ids = torch.randint(3, 96, (64, 32), generator=torch.Generator().manual_seed(3))
     tiny.make("llama").save_pretrained(tmp_path / "base")
     for degree in (2, 3):
-        surgery.convert(tmp_path / "base", calibration=ids, degree=degree, output=tmp_path / f"twin-{degree}")
+        surgery.convert(tmp_path / "base", text=ids, degree=degree, output=tmp_path / f"twin-{degree}")
         note = f"this is a polynomial twin already, made from base at degree {degree}"
         assert surgery.inspect(str(tmp_path / f"twin-{degree}")).note == note
-    _, report = surgery.convert(tmp_path / "twin-2", calibration=ids, quiet=False)
+    _, report = surgery.convert(tmp_path / "twin-2", text=ids, quiet=False)
     assert report.source["note"] == "this is a polynomial twin already, made from base at degree 2"
     assert report.source["note"] in capfd.readouterr().err
     with pytest.raises(ModelError, match="polynomials already"):
-        surgery.convert(tmp_path / "twin-3", calibration=ids)
+        surgery.convert(tmp_path / "twin-3", text=ids)
     (tmp_path / "twin-3" / "surgery.json").write_text("{}")
     assert surgery.inspect(str(tmp_path / "twin-3")).note == "this is a polynomial twin already"

@@ -61,12 +61,12 @@ def test_fp8_weights_are_made_whole_and_the_twin_is_not_quantised(degree, fp8, t
     for name, value in whole.items():
         assert found[name].dtype == torch.float32
         torch.testing.assert_close(found[name], value, rtol=0.07, atol=0.01)
-    _, report = surgery.convert(fp8, calibration=IDS, degree=degree, output=tmp_path / "twin")
+    _, report = surgery.convert(fp8, text=IDS, degree=degree, output=tmp_path / "twin")
     assert "quantization_config" not in json.loads((tmp_path / "twin" / "config.json").read_text())
     assert not any("scale" in name for name in load_file(tmp_path / "twin" / "model.safetensors"))
     assert report.form == ("native" if degree == 2 else "custom")
     with pytest.raises(ModelError, match="cannot stay on disk"):
-        surgery.convert(fp8, calibration=IDS, degree=degree, output=tmp_path / "other", offload=True)
+        surgery.convert(fp8, text=IDS, degree=degree, output=tmp_path / "other", offload=True)
 
 
 @pytest.mark.parametrize("method", REFUSED)
@@ -77,7 +77,7 @@ def test_other_kinds_are_refused_at_once_by_every_command_alike(method, tmp_path
     named = method.removesuffix("_8bit")
     for attempt in (
         lambda: surgery.inspect(str(tmp_path / "model")),
-        lambda: surgery.convert(tmp_path / "model", calibration=IDS, output=tmp_path / "twin"),
+        lambda: surgery.convert(tmp_path / "model", text=IDS, output=tmp_path / "twin"),
     ):
         with pytest.raises(ModelError, match=f"quantised \\({named}\\)") as refused:
             attempt()
@@ -98,4 +98,4 @@ def test_a_quantised_model_in_memory_is_refused():
     model = tiny.make("llama")
     model.is_quantized = True
     with pytest.raises(ModelError, match="quantised"):
-        surgery.convert(model, calibration=IDS)
+        surgery.convert(model, text=IDS)

@@ -61,7 +61,7 @@ def twins(tmp_path_factory):
         ids = torch.randint(3, 96, (64, 32), generator=torch.Generator().manual_seed(3))
         given = tiny.inputs_for(name, ids)
         inputs = given if isinstance(given, dict) else {"input_ids": given}
-        model, _ = surgery.convert(tiny.make(name), calibration=inputs, degree=3, output=place / "twin")
+        model, _ = surgery.convert(tiny.make(name), text=inputs, degree=3, output=place / "twin")
         made[name] = model, place / "twin", {key: value[:1] for key, value in inputs.items()}
     return made
 
@@ -105,7 +105,7 @@ def test_twins_and_their_configurations_are_pickled(twins):
 
 
 def test_a_class_the_blocks_have_no_place_in_is_refused():
-    model, _ = surgery.convert(tiny.make("llama"), calibration=torch.arange(3, 67).repeat(64, 1), degree=3)
+    model, _ = surgery.convert(tiny.make("llama"), text=torch.arange(3, 67).repeat(64, 1), degree=3)
     config = model.config
     with pytest.raises(ValueError, match=r"nothing at model\.layers\.0\.mlp in PolynomialLlamaForQuestionAnswering"):
         modeling_polynomial.dispatcher("AutoModelForQuestionAnswering")._from_config(config)

@@ -11,7 +11,7 @@ def twins(tmp_path_factory):
     """A native and a custom twin of a tiny Llama."""
     folder = tmp_path_factory.mktemp("publish")
     tiny.save_with_tokenizer("llama", folder / "base")
-    settings = {"calibration": "python", "tokens": 4096, "length": 32, "measure": 512}
+    settings = {"text": "python", "tokens": 4096, "window": 32, "measure": 512}
     for name, degree in (("native", 2), ("custom", 3)):
         surgery.convert(folder / "base", output=folder / name, degree=degree, **settings)
     return folder
@@ -27,9 +27,9 @@ def exported(tmp_path_factory):
             folder / "base",
             output=folder / name,
             degree=degree,
-            calibration="python",
+            text="python",
             tokens=4096,
-            length=32,
+            window=32,
             measure=0,
         )
     return folder

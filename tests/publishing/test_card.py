@@ -38,9 +38,11 @@ def test_the_card_tells_what_the_reports_say(twins, tmp_path):
     assert "silently wrong" in made.text
     from evals.kinds import compare_kinds
     from evals.kinds_report import write_kinds
+    from evals.pair import load_pair
     from surgery.saving.evaluation import interval
 
-    kinds = compare_kinds(str(folder), str(twins / "base"), {"code": "code", "manual": "python"}, tokens=256, window=32)
+    pair, sources = load_pair(str(folder), str(twins / "base")), {"code": "code", "manual": "python"}
+    kinds = compare_kinds(pair, str(folder), sources, tokens=256, window=32)
     write_kinds(kinds, folder / "evaluation")
     made = card(folder, base_model="them/base", licence="apache-2.0")
     (seen, unseen) = sorted(kinds["kinds"], key=lambda row: row["kind"], reverse=True)
@@ -70,7 +72,7 @@ def test_nothing_from_a_checkpoint_is_more_than_text_in_the_card(twins, tmp_path
     report["perplexity"]["text"] = NASTY
     report["left_alone"] = [{"path": NASTY, "reason": NASTY}]
     report["blocks"][0]["path"] = NASTY
-    report["recipe"] |= {"model": NASTY, "calibration": NASTY}
+    report["recipe"] |= {"model": NASTY, "text": NASTY}
     report["versions"]["python"] = NASTY
     (folder / "surgery.json").write_text(json.dumps(report))
     text = render_card(folder).text
@@ -83,7 +85,7 @@ def test_nothing_from_a_checkpoint_is_more_than_text_in_the_card(twins, tmp_path
         if line.startswith("| ") and "alert" in line:
             assert len(re.findall(r"(?<!\\)\|", line)) in (3, 4), line
     recipe = yaml.safe_load(text.split("```yaml\n")[1].split("\n```")[0])
-    assert recipe["model"] == recipe["calibration"] == NASTY, "a recipe keeps what it says"
+    assert recipe["model"] == recipe["text"] == NASTY, "a recipe keeps what it says"
 
 
 def test_the_usage_is_of_the_class_the_twin_has(tmp_path):
@@ -92,7 +94,7 @@ def test_the_usage_is_of_the_class_the_twin_has(tmp_path):
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "code")}
     for name, head in heads.items():
         folder = tmp_path / name
-        surgery.convert(tiny.make(name), calibration=tiny.inputs_for(name, ids), degree=3, output=folder)
+        surgery.convert(tiny.make(name), text=tiny.inputs_for(name, ids), degree=3, output=folder)
         usage = render_card(folder).text.split("```python\n")[1].split("```")[0].replace("REPOSITORY", str(folder))
         assert f"model = AutoModel{head}.from_pretrained(" in usage and "Tokenizer" not in usage
         command = [sys.executable, "-c", usage]

@@ -23,20 +23,18 @@ def kept(tmp_path_factory):
         texts = [
             {"input_ids": torch.randint(3, 60, (4, 32), generator=torch.Generator().manual_seed(n))} for n in range(8)
         ]
-        surgery.convert(
-            base, calibration=texts, output=f"{base}-twin", degree=3, readout="keep", form="custom", measure=0
-        )
+        surgery.convert(base, text=texts, output=f"{base}-twin", degree=3, readout="keep", form="custom", measure=0)
     return folder
 
 
 @pytest.mark.parametrize("name", ["llama-float32", "llama-bfloat16", "gpt2-float32", "phi3-float32"])
 def test_a_delta_is_small_and_gives_every_bit_of_the_twin(kept, tmp_path, name):
     twin, base, out = kept / f"{name}-twin", kept / name, tmp_path / "delta"
-    done = commands.surgery("export", twin, "-o", out, "--form", "delta", "--base", base)
+    done = commands.surgery("export", twin, "-o", out, "--form", "delta", "--original", base)
     assert done.returncode == 0, done.stderr
     assert (out / "delta.safetensors").stat().st_size < (twin / "model.safetensors").stat().st_size / 5
     assert not list(out.glob("model*.safetensors"))
-    again = commands.surgery("export", out, "-o", tmp_path / "full", "--form", "full", "--base", base)
+    again = commands.surgery("export", out, "-o", tmp_path / "full", "--form", "full", "--original", base)
     assert again.returncode == 0, again.stderr
     from safetensors.torch import load_file
 
@@ -60,7 +58,7 @@ def test_what_a_delta_refuses(kept, exported, tmp_path, ids):
     base, out = kept / "llama-float32", tmp_path / "delta"
     export_delta(kept / "llama-float32-twin", out, str(base))
     with torch.no_grad():
-        assert torch.equal(surgery.load(out, base=str(base))(ids).logits, surgery.load(f"{base}-twin")(ids).logits)
+        assert torch.equal(surgery.load(out, original=str(base))(ids).logits, surgery.load(f"{base}-twin")(ids).logits)
     with pytest.raises(ModelError, match="not on the Hub"):
         surgery.load(out)
     changed = tiny.make("llama")
@@ -68,7 +66,7 @@ def test_what_a_delta_refuses(kept, exported, tmp_path, ids):
         changed.model.norm.weight[0].add_(1e-3)
     changed.save_pretrained(tmp_path / "changed")
     with pytest.raises(ModelError, match="not those this delta was taken from"):
-        surgery.load(out, base=str(tmp_path / "changed"))
+        surgery.load(out, original=str(tmp_path / "changed"))
     with pytest.raises(ModelError, match="--form custom"):
         export_delta(exported / "native", tmp_path / "none", str(exported / "base"))
     with pytest.raises(ModelError, match="not a delta"):

@@ -72,9 +72,9 @@ def test_push_and_load_back(twins, server, tmp_path, name, trust):
 
 def test_a_delta_is_published_and_applied_to_its_original(twins, server, tmp_path):
     surgery.convert(
-        twins / "base", output=tmp_path / "kept", degree=3, readout="keep", calibration="python", tokens=2048, length=32
+        twins / "base", output=tmp_path / "kept", degree=3, readout="keep", text="python", tokens=2048, window=32
     )
-    made = run(server, tmp_path, "export", tmp_path / "kept", "-o", tmp_path / "delta", "--form", "delta", "--base",
+    made = run(server, tmp_path, "export", tmp_path / "kept", "-o", tmp_path / "delta", "--form", "delta", "--original",
                twins / "base")  # fmt: skip
     assert made.returncode == 0, made.stderr
     pushed = run(
@@ -83,7 +83,7 @@ def test_a_delta_is_published_and_applied_to_its_original(twins, server, tmp_pat
     assert pushed.returncode == 0, pushed.stderr
     assert "delta.safetensors" in server.files("me/delta")
     assert "model.safetensors" not in server.files("me/delta")
-    code = "import surgery, sys, torch; m = surgery.load('me/delta', base=sys.argv[1]); "
+    code = "import surgery, sys, torch; m = surgery.load('me/delta', original=sys.argv[1]); "
     code += "print(m(input_ids=torch.arange(3, 19)[None]).logits.double().abs().sum().item())"
     got = subprocess.run(
         [sys.executable, "-c", code, twins / "base"],

@@ -14,10 +14,10 @@ def folders(tmp_path_factory):
     place = tmp_path_factory.mktemp("explain")
     tiny.save_with_tokenizer("llama", place / "original")
     made = {"original": str(place / "original")}
-    settings = {"tokens": 2048, "length": 32, "measure": 0}
+    settings = {"tokens": 2048, "window": 32, "measure": 0}
     for name, more in {"twin": {}, "partial": {"blocks": "1", "degree": 3}, "affine": {"degree": 1}}.items():
         made[name] = str(place / name)
-        surgery.convert(made["original"], output=made[name], calibration="python", **settings, **more)
+        surgery.convert(made["original"], output=made[name], text="python", **settings, **more)
     return made
 
 

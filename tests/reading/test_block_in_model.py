@@ -9,7 +9,7 @@ from tests import tiny
 
 
 def twin_of(name, ids, degree=2):
-    return surgery.convert(tiny.make(name), calibration=tiny.inputs_for(name, ids), degree=degree, batch=16)[0]
+    return surgery.convert(tiny.make(name), text=tiny.inputs_for(name, ids), degree=degree, batch=16)[0]
 
 
 @pytest.mark.parametrize(

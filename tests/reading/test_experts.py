@@ -15,7 +15,7 @@ from tests.blocks.of_experts import IDS, model_of
 
 
 def twin_of(name):
-    return surgery.convert(model_of(name), calibration=IDS, length=24)[0]
+    return surgery.convert(model_of(name), text=IDS, window=24)[0]
 
 
 @pytest.mark.parametrize("name", ["mixtral", "dbrx", "llama4"])
@@ -48,15 +48,15 @@ def test_which_expert_has_to_be_said(tmp_path):
     assert "--expert 3" in str(caught.value)
     with pytest.raises(RecipeError, match="4 is none of them"):
         find_block(twin, 0, expert=4)
-    with pytest.raises(RecipeError, match="no mixture"):
-        find_block(surgery.convert(tiny.make("llama"), calibration=IDS % 96, length=24)[0], 0, expert=0)
+    with pytest.raises(RecipeError, match="not a mixture of experts"):
+        find_block(surgery.convert(tiny.make("llama"), text=IDS % 96, window=24)[0], 0, expert=0)
 
 
 def test_an_expert_is_explained(tmp_path):
-    twin = surgery.convert(model_of("mixtral"), calibration=IDS, length=24, output=tmp_path / "twin")[0]
+    twin = surgery.convert(model_of("mixtral"), text=IDS, window=24, output=tmp_path / "twin")[0]
     save_file({"input_ids": IDS}, tmp_path / "ids.safetensors")
     given = {"text": str(tmp_path / "ids.safetensors"), "tokens": 512, "window": 16}
-    found = surgery.explain(tmp_path / "twin", 0, expert=1, output="coordinate:3", **given)
+    found = surgery.explain(tmp_path / "twin", 0, expert=1, direction="coordinate:3", **given)
     assert found["block"]["expert"] == 1
     assert found["text"]["left_out"] > 100, "tokens that go elsewhere are no part of its statistics"
     own = find_block(twin, 0, expert=1).polynomial.expand(torch.zeros(found["block"]["width"]).double())

@@ -22,7 +22,7 @@ def test_the_page_is_self_contained_and_escapes_tokens(report, tmp_path):
 
 def test_the_command(folders, tmp_path):
     arguments = ["explain", folders["twin"], "--block", "1", "--tokens", "512", "--window", "32"]
-    done = CliRunner().invoke(cli, [*arguments, "--output", "token:fox", "-o", str(tmp_path / "out")])
+    done = CliRunner().invoke(cli, [*arguments, "--direction", "token:fox", "-o", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert "λ =" in done.output
     assert (tmp_path / "out" / PAGE).is_file()

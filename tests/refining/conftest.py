@@ -15,7 +15,7 @@ def place(tmp_path_factory):
     words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "(1,", "2)", "[3:", "4];", "=", "fox."]
     order = torch.randint(len(words), (6000,), generator=torch.Generator().manual_seed(1)).tolist()
     (folder / "text.txt").write_text(" ".join(words[index] for index in order))
-    settings = {"tokens": 1024, "length": 32, "measure": 0, "readout": "keep", "calibration": "python"}
+    settings = {"tokens": 1024, "window": 32, "measure": 0, "readout": "keep", "text": "python"}
     settings |= {"random_tokens": 0.0}  # rough: on words calibration did not meet there is something left to win
     for name, base in BASES.items():
         if not (folder / base).exists():

@@ -16,7 +16,7 @@ from tests.refining.support import BASES, settings_of
         ("native", {"objective": "local"}), ("plain", {"objective": "local", "rate": 1e-3}), ("custom", {"match": 0.5}),
         ("plain", {"match": 0.5, "rate": 5e-4}), ("native", {"checkpointing": True}),
         ("native", {"text": ("samples",)}), ("native", {"blend": 0.5}), ("plain", {"blend": 0.5, "rate": 5e-4}),
-        ("native", {"precision": "bf16"}), ("native", {"blend": 0.5, "checkpointing": True}),
+        ("native", {"dtype": "bfloat16"}), ("native", {"blend": 0.5, "checkpointing": True}),
         ("native", {"train": "lora", "match": 0.5, "blend": 0.3, "rate": 1e-2}),
         ("custom", {"train": "lora", "match": 0.5, "rate": 1e-2}),
         ("kin", {}), ("custom", {"train": "coefficients", "rate": 1e-2}),

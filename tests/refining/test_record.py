@@ -31,7 +31,7 @@ def test_a_refined_twin_is_measured_on_what_was_held_out(place, tmp_path):
     assert (kept["begin"], kept["end"]) == (0, 512)
     assert unseen(str(out), str(place / "text.txt")) == (0, 512)
     assert unseen(str(out), "another.txt") == (0, None)
-    command = ["eval", out, "--against", place / "llama", "--text", place / "text.txt",
+    command = ["eval", out, "--original", place / "llama", "--text", place / "text.txt",
                "--window", "32", "--block-tokens", "64", "--no-speed", "--no-cache", "--json"]  # fmt: skip
     alone = commands.surgery(*command)
     assert alone.returncode == 0, alone.stderr

@@ -69,9 +69,9 @@ def test_steps_that_are_not_finite_are_skipped_and_then_an_error(place, tmp_path
 
 
 def command(place, out, **more):
-    options = {"--teacher": place / "llama", "-o": out, "--text": place / "text.txt", "--tokens": 2048, "--length": 32}
+    options = {"--original": place / "llama", "-o": out, "--text": place / "text.txt", "--tokens": 2048, "--window": 32}
     options |= {"--validate-tokens": 512, "--rate": 0.003, "--validate-every": 4, "--accumulate": 1}
-    options |= {"--precision": "float32"} | more
+    options |= {"--dtype": "float32"} | more
     return ["refine", place / "native", *(part for item in options.items() for part in item)]
 
 
@@ -79,14 +79,14 @@ def command(place, out, **more):
     ("change", "words"),
     [
         ({"--tokens": 64, "--validate-tokens": 64, "--batch": 64}, ["too few"]),
-        ({"--tokens": "many"}, ["no number of tokens"]),
+        ({"--tokens": "many"}, ["is not a whole number"]),
         ({"--objective": "locl"}, ["did you mean 'local'"]),
         ({"--train": "lora", "--lora-modules": "nowhere"}, ["nowhere"]),
         ({"--report-to": "tensorboard2"}, ["tensorboard2", "not installed"]),
         ({"--average": 1}, ["--average"]),
         ({"--train": "blok"}, ["did you mean 'block'"]),
         ({"--rate": -1}, ["--rate", "not positive"]),
-        ({"--teacher": "nowhere/"}, ["nowhere"]),
+        ({"--original": "nowhere/"}, ["nowhere"]),
     ],
 )
 def test_bad_input_is_a_clear_error(place, tmp_path, change, words):

@@ -10,8 +10,8 @@ from tests.refining.support import settings_of
 
 
 def test_a_dry_run_writes_nothing(place, tmp_path):
-    command = ["refine", place / "native", "--teacher", place / "llama", "-o",
-               tmp_path / "out", "--tokens", "20k", "--length", "32", "--train", "lora", "--dry-run"]  # fmt: skip
+    command = ["refine", place / "native", "--original", place / "llama", "-o",
+               tmp_path / "out", "--tokens", "20k", "--window", "32", "--train", "lora", "--dry-run"]  # fmt: skip
     done = commands.surgery(*command)
     assert done.returncode == 0, done.stderr
     assert "78 steps of 256 tokens" in done.stdout
@@ -23,10 +23,10 @@ def test_what_is_refused(place, tmp_path):
     for more, words in (
         ({"train": "lora", "objective": "local"}, "what is in blocks"),
         ({"text": ("nowhere.txt",)}, "no calibration source"),
-        ({"precision": "float8"}, "no precision"),
+        ({"dtype": "float8"}, "no dtype"),
         ({"train": "all", "objective": "local"}, "what is in blocks"),
-        ({"length": 4}, "not from 8 to 128"),
-        ({"length": 256}, "not from 8 to 128"),
+        ({"window": 4}, "not from 8 to 128"),
+        ({"window": 256}, "not from 8 to 128"),
         ({"text": (str(place / "text.txt"), "elsewhere/text.txt")}, "two sources of one name"),
     ):
         with pytest.raises(RecipeError, match=words):
@@ -41,10 +41,8 @@ def test_only_whole_twins_of_causal_models_are_refined(place, tmp_path):
     with pytest.raises(RecipeError, match="silu form"):
         check_refinement(RefineSettings(**{**settings, "twin": str(tmp_path / "silu")}))
     tiny.save_with_tokenizer("bert", tmp_path / "bert")
-    surgery.convert(
-        tmp_path / "bert", output=tmp_path / "masked", calibration="python", tokens=1024, length=32, measure=0
-    )
+    surgery.convert(tmp_path / "bert", output=tmp_path / "masked", text="python", tokens=1024, window=32, measure=0)
     with pytest.raises(SurgeryError, match="only causal"):
         check_refinement(
-            RefineSettings(**{**settings, "twin": str(tmp_path / "masked"), "teacher": str(tmp_path / "bert")})
+            RefineSettings(**{**settings, "twin": str(tmp_path / "masked"), "original": str(tmp_path / "bert")})
         )

@@ -33,9 +33,9 @@ main()
 def arguments(place, twin, out, *more):
     base = {"native": "llama", "plain": "gpt2"}[twin]
     return [
-        "refine", str(place / twin), "--teacher", str(place / base), "-o", str(out), "--text",
-        str(place / "text.txt"), "--tokens", "2048", "--length", "32", "--validate-tokens", "544", "--validate-every",
-        "2", "--rate", "0.003", "--accumulate", "1", "--precision", "float32", "--average", "0.5", *map(str, more),
+        "refine", str(place / twin), "--original", str(place / base), "-o", str(out), "--text",
+        str(place / "text.txt"), "--tokens", "2048", "--window", "32", "--validate-tokens", "544", "--validate-every",
+        "2", "--rate", "0.003", "--accumulate", "1", "--dtype", "float32", "--average", "0.5", *map(str, more),
     ]  # fmt: skip
 
 

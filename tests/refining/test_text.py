@@ -36,9 +36,7 @@ def test_what_was_held_out_once_stays_so(place, tmp_path):
 def test_text_the_conversion_saw_is_not_held_out(place, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text((place / "text.txt").read_text()[:9000])
-    surgery.convert(
-        place / "llama", output=tmp_path / "twin", calibration=str(short), tokens=1024, length=32, measure=0
-    )
+    surgery.convert(place / "llama", output=tmp_path / "twin", text=str(short), tokens=1024, window=32, measure=0)
     settings = {**vars(settings_of(place, tmp_path / "out")), "twin": str(tmp_path / "twin"), "text": (str(short),)}
     record = refined(RefineSettings(**settings))
     (part,) = json.loads((tmp_path / "twin" / "surgery.json").read_text())["calibration"]["parts"]
@@ -55,15 +53,15 @@ def test_every_text_gives_its_share_and_a_short_one_comes_again(place, tmp_path)
     settings = RefineSettings(**{**vars(settings), "text": texts, "tokens": 8192, "validate_tokens": 1024})
     tokenizer = loading.loaded(settings.twin).tokenizer
     report = json.loads((Path(settings.twin) / "surgery.json").read_text())
-    teacher = loading.loaded(settings.teacher).model
+    teacher = loading.loaded(settings.original).model
     held, windows, ranges = training_windows(
         settings, tokenizer, report, teacher, SimpleNamespace(num_processes=1), tmp_path
     )
     of_short = torch.isin(windows.ids, torch.tensor(tokenizer("XYZ", add_special_tokens=False)["input_ids"]))
     share = (of_short.float().mean(1) > 0.5).float().mean()
     assert share == pytest.approx(0.25, abs=0.02)
-    assert len(windows) == pytest.approx(8192 // settings.length, abs=2)
-    sizes = {name: len(part) * settings.length for name, part in held.items()}
+    assert len(windows) == pytest.approx(8192 // settings.window, abs=2)
+    sizes = {name: len(part) * settings.window for name, part in held.items()}
     assert sizes == {"long.txt": 768, "short.txt": 256}
     assert ranges["short.txt"]["read"] < 8192 // 4 + 256, "it is gone through more than once"
 
@@ -74,8 +72,8 @@ def test_without_a_network_what_there_is_is_trained_on_and_said(place, tmp_path)
     tokenizer = loading.loaded(settings.twin).tokenizer
     sources, note = training_sources(settings, tokenizer)
     assert sources == OFFLINE
-    assert "cannot be had" in note
+    assert "cannot be fetched" in note
     named = RefineSettings(**{**vars(settings), "text": ("python",)})
     assert training_sources(named, tokenizer) == (("python",), "")
-    with pytest.raises(CalibrationError, match="of broad cannot be had"):
+    with pytest.raises(CalibrationError, match="of broad cannot be fetched"):
         training_sources(RefineSettings(**{**vars(settings), "text": ("broad",)}), tokenizer)

@@ -67,9 +67,9 @@ def test_another_twin_under_the_same_name_does_not_resume(place, tmp_path):
         place / "llama",
         output=tmp_path / "twin",
         overwrite=True,
-        calibration="python",
+        text="python",
         tokens=2048,
-        length=32,
+        window=32,
         measure=0,
     )
     with pytest.raises(CheckpointError, match="other settings, models or text"):

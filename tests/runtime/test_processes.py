@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 def convert(folder, name, *more):
     done = subprocess.run(
         [sys.executable, "-m", "surgery", "convert", str(folder / "base"), "-o", str(folder / name), "--json",
-         "--calibration", "python", "--tokens", "6000", "--length", "32", "--measure", "512", *more],
+         "--text", "python", "--tokens", "6000", "--window", "32", "--measure", "512", *more],
         check=False, capture_output=True, text=True,
     )  # fmt: skip
     return done
@@ -57,7 +57,7 @@ import json, os, sys, surgery
 from surgery.runtime import processes
 folder, said = sys.argv[1], []
 for name in ("refused", "first", "second"):
-    settings = dict(calibration="python", tokens=4000, length=32, measure=512)
+    settings = dict(text="python", tokens=4000, window=32, measure=512)
     try:
         _, report = surgery.convert(f"{folder}/base", output=f"{folder}/{name}", **settings)
         said.append([processes.rank(), processes.count(), report.perplexity["nats"]])

@@ -79,7 +79,7 @@ def test_nothing_shown_acts_on_a_terminal_a_table_or_a_picture(tmp_path):
 
 
 def test_tables_and_lines_at_the_terminal_show_what_there_is(capsys):
-    terminal._table(f"title {NASTY}", ["block", "kind"], [["[bold]x[/bold]", NASTY]])
+    terminal.print_table(f"title {NASTY}", ["block", "kind"], [["[bold]x[/bold]", NASTY]])
     terminal.echo(NASTY)
     seen = capsys.readouterr().out
     assert "\x1b" not in seen and "[bold]x[/bold]" in seen and ":smile:" in seen and "[red]" in seen

@@ -59,14 +59,14 @@ def test_whole_numbers_are_written_in_one_way_everywhere(given, number):
 
 
 def test_counts_are_read_alike_by_recipes_settings_and_options(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("tokens: 16k\nlength: 1k\n")
+    (tmp_path / "recipe.yaml").write_text("tokens: 16k\nwindow: 1k\n")
     recipe = load_recipe(str(tmp_path / "recipe.yaml"), {"measure": "2k"})
-    assert (recipe.tokens, recipe.length, recipe.measure) == (16_000, 1000, 2000)
-    given = {"twin": "a", "teacher": "b", "output": "c", "tokens": "4M"}
+    assert (recipe.tokens, recipe.window, recipe.measure) == (16_000, 1000, 2000)
+    given = {"twin": "a", "original": "b", "output": "c", "tokens": "4M"}
     assert checked_settings(RefineSettings, given).tokens == 4_000_000
     for command in main.cli.commands.values():
         for option in command.params:
             if option.type.name in ("integer", "integer range"):
-                assert option.name in ("seed", "fit"), f"{command.name} {option.name}"  # no counts
+                assert option.name in ("nproc",), f"{command.name} {option.name}"  # no counts
     with pytest.raises(RecipeError, match="tokens"):
         load_recipe(None, {"tokens": "16 thousand"})

@@ -21,7 +21,7 @@ def test_saved_twins_give_the_same_outputs_in_a_fresh_process(name, ids, tmp_pat
     before = outputs(model, name, ids)
     model.save_pretrained(tmp_path / "base")  # loading may rename weights, which a twin must not rename again
     twin, report = surgery.convert(
-        tmp_path / "base", calibration=tiny.inputs_for(name, ids), output=tmp_path / "twin", batch=16
+        tmp_path / "base", text=tiny.inputs_for(name, ids), output=tmp_path / "twin", batch=16
     )
     saved = json.loads((tmp_path / "twin" / "surgery.json").read_text())
     assert saved["verification"]["verified"] is True
@@ -38,14 +38,14 @@ def test_saved_twins_give_the_same_outputs_in_a_fresh_process(name, ids, tmp_pat
 @pytest.mark.parametrize("degree", [1, 3, 4])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 def test_other_degrees_save_and_load(name, degree, ids, tmp_path):
-    _, report = surgery.convert(tiny.make(name), calibration=ids, output=tmp_path / "twin", degree=degree)
+    _, report = surgery.convert(tiny.make(name), text=ids, output=tmp_path / "twin", degree=degree)
     assert report.form == "custom"
     assert json.loads((tmp_path / "twin" / "surgery.json").read_text())["verification"]["verified"]
 
 
 def test_same_seed_same_file(ids, tmp_path):
     for place in ("one", "two"):
-        surgery.convert(tiny.make("llama"), calibration=ids, output=tmp_path / place)
+        surgery.convert(tiny.make("llama"), text=ids, output=tmp_path / place)
     one, two = (load_file(tmp_path / place / "model.safetensors") for place in ("one", "two"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -55,7 +55,7 @@ def test_dtype_and_ties_are_kept(ids, tmp_path):
     config = transformers.LlamaConfig(**tiny.COMMON, num_key_value_heads=2, tie_word_embeddings=True)
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
-    surgery.convert(str(tmp_path / "model"), calibration=ids, output=tmp_path / "twin", measure=0)
+    surgery.convert(str(tmp_path / "model"), text=ids, output=tmp_path / "twin", measure=0)
     tensors = load_file(tmp_path / "twin" / "model.safetensors")
     assert {value.dtype for value in tensors.values()} == {torch.bfloat16}
     assert "lm_head.weight" not in tensors
@@ -68,7 +68,7 @@ def test_a_custom_twin_refuses_loudly_without_trust(ids, tmp_path):
     import subprocess
     import sys
 
-    surgery.convert(tiny.make("gpt2"), calibration=ids, output=tmp_path / "twin")
+    surgery.convert(tiny.make("gpt2"), text=ids, output=tmp_path / "twin")
     code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "twin")], capture_output=True, text=True, input="n\n", check=False
@@ -78,7 +78,7 @@ def test_a_custom_twin_refuses_loudly_without_trust(ids, tmp_path):
 
 
 def test_twins_generate_and_save_again(ids, tmp_path):
-    twin, _ = surgery.convert(tiny.make("gpt2"), calibration=ids, output=tmp_path / "twin")
+    twin, _ = surgery.convert(tiny.make("gpt2"), text=ids, output=tmp_path / "twin")
     long = twin.generate(ids[:2, :5], max_new_tokens=8, do_sample=False, attention_mask=torch.ones(2, 5).long())
     again = surgery.load(str(tmp_path / "twin"))
     again.save_pretrained(tmp_path / "again")
@@ -93,7 +93,7 @@ def test_a_foreign_folder_is_not_overwritten(ids, tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
         with pytest.raises(CheckpointError, match="not made by this tool"):
-            surgery.convert(tiny.make("llama"), calibration=ids, output=tmp_path / "mine", overwrite=overwrite)
+            surgery.convert(tiny.make("llama"), text=ids, output=tmp_path / "mine", overwrite=overwrite)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
@@ -113,5 +113,5 @@ def test_a_damaged_save_is_noticed_and_leaves_nothing(ids, tmp_path, monkeypatch
 
     monkeypatch.setattr(checkpoint, "_write", damaging)
     with pytest.raises(CheckpointError, match="differs"):
-        surgery.convert(tiny.make("llama"), calibration=ids, output=tmp_path / "twin")
+        surgery.convert(tiny.make("llama"), text=ids, output=tmp_path / "twin")
     assert [p.name for p in tmp_path.iterdir()] == ["twin.partial"]

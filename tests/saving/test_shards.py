@@ -16,7 +16,7 @@ from surgery.runtime import weights_on_disk
 from surgery.saving import shards
 from tests import tiny
 
-SETTINGS = {"calibration": "python", "tokens": 4096, "length": 32, "measure": 0}
+SETTINGS = {"text": "python", "tokens": 4096, "window": 32, "measure": 0}
 
 
 def tensors_of(folder):
@@ -106,7 +106,7 @@ IDS = torch.randint(4, 100, (64, 24), generator=torch.Generator().manual_seed(0)
 
 def same_both_ways(place, **more):
     """The tensors of the twin made from disk, which are those of the one made in memory."""
-    given = {"calibration": IDS, "length": 24, "measure": 0, **more}
+    given = {"text": IDS, "window": 24, "measure": 0, **more}
     twin, report = surgery.convert(place / "original", **given)
     surgery.convert(place / "original", output=place / "disk", offload=True, **given)
     assert not (place / "disk.partial").exists()
@@ -146,7 +146,7 @@ def test_what_was_put_together_is_removed_when_the_conversion_fails(tmp_path, mo
 
     monkeypatch.setattr("surgery.conversion.pipeline.prepared", fails)
     with pytest.raises(ModelError):
-        surgery.convert(tmp_path / "original", output=tmp_path / "twin", offload=True, calibration=IDS, length=24)
+        surgery.convert(tmp_path / "original", output=tmp_path / "twin", offload=True, text=IDS, window=24)
     gc.collect()
     assert not (tmp_path / "twin.partial").exists()
 
@@ -176,7 +176,7 @@ def test_what_was_being_put_together_is_removed(error, tmp_path, monkeypatch):
 
     monkeypatch.setattr(transformers.MixtralForCausalLM, "from_pretrained", breaks)
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ModelError) as caught:
-        surgery.convert(tmp_path / "original", output=tmp_path / "twin", offload=True, calibration=IDS, length=24)
+        surgery.convert(tmp_path / "original", output=tmp_path / "twin", offload=True, text=IDS, window=24)
     assert not (tmp_path / "twin.partial").exists()
     assert isinstance(error, KeyboardInterrupt) or "as much room again" in str(caught.value)
 
@@ -199,7 +199,7 @@ def test_what_cannot_stay_on_disk_is_said(folder, tmp_path):
     with pytest.raises(RecipeError, match="needs an output folder"):
         surgery.convert(folder / "llama", offload=True, **SETTINGS)
     with pytest.raises(ModelError, match="can stay on disk"):
-        surgery.convert(tiny.make("llama"), output=tmp_path / "a", offload=True, calibration=torch.ones(8, 8).long())
+        surgery.convert(tiny.make("llama"), output=tmp_path / "a", offload=True, text=torch.ones(8, 8).long())
 
 
 @pytest.mark.parametrize(("name", "architecture"), [("dbrx", "Dbrx"), ("longcat_flash", "LongcatFlash")])
@@ -207,13 +207,13 @@ def test_weights_used_by_another_module_than_the_one_that_holds_them(name, archi
     """DBRX raises then; a matrix product of LongCat's router would be of whatever is in memory."""
     tiny_of(getattr(transformers, f"{architecture}ForCausalLM"), name).save_pretrained(tmp_path / "original")
     with pytest.raises(ModelError, match="without --offload"):
-        surgery.convert(tmp_path / "original", output=tmp_path / "twin", offload=True, calibration=IDS, length=24)
+        surgery.convert(tmp_path / "original", output=tmp_path / "twin", offload=True, text=IDS, window=24)
 
 
 def test_a_module_for_each_expert(tmp_path):
     """Weights in parts of the module that is replaced."""
     tiny_of(transformers.NllbMoeForConditionalGeneration, "nllb-moe", False).save_pretrained(tmp_path / "original")
-    assert same_both_ways(tmp_path, calibration={"input_ids": IDS, "decoder_input_ids": IDS.roll(1, 1)})
+    assert same_both_ways(tmp_path, text={"input_ids": IDS, "decoder_input_ids": IDS.roll(1, 1)})
 
 
 def test_a_model_that_does_not_fit_into_memory_is_told_so(folder, monkeypatch):

@@ -61,7 +61,7 @@ def python(tmp_path_factory):
 def twins(tmp_path_factory):
     """Quadratic twins in stock weights and a cubic one with custom code."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    settings = {"calibration": "python", "tokens": 2048, "length": 32, "measure": 0}
+    settings = {"text": "python", "tokens": 2048, "window": 32, "measure": 0}
     for name, base, degree in (("native", "llama", 2), ("rewritten", "mistral", 2), ("custom", "llama", 3)):
         if not (folder / base).exists():
             tiny.save_with_tokenizer(base, folder / base)
@@ -114,8 +114,8 @@ def test_lm_eval_measures_a_twin(python, twins, tmp_path, name, trust):
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = json.loads(next((tmp_path / "out").rglob("results*.json")).read_text())["results"][task]
     ours = subprocess.run(
-        [sys.executable, "-m", "surgery", "eval", twins / name, "--against", twins / "llama", "--tasks", task,
-         "--limit", limit, "--max-length", "64", "--tokens", "512", "--window", "32", "--block-tokens", "64",
+        [sys.executable, "-m", "surgery", "eval", twins / name, "--original", twins / "llama", "--tasks", task,
+         "--limit", limit, "--task-window", "64", "--tokens", "512", "--window", "32", "--block-tokens", "64",
          "--no-speed", "--no-cache", "--json"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -23,7 +23,7 @@ LIGHT = (
 def test_smollm2_keeps_its_language(degree, source, limit, tmp_path):
     """Few tokens, so the bounds are loose; a twin that lost a block loses several nats."""
     command = [sys.executable, "-m", "surgery", "convert", MODEL, "-o", tmp_path / "twin", "--degree", degree]
-    command += ["--tokens", 8192, "--measure", 2048, "--calibration", source]
+    command += ["--tokens", 8192, "--measure", 2048, "--text", source]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "twin" / "surgery.json").read_text())
@@ -38,7 +38,7 @@ def test_smollm2_keeps_its_language(degree, source, limit, tmp_path):
 def test_gemma_keeps_its_language_and_its_sinks(tmp_path):
     """Norms after its blocks, and sinks that four blocks write, less than 20 times as large as other tokens."""
     command = [sys.executable, "-m", "surgery", "convert", GEMMA, "-o", tmp_path / "twin", "--degree", 3]
-    command += ["--tokens", 8192, "--measure", 2048, "--calibration", "python"]
+    command += ["--tokens", 8192, "--measure", 2048, "--text", "python"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "twin" / "surgery.json").read_text())
