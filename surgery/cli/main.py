@@ -105,6 +105,8 @@ def main() -> None:
     """Entry point: errors a user can mend exit with 2 and no traceback; defects exit with 1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_MININTERVAL", "0.5")
+    if "--json" in sys.argv:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' own bars as well
     signal.signal(signal.SIGTERM, _terminated)
     try:
         cli.main(prog_name="surgery", standalone_mode=False)

@@ -18,6 +18,7 @@ from surgery.errors import ModelError, RecipeError
 from surgery.models import modeling_polynomial
 from surgery.models.saved_blocks import SavedBlock, SavedExperts, saved_block, saved_blocks
 from surgery.runtime.hooks import hooked
+from surgery.runtime.progress import progress
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def _recorded(block: BlockInModel, rows: list[tuple[Tensor, Tensor, Tensor]]) ->
 
 
 def recorded_activity(
-    model: Any, block: BlockInModel, batches: Sequence[Mapping[str, Tensor]]
+    model: Any, block: BlockInModel, batches: Sequence[Mapping[str, Tensor]], quiet: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The block over all tokens of `batches`: inputs (tokens, d), outputs (tokens, out), and the larger of the norms of
     the residual stream before it and of its output, (tokens,): massive at attention sinks. All NaN where a token does
@@ -184,8 +185,9 @@ def recorded_activity(
     Every forward pass ends at the block: the layers after it cost nothing.
     """
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
-    with torch.no_grad(), _recorded(block, rows):
+    with torch.no_grad(), _recorded(block, rows), progress(len(batches), "reading", quiet) as bar:
         for batch in batches:
+            bar.update(1)
             before = len(rows)
             try:
                 model(**{name: value.to(model.device) for name, value in batch.items()})

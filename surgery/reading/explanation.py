@@ -116,7 +116,7 @@ def explained(settings: ExplainSettings, quiet: bool = True) -> dict[str, Any]:
     ids = torch.cat([batch["input_ids"] for batch in inputs.batches])
     block = surroundings(model, block, {name: value[:1, :8] for name, value in inputs.batches[0].items()})
     model.to(loading.placed(settings.device))
-    x, _, size = recorded_activity(model, block, inputs.batches)
+    x, _, size = recorded_activity(model, block, inputs.batches, quiet)
     model.to("cpu")
     seen = Activity.of(ids, x.cpu(), size.cpu())
     expansion = block.polynomial.expand(seen.mean)

@@ -88,6 +88,11 @@ def test_nothing_from_a_checkpoint_is_more_than_text_in_the_card(twins, tmp_path
     assert recipe["model"] == recipe["text"] == NASTY, "a recipe keeps what it says"
 
 
+def test_the_card_begins_with_what_it_cost_and_how_to_use_it(twins):
+    headings = [line for line in render_card(twins / "native").text.splitlines() if line.startswith("## ")]
+    assert headings[:3] == ["## What it cost", "## Usage", "## What it is"]
+
+
 def test_the_usage_is_of_the_class_the_twin_has(tmp_path):
     ids = torch.randint(3, 96, (64, 32), generator=torch.Generator().manual_seed(3))
     heads = {"bert": "ForMaskedLM", "vit": "ForImageClassification", "llama": "ForCausalLM"}
@@ -100,6 +105,13 @@ def test_the_usage_is_of_the_class_the_twin_has(tmp_path):
         command = [sys.executable, "-c", usage]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr
+    tiny.save_with_tokenizer("llama", tmp_path / "base")
+    surgery.convert(tmp_path / "base", text="python", tokens=2048, window=32, measure=0, output=tmp_path / "speaks")
+    usage = render_card(tmp_path / "speaks").text.split("```python\n")[1].split("```")[0]
+    pasted = usage.replace("REPOSITORY", str(tmp_path / "speaks"))
+    done = subprocess.run([sys.executable, "-c", pasted], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip(), "it writes"
     transformers.ViTImageProcessor().save_pretrained(tmp_path / "vit")
     usage = render_card(tmp_path / "vit").text
     assert 'processor = AutoImageProcessor.from_pretrained("REPOSITORY")' in usage
