@@ -15,7 +15,7 @@ def _base_model() -> options.Option[Any]:
 
 
 def _license() -> options.Option[Any]:
-    return click.option("--license", "licence", metavar="ID", help="The original's licence.  [default: as on the Hub]")
+    return click.option("--license", metavar="ID", help="The original's licence.  [default: as on the Hub]")
 
 
 @click.command(cls=options.Command)
@@ -23,11 +23,11 @@ def _license() -> options.Option[Any]:
 @_base_model()
 @_license()
 @options.as_json()
-def card(twin: str, base_model: str | None, licence: str | None, as_json: bool) -> None:
+def card(twin: str, base_model: str | None, license: str | None, as_json: bool) -> None:
     """Write TWIN's model card, README.md, from its saved reports."""
     from surgery.publishing.card import card as run
 
-    made = run(twin, base_model=base_model, licence=licence)
+    made = run(twin, base_model=base_model, license=license)
     if as_json:
         terminal.echo(json.dumps({"card": f"{twin}/README.md", "missing": made.missing}, indent=2))
         return
@@ -74,7 +74,7 @@ def push(
     dry_run: bool,
     as_json: bool,
     base_model: str | None,
-    licence: str | None,
+    license: str | None,
     **how: Any,
 ) -> None:
     """Publish TWIN on the Hub as REPOSITORY (user/name), with its card.
@@ -83,7 +83,7 @@ def push(
     """
     from surgery.publishing.hub import plan_push, upload
 
-    planned = plan_push(twin, repository, base_model=base_model, licence=licence)
+    planned = plan_push(twin, repository, base_model=base_model, license=license)
     about: dict[str, Any] = {"repository": repository, "files": dict(planned.files), "missing": planned.card.missing}
     if not as_json:
         for item in planned.card.missing:

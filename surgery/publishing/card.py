@@ -18,6 +18,7 @@ import yaml
 from surgery.models import modeling_polynomial
 from surgery.runtime.files import write_text
 from surgery.runtime.public import in_markdown, public
+from surgery.runtime.vocabulary import understands_former_names
 from surgery.saving.evaluation import headline_rows, kind_rows, task_rows, trust_notes, unseen_line
 from surgery.saving.report import read_verified_report
 
@@ -43,12 +44,12 @@ class Card:
     missing: tuple[str, ...]
 
 
-def render_card(folder: Path, base_model: str | None = None, licence: str | None = None) -> Card:
+def render_card(folder: Path, base_model: str | None = None, license: str | None = None) -> Card:
     """The card.
 
     Args:
         base_model: Hub id of the original, where the twin was made from a file and does not know it.
-        licence: the original's; looked up on the Hub where the original is there.
+        license: the original's; looked up on the Hub where the original is there.
     """
     import jinja2
 
@@ -57,8 +58,8 @@ def render_card(folder: Path, base_model: str | None = None, licence: str | None
     base = base_model or (source["name"] if source["kind"] == "hub" else None)
     if base is None:
         missing.append("the base model's Hub id (--base-model)")
-    licence = licence or (_licence_of(base, source.get("revision")) if base else None)
-    if licence is None:
+    license = license or (_licence_of(base, source.get("revision")) if base else None)
+    if license is None:
         missing.append("the licence (--license): it is the original's, and could not be looked up")
     evaluation = None
     if (folder / EVALUATION).is_file():
@@ -80,8 +81,8 @@ def render_card(folder: Path, base_model: str | None = None, licence: str | None
         jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_inline)
         .from_string(template)
         .render(
-            front=_Lines(_front_matter(report, config, base, licence)), base=base, report=report, source=source,
-            form=report["form"], licence=licence,
+            front=_Lines(_front_matter(report, config, base, license)), base=base, report=report, source=source,
+            form=report["form"], license=license,
             recipe=_Lines(yaml.safe_dump(recipe, sort_keys=False, width=math.inf).strip()),
             blocks=report["blocks"], evaluated=bool(evaluation),
             headline=headline, tasks=tasks, notes=notes, plot=str(PLOT) if (folder / PLOT).is_file() else None,
@@ -134,12 +135,12 @@ def _checkpoint_row(report: dict[str, Any], config: dict[str, Any]) -> str:
     }.get(report["form"], f"custom code, `modeling_polynomial.py` (format {report['format']})")
 
 
-def _front_matter(report: dict[str, Any], config: dict[str, Any], base: str | None, licence: str | None) -> str:
+def _front_matter(report: dict[str, Any], config: dict[str, Any], base: str | None, license: str | None) -> str:
     """YAML between the dashes: what the Hub reads."""
     architecture = config["architectures"][0]
     data: dict[str, Any] = {"library_name": "transformers"}
-    if licence:
-        data["license"] = licence
+    if license:
+        data["license"] = license
     if base:
         data |= {"base_model": base, "base_model_relation": "finetune"}
     if "ForCausalLM" in architecture or "LMHead" in architecture:
@@ -164,22 +165,23 @@ def _licence_of(base: str, revision: str | None) -> str | None:
         data = HfApi().model_info(base, revision=revision).card_data
     except Exception:
         return None
-    licence = data.get("license") if data else None
-    return str(licence) if licence else None
+    license = data.get("license") if data else None
+    return str(license) if license else None
 
 
-def card(twin: str | Path, *, base_model: str | None = None, licence: str | None = None) -> Card:
+@understands_former_names
+def card(twin: str | Path, *, base_model: str | None = None, license: str | None = None) -> Card:
     """Writes a twin's model card into its folder as README.md, from its saved reports.
 
     Args:
         twin: folder of a finished twin.
         base_model: Hub id of the original, where the twin was made from a file and does not know it.
-        licence: the original's; looked up on the Hub where the original is there.
+        license: the original's; looked up on the Hub where the original is there.
     Returns:
         the text, and what could not be said.
     Raises:
         CheckpointError: not a finished twin.
     """
-    made = render_card(Path(twin), base_model, licence)
+    made = render_card(Path(twin), base_model, license)
     write_text(Path(twin) / "README.md", made.text)
     return made

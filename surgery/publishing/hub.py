@@ -12,6 +12,7 @@ from surgery.errors import CheckpointError, RecipeError, SurgeryError, first_lin
 from surgery.publishing.card import Card, render_card
 from surgery.runtime.files import sha256, write_text
 from surgery.runtime.public import public_text
+from surgery.runtime.vocabulary import understands_former_names
 from surgery.saving.report import read_verified_report
 
 REPORTS = ("surgery.json", "evaluation.json", "summary.md")
@@ -37,6 +38,7 @@ class PushPlan:
     card: Card
 
 
+@understands_former_names
 def push(
     twin: str | Path,
     repository: str,
@@ -45,7 +47,7 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     base_model: str | None = None,
-    licence: str | None = None,
+    license: str | None = None,
 ) -> str:
     """Publishes a twin on the Hub, with its card; the address of the commit or the pull request.
 
@@ -53,17 +55,17 @@ def push(
         twin: folder of a finished twin; `repository`: its name on the Hub, user/name.
         private: create the repository as private.
         revision: branch to push to; `create_pr`: open a pull request instead of committing.
-        base_model, licence: for the card, see :func:`surgery.publishing.card.card`.
+        base_model, license: for the card, see :func:`surgery.publishing.card.card`.
     Raises:
         CheckpointError: not a finished twin, or its weights are not those that were verified.
         HubError: see :func:`upload`.
     """
-    planned = plan_push(twin, repository, base_model=base_model, licence=licence)
+    planned = plan_push(twin, repository, base_model=base_model, license=license)
     return upload(planned, private=private, revision=revision, create_pr=create_pr)
 
 
 def plan_push(
-    twin: str | Path, repository: str, *, base_model: str | None = None, licence: str | None = None
+    twin: str | Path, repository: str, *, base_model: str | None = None, license: str | None = None
 ) -> PushPlan:
     """Everything that would be uploaded; touches nothing.
 
@@ -82,7 +84,7 @@ def plan_push(
                 cause="they were changed or damaged after the conversion",
                 fix="convert again",
             )
-    rendered = render_card(folder, base_model, licence)
+    rendered = render_card(folder, base_model, license)
     text = rendered.text.replace("REPOSITORY", repository)
     names = sorted(path for path in folder.rglob("*") if path.is_file() and not _ignored(path.relative_to(folder)))
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in names}

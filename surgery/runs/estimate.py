@@ -102,6 +102,6 @@ def sized(count: float) -> str:
 def as_rows(planned: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(stage, result, what would be done, time) of a plan."""
     return [
-        (row["stage"], row["label"], row["why"] or "stands", "" if not row["why"] else spoken(row["seconds"]))
+        (row["stage"], row["label"], row["why"] or "already done", "" if not row["why"] else spoken(row["seconds"]))
         for row in planned["stages"]
     ]

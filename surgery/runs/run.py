@@ -4,7 +4,7 @@
     OUT/refined     the refined twin
     OUT/run.md, run.html, run.png, run.json    what was done, what it cost, on which texts
 
-A result that stands is not made again, so the same command goes on after a kill and does little the second time.
+What is done already is not done again, so the same command continues after a kill and does little the second time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from surgery.refining.run import refine
 from surgery.runs.estimate import Estimate
 from surgery.runs.page import draw_picture, write_pages
 from surgery.runs.recipe import RunRecipe, load_run
-from surgery.runs.stages import Stage, read_record, stages_of, why_not_standing, write_record
+from surgery.runs.stages import Stage, read_record, reason_to_do, stages_of, write_record
 from surgery.runtime import processes
 from surgery.runtime.files import cannot_write, not_written
 from surgery.runtime.public import printable, public
@@ -80,12 +80,16 @@ def run(
     stages = processes.looked_up(lambda: stages_of(plan))
     record = processes.looked_up(lambda: read_record(plan.output))
     for number, stage in enumerate(stages, 1):
-        why = processes.looked_up(partial(why_not_standing, stage, record)) or restart
-        _tell(f"[{number}/{len(stages)}] {stage.kind}: {stage.label}" + ("" if why else " (stands)"), quiet)
+        why = processes.looked_up(partial(reason_to_do, stage, record)) or restart
+        _tell(f"[{number}/{len(stages)}] {stage.kind}: {stage.label}" + ("" if why else " (already done)"), quiet)
         if not why:
             continue
         begun = time.monotonic()
-        came = _done(stage, stages, plan, restart, quiet)
+        fresh = restart or record["begun"].get(stage.name, stage.key) != stage.key
+        if processes.first():
+            record["begun"][stage.name] = stage.key
+            write_record(plan.output, record)
+        came = _done(stage, stages, plan, fresh, quiet)
         if processes.first():
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
             seconds = round(time.monotonic() - begun, 1)
@@ -112,15 +116,15 @@ def _tell(text: str, quiet: bool) -> None:
         print(printable(text), file=sys.stderr, flush=True)
 
 
-def _done(stage: Stage, stages: Sequence[Stage], plan: RunRecipe, restart: bool, quiet: bool) -> dict[str, Any]:
-    """Does one stage; what the record keeps of it."""
+def _done(stage: Stage, stages: Sequence[Stage], plan: RunRecipe, fresh: bool, quiet: bool) -> dict[str, Any]:
+    """Does one stage; what the record keeps of it. `fresh`: nothing that an interrupted one left is used."""
     if stage.kind == "convert":
         conversion = next(one for one in plan.conversions if one.output == str(stage.twin))
-        convert(conversion.model, recipe=conversion, overwrite=True, restart=restart, quiet=quiet)
+        convert(conversion.model, recipe=conversion, overwrite=True, restart=fresh, quiet=quiet)
         return _made(stage.twin)
     if stage.kind == "refine":
         given = {"original_revision": plan.revision, "device": plan.device} | (plan.refine or {})
-        refine(plan.twin, plan.model, stage.twin, overwrite=True, restart=restart, quiet=quiet, **given)
+        refine(plan.twin, plan.model, stage.twin, overwrite=True, restart=fresh, quiet=quiet, **given)
         return _made(stage.twin)
     if stage.kind == "eval":
         settings = plan.evaluation(stage.twin)
@@ -129,7 +133,7 @@ def _done(stage: Stage, stages: Sequence[Stage], plan: RunRecipe, restart: bool,
     if not processes.first():
         return {}
     about = plan.card or {}
-    names: Mapping[str, Any] = {"base_model": about.get("base_model"), "licence": about.get("license")}
+    names: Mapping[str, Any] = {"base_model": about.get("base_model"), "license": about.get("license")}
     if stage.kind == "card":
         draw_picture(plan, stages)
         return {"missing": list(card(stage.twin, **names).missing)}
@@ -146,7 +150,7 @@ def plan_run(
     """What :func:`run` would do, without loading weights: `--dry-run`.
 
     Returns:
-        `stages`: name, label, why it would be done (empty where its result stands), seconds (about; None where
+        `stages`: name, label, why it would be done (empty where it is done already), seconds (about; None where
         unknown); `bytes` on disk of all twins, `free`, and `memory`, at least.
     """
     plan = load_run(recipe, sets, output)
@@ -160,7 +164,7 @@ def plan_run(
             "stage": stage.kind,
             "label": stage.label,
             "folder": str(stage.twin),
-            "why": why_not_standing(stage, record) or ("asked to" if restart else ""),
+            "why": reason_to_do(stage, record) or ("asked to" if restart else ""),
             "seconds": guess.seconds(stage, plan),
         }
         for stage in stages

@@ -1,7 +1,7 @@
-"""The stages of a run, and which of their results stand.
+"""The stages of a run, and which of them have to be done.
 
 What a result depends on is one key: the options, the fingerprints of model and texts, the version of this package, and
-the keys of the stages before. A result stands while its key is the one it was made with and its files are there.
+the keys of the stages before. A result is kept while its key is the one it was made with and its files are there.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     """`run.json`, or an empty record. Raises CheckpointError where it cannot be read."""
     file = folder / RECORD
     if not file.is_file():
-        return {"format": FORMAT, "stages": {}}
+        return {"format": FORMAT, "stages": {}, "begun": {}}
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        assert isinstance(found["stages"], dict)
+        assert isinstance(found["stages"], dict) and isinstance(found.setdefault("begun", {}), dict)
     except (OSError, ValueError, KeyError, AssertionError, TypeError) as error:
         raise CheckpointError(
             f"{RECORD} cannot be read", where=str(folder), fix="delete it to do every stage again"
@@ -118,8 +118,8 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     write_json(folder / RECORD, public(dict(record)))
 
 
-def why_not_standing(stage: Stage, record: Mapping[str, Any]) -> str:
-    """Why the stage has to be done: "not done yet", or what has changed. Empty where its result stands."""
+def reason_to_do(stage: Stage, record: Mapping[str, Any]) -> str:
+    """Why the stage has to be done: "not done yet", or what has changed. Empty where it is done."""
     kept = record["stages"].get(stage.name)
     if stage.kind in ("convert", "refine") and not (stage.twin / REPORT).is_file():
         return "not done yet"

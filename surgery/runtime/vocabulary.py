@@ -21,6 +21,7 @@ FORMER = {
     "precision": "dtype",
     "max_length": "task_window",
     "fewshot": "num_fewshot",
+    "licence": "license",
     "folder": "output",
 }
 """What settings and options were called before, and what they are called now."""

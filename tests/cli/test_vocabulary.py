@@ -23,7 +23,7 @@ CLI_ONLY = {"help", "trust_remote_code", "as_json", "nproc", "dry_run", "version
 """What only a terminal needs."""
 
 MORE = {
-    "convert": {"recipe_file"}, "eval": {"no_cache", "cache"}, "push": {"licence", "base_model"}, "run": set(),
+    "convert": {"recipe_file"}, "eval": {"no_cache", "cache"}, "run": set(),
 }  # fmt: skip
 
 

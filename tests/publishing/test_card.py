@@ -30,7 +30,7 @@ def test_the_card_tells_what_the_reports_say(twins, tmp_path):
     given = {"twin": str(folder), "original": str(twins / "base"), "tokens": 1024, "window": 32, "speed": False}
     found = measure(EvalSettings(**given), Memo(None))
     write_evaluation(found, folder / "evaluation")
-    made = card(folder, base_model="them/base", licence="apache-2.0")
+    made = card(folder, base_model="them/base", license="apache-2.0")
     assert made.missing == ()
     assert f"{found['text']['perplexity']['twin']:.3f}" in made.text
     assert "evaluation/blocks.png" in made.text
@@ -44,7 +44,7 @@ def test_the_card_tells_what_the_reports_say(twins, tmp_path):
     pair, sources = load_pair(str(folder), str(twins / "base")), {"code": "code", "manual": "python"}
     kinds = compare_kinds(pair, str(folder), sources, tokens=256, window=32)
     write_kinds(kinds, folder / "evaluation")
-    made = card(folder, base_model="them/base", licence="apache-2.0")
+    made = card(folder, base_model="them/base", license="apache-2.0")
     (seen, unseen) = sorted(kinds["kinds"], key=lambda row: row["kind"], reverse=True)
     assert f"| {interval(seen['nats_lost'])} | {seen['divergence']['value']:.3f} | another part of it" in made.text
     assert f"Over 1 unseen kinds: {interval(unseen['nats_lost'])}" in made.text

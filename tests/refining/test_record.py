@@ -56,7 +56,7 @@ def test_the_card_tells_of_the_refinement_and_how_to_repeat_it(place, tmp_path):
     from surgery.publishing.card import render_card
 
     record = refined(settings_of(place, tmp_path / "out"))
-    text = render_card(tmp_path / "out", base_model="them/base", licence="mit").text
+    text = render_card(tmp_path / "out", base_model="them/base", license="mit").text
     assert f"{record['divergence_before']:.4f} before, {record['divergence_after']:.4f} after" in text
     assert str(tmp_path) not in text
     command = next(line for line in text.splitlines() if line.startswith("surgery refine")).split()

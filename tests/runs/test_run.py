@@ -1,4 +1,4 @@
-"""A whole run of a tiny model: what is made, what stands, what goes on after a kill."""
+"""A whole run of a tiny model: what is made, what is kept, what continues after a kill."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def test_the_second_time_nothing_is_done_again(done, place):
     assert set(reasons(place).values()) == {""}
     again = commands.surgery("run", place / "recipe.yaml")
     assert again.returncode == 0, again.stderr
-    assert again.stderr.count("(stands)") == 7
+    assert again.stderr.count("(already done)") == 7
     assert before == {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*.safetensors")}
     table = [line for line in again.stdout.splitlines() if "degree" in line]
     assert table == [line for line in done.stdout.splitlines() if "degree" in line]
@@ -136,11 +136,50 @@ def test_after_a_kill_the_same_command_goes_on(done, place, tmp_path):
     assert list(record["stages"]) == ["convert twin", "convert degree-3"]
     finished = commands.surgery(*command)
     assert finished.returncode == 0, finished.stderr
-    assert finished.stderr.count("(stands)") == 2
+    assert finished.stderr.count("(already done)") == 2
     one, two = (json.loads((folder / "out" / "run.json").read_text())["stages"] for folder in (place, tmp_path))
     assert [one[name]["weights"] for name in one if "weights" in one[name]] == [
         two[name]["weights"] for name in two if "weights" in two[name]
     ], "the undisturbed result, byte for byte"
+
+
+HALF_WAY = """
+import os, signal
+from surgery.fitting import either
+calls, real = [], either.fit_block
+def fit_block(*given):
+    calls.append(given)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*given)
+either.fit_block = fit_block
+from surgery.cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize("change", [(), ("--set", "convert.tokens=2048")])
+def test_a_stage_killed_half_way_is_gone_on_with_unless_its_settings_changed(change, done, place, tmp_path):
+    command = [
+        "run",
+        str(place / "recipe.yaml"),
+        "-o",
+        str(tmp_path / "out"),
+        "--set",
+        "refine=false",
+        "--set",
+        "eval=false",
+    ]
+    killed = subprocess.run(
+        [sys.executable, "-c", HALF_WAY, *command], capture_output=True, check=False, env=os.environ
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "out" / "twin.partial").is_dir()
+    again = commands.surgery(*command, *change)
+    assert again.returncode == 0, again.stderr
+    assert not (tmp_path / "out" / "twin.partial").exists()
+    tokens = json.loads((tmp_path / "out" / "twin" / "surgery.json").read_text())["calibration"]["tokens"]
+    assert tokens == pytest.approx(2048 if change else 4000, abs=64)
 
 
 def test_the_plan_and_the_result_are_json_for_scripts(done, place):
