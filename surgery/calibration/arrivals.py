@@ -28,7 +28,7 @@ class Arrival:
             :class:`surgery.blocks.residual.Residual`).
         size: norm of the residual stream (or, where unknown, of the layer's input), (tokens,).
         held: rows of held-out sequences, which choose the ridge instead of fitting; the last ones of a batch.
-        known_sink: rows known beforehand to be attention sinks (see :func:`first_token_is_sink`), bool.
+        known_sink: rows known beforehand to be attention sinks (see :func:`first_token_size`), bool.
         routing: which experts the rows go to, where the block is a mixture.
         weight: how much the block's output counts in each row, (tokens,); None where it counts fully.
     """
