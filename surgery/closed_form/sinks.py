@@ -18,8 +18,8 @@ from torch import Tensor
 from surgery.closed_form.forms import Affine
 from surgery.closed_form.moments import InputMoments
 
-MASSIVE = 5.0  # a residual stream this many times the median may be a sink's (Gemma 3 270M: 5 to 16)
-SURELY = 20.0  # … and this many times, where the model's sinks are far larger (SmolLM2: 176)
+MASSIVE = 5.0  # a residual stream this many times the median may be a sink's (Gemma 3 270M: 5 to 27)
+SURELY = 20.0  # … and this many times, where the model's sinks are far larger (SmolLM2: 160 to 180)
 BELOW_LARGEST = 10.0  # a sink is at least the model's largest divided by this
 OUTLYING = 20.0  # the same of a block's output, which differs more between ordinary tokens
 MOST_SINKS = 0.02  # of all tokens; more than that are no exception but the distribution
