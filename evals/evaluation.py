@@ -137,7 +137,13 @@ def _text(settings: EvalSettings, pair: Pair, text: MeasuredText, memo: Memo, qu
 
 def _kinds(settings: EvalSettings, pair: Pair, memo: Memo, quiet: bool) -> dict[str, Any] | None:
     much: dict[str, Any] = {"tokens": settings.kind_tokens, "window": settings.window, "batch": settings.batch}
-    how: dict[str, Any] = {"seen": settings.seen, "seed": settings.seed, "memo": memo, "quiet": quiet}
+    how: dict[str, Any] = {
+        "seen": settings.seen,
+        "unseen_by": settings.unseen_by,
+        "seed": settings.seed,
+        "memo": memo,
+        "quiet": quiet,
+    }
     return compare_kinds(pair, settings.twin, dict(settings.kind), **much, **how)
 
 

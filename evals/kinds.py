@@ -63,6 +63,7 @@ def compare_kinds(
     batch: int = 4,
     seed: int = 0,
     seen: Collection[str] = (),
+    unseen_by: Collection[str] = (),
     memo: Memo | None = None,
     quiet: bool = True,
 ) -> dict[str, Any] | None:
@@ -73,6 +74,7 @@ def compare_kinds(
         sources: by kind, see the module.
         tokens: of every kind, in windows of `window`, or of what the model takes at most.
         seen: kinds that were seen, though the record cannot tell from the names of the texts.
+        unseen_by: further twins, whose texts are passed over too.
         memo: where finished pieces are kept.
     Returns:
         `kinds`: a row each with `nats`, `nats_lost`, `divergence` (KL(original ‖ twin)) and their 95 % intervals;
@@ -86,7 +88,8 @@ def compare_kinds(
     report, window = _record(twin), pair.window(window)
     if unknown := set(seen) - set(sources):
         raise RecipeError(f"no kind {min(unknown)!r} is measured", where="--seen")
-    kinds = [_kind(name, source, twin, report, pair.tokenizer, tokens, window) for name, source in sources.items()]
+    twins = (twin, *unseen_by)
+    kinds = [_kind(name, source, twins, report, pair.tokenizer, tokens, window) for name, source in sources.items()]
     kinds = [replace(kind, seen="kind") if kind.seen == "no" and kind.name in seen else kind for kind in kinds]
     total = sum(len(kind.text.windows) for kind in kinds)
     rows = []
@@ -97,7 +100,7 @@ def compare_kinds(
                 rows.append(_row(kind, found, seed))
     if not processes.first():
         return None
-    return {"twin": Path(twin).name, "tokens": tokens, "window": window, "kinds": rows, "unseen": _over_unseen(rows)}
+    return {"twin": Path(twin).name, "tokens": tokens, "window": window, "kinds": rows, "unseen": over_unseen(rows)}
 
 
 def _record(twin: str) -> dict[str, Any]:
@@ -108,11 +111,11 @@ def _record(twin: str) -> dict[str, Any]:
 
 
 def _kind(
-    name: str, given: str, twin: str, report: Mapping[str, Any], tokenizer: Any, tokens: int, window: int
+    name: str, given: str, twins: tuple[str, ...], report: Mapping[str, Any], tokenizer: Any, tokens: int, window: int
 ) -> Kind:
     form = next((form for form in (CHAT, LINES) if given.startswith(form)), "")
     source = given.removeprefix(form)
-    skip, most = unseen(twin, source)
+    skip, most = unseen(twins, source)
     if form == LINES:
         text = _lines(source, tokenizer, tokens)
     elif form == CHAT:
@@ -196,9 +199,9 @@ def _row(kind: Kind, found: TokenFidelity, seed: int) -> dict[str, Any]:
     }
 
 
-def _over_unseen(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Mean and worst of the kinds that were not seen."""
-    chosen = [row for row in rows if row["seen"] == "no"]
+def over_unseen(rows: list[dict[str, Any]], kinds: Collection[str] | None = None) -> dict[str, Any] | None:
+    """Mean and worst of the kinds that were not seen, or of these `kinds`; None where there are none."""
+    chosen = [row for row in rows if (row["seen"] == "no" if kinds is None else row["kind"] in kinds)]
     if not chosen:
         return None
     worst = max(chosen, key=lambda row: row["nats_lost"]["value"])

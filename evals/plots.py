@@ -120,24 +120,29 @@ def twins(compared: Sequence[tuple[str, dict[str, Any]]]) -> tuple[Draw, float]:
     """Several twins of one model on the same kinds of text, the original's level as a line.
 
     Args:
-        compared: (name of the twin, what :func:`evals.kinds.compare_kinds` found) each.
+        compared: (name of the twin, what :func:`evals.kinds.compare_kinds` found) each; their mean is over the kinds
+            that none of them has seen.
     """
+    rows_of = [found["kinds"] for _, found in compared]
+    unseen = {row["kind"] for row in rows_of[0]} - {
+        row["kind"] for rows in rows_of for row in rows if row["seen"] != "no"
+    }
 
     def draw(axes: Any) -> None:
         place = range(len(compared))
         names = [row["kind"] for row in compared[0][1]["kinds"]]
         for number, kind in enumerate(names):
             rows = [next(row for row in found["kinds"] if row["kind"] == kind) for _, found in compared]
-            unseen = all(row["seen"] == "no" for row in rows)
             values = [row["nats_lost"]["value"] for row in rows]
-            style, width = ("o-", 1.6) if unseen else ("o:", 1.1)
-            label = as_label(kind) + ("" if unseen else " (seen)")
+            style, width = ("o-", 1.6) if kind in unseen else ("o:", 1.1)
+            label = as_label(kind) + ("" if kind in unseen else " (seen)")
             axes.plot(place, values, style, color=f"C{number % 10}", linewidth=width, markersize=5, label=label)
         axes.axhline(0, color=INK, linewidth=1.4, label="the original")
         worst = max(row["nats_lost"]["value"] for _, found in compared for row in found["kinds"])
         for spot, (_, found) in enumerate(compared):
-            if found["unseen"]:
-                text = f"mean {found['unseen']['mean']['value']:+.3f}"
+            over = [row["nats_lost"]["value"] for row in found["kinds"] if row["kind"] in unseen]
+            if over:
+                text = f"mean {sum(over) / len(over):+.3f}"
                 top = max(row["nats_lost"]["value"] for row in found["kinds"])
                 axes.annotate(text, (spot + 0.05, top + 0.02 * worst), ha="left", va="bottom", color=INK)
         axes.set_xticks(list(place), [as_label(name) for name, _ in compared])
@@ -145,6 +150,6 @@ def twins(compared: Sequence[tuple[str, dict[str, Any]]]) -> tuple[Draw, float]:
         axes.set_ylim(top=1.12 * worst)
         axes.set_ylabel("nats lost per token")
         axes.grid(axis="y", alpha=0.3)
-        axes.legend(frameon=False, ncols=1 + len(names) // 4, loc="upper right")
+        axes.figure.legend(frameon=False, loc="outside right upper")
 
     return draw, 4.2

@@ -45,6 +45,7 @@ class EvalSettings:
     kind: tuple[tuple[str, str], ...] = ()
     kind_tokens: int = at_least(2, 4096)
     seen: tuple[str, ...] = ()
+    unseen_by: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     task_settings: harness.TaskSettings = field(default_factory=harness.TaskSettings)
     speed: bool = True
@@ -88,6 +89,7 @@ def evaluation_settings(
     task_window: int = 2048,
     kind: Mapping[str, str] | Iterable[str] = (),
     seen: str | Iterable[str] = (),
+    unseen_by: str | Iterable[str] = (),
     **settings: Any,
 ) -> EvalSettings:
     """The settings from names and values, checked as far as no model has to be there.
@@ -100,6 +102,8 @@ def evaluation_settings(
             :class:`evals.harness.TaskSettings`.
         kind: sources by kind, also as KIND=SOURCE each; see :mod:`evals.kinds`.
         seen: kinds that were seen, though the twin's record cannot tell from the names of the texts.
+        unseen_by: folders of further twins; what their fits have read is passed over, too, so that all of them can be
+            measured on the same tokens.
         settings: the other fields of :class:`EvalSettings`.
     Raises:
         SurgeryError: an unknown setting, or a text that is not there.
@@ -133,13 +137,14 @@ def evaluation_settings(
             "original": str(original),
             "kind": parse_kinds(kind),
             "seen": (seen,) if isinstance(seen, str) else tuple(seen),
+            "unseen_by": (unseen_by,) if isinstance(unseen_by, str) else tuple(unseen_by),
             "tasks": tuple(name.strip() for name in names if name.strip()),
             "task_settings": run,
         }
         | ({} if skip is None else {"skip": skip}),
     )
     if skip is None:
-        first, most = unseen(planned.twin, planned.text)
+        first, most = unseen((planned.twin, *planned.unseen_by), planned.text)
         planned = replace(planned, skip=first, tokens=min(planned.tokens, most or planned.tokens))
     return planned
 
@@ -178,8 +183,15 @@ def parse_kinds(given: Mapping[str, str] | Iterable[str]) -> tuple[tuple[str, st
     return tuple(found.items())
 
 
-def unseen(twin: str, text: str) -> tuple[int, int | None]:
-    """(first token of this text that neither fit nor refinement saw, how many there are; None: all that follow)."""
+def unseen(twins: Iterable[str], text: str) -> tuple[int, int | None]:
+    """(first token of this text that no fit or refinement of these twins saw, how many; None: all that follow)."""
+    ranges = [_unseen(twin, text) for twin in twins]
+    begin = max(first for first, _ in ranges)
+    ends = [first + most for first, most in ranges if most is not None]
+    return begin, max(0, min(ends) - begin) if ends else None
+
+
+def _unseen(twin: str, text: str) -> tuple[int, int | None]:
     try:
         made = read_report(twin)
     except (OSError, KeyError, ValueError):

@@ -8,6 +8,21 @@ from unittest import mock
 
 from surgery.cli.main import main
 
+KILLED_AT_THE_SECOND_BLOCK = """
+import os, signal
+from surgery.cli.main import main
+from surgery.fitting import either
+calls, real = [], either.fit_block
+def fit_block(*given):
+    calls.append(given)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*given)
+either.fit_block = fit_block
+main()
+"""
+"""`surgery …`, for `python -c`: the first block is finished, the second is not."""
+
 
 def process(*arguments, **more) -> subprocess.CompletedProcess:
     """The same in a process of its own, as users have it; `--nproc` needs that."""

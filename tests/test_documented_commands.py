@@ -31,7 +31,7 @@ WORDS = {
     "CKPT1": "MODEL",
     "CKPT2": "MODEL",
 }
-WORDS |= {"HuggingFaceTB/SmolLM2-135M-Instruct": "MODEL", "twin": "TWIN", "build/demo/twin": "TWIN"}
+WORDS |= {"HuggingFaceTB/SmolLM2-135M-Instruct": "MODEL", "twin": "TWIN", "build/demo/degree-2": "TWIN"}
 """What stands for another word with a tiny model."""
 
 NOT_RUN = {

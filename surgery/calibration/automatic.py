@@ -53,6 +53,6 @@ def automatic(tokenizer: Any, generates: bool) -> tuple[str, str]:
     try:
         available(Mixture.of(BROAD))
     except CalibrationError as error:
-        cost = f"calibrated on {otherwise} a quadratic twin loses a fifth more, or worse, on texts of other kinds"
-        return otherwise, f"{error.what}; {cost}; --text FILE.txt … mends it"
+        cost = f"with {otherwise} instead a quadratic twin loses a fifth more, or worse, on texts of other kinds"
+        return otherwise, f"{error.what}; {cost}; name your own texts with --text"
     return BROAD, ""

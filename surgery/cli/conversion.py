@@ -12,7 +12,7 @@ from surgery.cli import options, terminal
 from surgery.errors import SurgeryError
 
 
-@click.command(cls=options.Command)
+@click.command(cls=options.Command, short_help="List the feed-forward blocks.")
 @click.argument("model")
 @options.revision("MODEL")
 @options.as_json()
@@ -30,7 +30,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
         terminal.print_blocks(seen)
 
 
-@click.command(cls=options.Command)
+@click.command(cls=options.Command, short_help="Make the polynomial twin of a model.")
 @click.argument("model", required=False)
 @options.output("Folder for the twin.")
 @click.option(

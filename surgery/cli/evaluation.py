@@ -11,7 +11,7 @@ import click
 from surgery.cli import options, terminal
 
 
-@click.command("eval", cls=options.Command)
+@click.command("eval", cls=options.Command, short_help="Measure a twin against its original.")
 @click.argument("twin")
 @options.original()
 @options.output("Folder for evaluation.json, summary.md, report.html and pictures.")
@@ -29,7 +29,9 @@ from surgery.cli import options, terminal
     "Repeat it for several.",
 )
 @click.option("--kind-tokens", type=options.COUNT, help="Tokens of every kind.  [default: 4096]")
-@click.option("--seen", multiple=True, metavar="KIND", help="A kind that the twin has seen under another name.")
+@click.option(
+    "--seen", multiple=True, metavar="KIND", help="A kind to count as seen, where the names of the texts do not tell."
+)
 @click.option("--block-tokens", type=options.COUNT, help="Tokens for R² of the blocks; 0: none.  [default: 4096]")
 @click.option("--tasks", metavar="LIST", help="lm-eval tasks, separated by commas; wildcards work.")
 @click.option("--include-path", multiple=True, metavar="FOLDER", help="Task files of your own. Repeat it for several.")

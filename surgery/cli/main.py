@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import click
 from surgery.cli import conversion, evaluation, options, publishing, reading, refining, running, terminal
 from surgery.errors import EXIT_USER, RecipeError, SurgeryError, did_you_mean
 from surgery.runtime.files import CAUSES, not_written
+from surgery.runtime.vocabulary import RenamedWarning
 from surgery.version import __version__
 
 EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
@@ -58,10 +60,13 @@ def cli() -> None:
     """
 
 
-@click.command(cls=options.Command)
+@click.command(cls=options.Command, short_help="Print a shell completion script.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print the completion script of SHELL, for eval "$(surgery completion bash)" in its start-up file."""
+    """Print the completion script of SHELL.
+
+    Put eval "$(surgery completion bash)" into the shell's start-up file.
+    """
     from click.shell_completion import get_completion_class
 
     kind = get_completion_class(shell)
@@ -108,6 +113,12 @@ def main() -> None:
     if "--json" in sys.argv:
         os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' own bars as well
     signal.signal(signal.SIGTERM, _terminated)
+    shown = warnings.showwarning
+    warnings.showwarning = lambda message, category, *where, **more: (
+        terminal.echo(f"note: {message}", err=True)
+        if issubclass(category, RenamedWarning)
+        else shown(message, category, *where, **more)
+    )
     try:
         cli.main(prog_name="surgery", standalone_mode=False)
         _leave_group()

@@ -18,7 +18,7 @@ def _license() -> options.Option[Any]:
     return click.option("--license", metavar="ID", help="The original's licence.  [default: as on the Hub]")
 
 
-@click.command(cls=options.Command)
+@click.command(cls=options.Command, short_help="Write the model card.")
 @click.argument("twin")
 @_base_model()
 @_license()
@@ -36,7 +36,7 @@ def card(twin: str, base_model: str | None, license: str | None, as_json: bool) 
         terminal.echo(f"missing: {item}")
 
 
-@click.command(cls=options.Command)
+@click.command(cls=options.Command, short_help="Write a twin in another form.")
 @click.argument("twin")
 @options.output("Folder for the export.", required=True)
 @click.option("--form", metavar="NAME", help="silu, onnx, delta or full.  [default: silu]")
@@ -58,7 +58,7 @@ def export(twin: str, output: str, as_json: bool, **settings: Any) -> None:
     terminal.echo(json.dumps(seen, indent=2) if as_json else f"{output}: {terminal.export_line(seen)}")
 
 
-@click.command(cls=options.Command)
+@click.command(cls=options.Command, short_help="Publish a twin on the Hub.")
 @click.argument("twin")
 @click.argument("repository")
 @click.option("--private", is_flag=True, help="Create the repository as private.")

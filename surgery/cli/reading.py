@@ -10,7 +10,7 @@ import click
 from surgery.cli import options, terminal
 
 
-@click.command(cls=options.Command)
+@click.command(cls=options.Command, short_help="Read one block of a twin.")
 @click.argument("twin")
 @click.option("--block", type=options.COUNT, required=True, help="Its number, as `surgery inspect` counts.")
 @click.option("--expert", type=options.COUNT, help="Which expert of it, where the block is a mixture.")
@@ -47,7 +47,7 @@ def explain(output: str | None, as_json: bool, **settings: Any) -> None:
         terminal.echo(f"{output}: {', '.join(files_of(found))}")
 
 
-@click.command(cls=options.Command)
+@click.command(cls=options.Command, short_help="Follow blocks through training.")
 @click.argument("checkpoints", nargs=-1, required=True)
 @click.option("--revisions", help="Hub revisions of one model, separated by commas, instead of several checkpoints.")
 @click.option("--degrees", help="Degrees to try, separated by commas.  [default: 1,2]")

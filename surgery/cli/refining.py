@@ -12,7 +12,7 @@ import click
 from surgery.cli import options, terminal
 
 
-@click.command(cls=options.Command)
+@click.command(cls=options.Command, short_help="Distil a twin briefly from its original.")
 @click.argument("twin")
 @options.original()
 @options.output("Folder for the refined twin.", required=True)

@@ -11,7 +11,7 @@ import click
 from surgery.cli import options, terminal
 
 
-@click.command(cls=options.Command)
+@click.command(cls=options.Command, short_help="Do all that a recipe says.")
 @click.argument("recipe")
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change the recipe, as in convert.degree=3.")
 @options.output("Folder for the run.  [default: as the recipe says]")
@@ -20,7 +20,7 @@ from surgery.cli import options, terminal
 @options.dry_run()
 @options.as_json()
 def run(recipe: str, dry_run: bool, as_json: bool, restart: bool, nproc: int | None, **given: Any) -> None:
-    """Do all that RECIPE says: convert, refine, measure, write the card, publish; then one page that tells it.
+    """Do all that RECIPE says: convert, refine, measure, write the card, publish; then write a one-page report.
 
     RECIPE is a YAML file; recipes/ has some. What is finished is not done again: the same command goes on after a kill.
     """

@@ -93,23 +93,17 @@ def print_blocks(seen: Inspection) -> None:
 
 def print_run_plan(planned: dict[str, Any]) -> None:
     """`surgery run --dry-run`."""
-    from surgery.runs.estimate import as_rows, sized
+    from surgery.runs.estimate import as_rows, sized, spoken
 
     title = f"{planned['recipe']}: {planned['model']} → {planned['output']}"
     print_table(title, ["stage", "twin", "why", "time"], [list(row) for row in as_rows(planned)])
     known = [row["seconds"] for row in planned["stages"] if row["why"] and row["seconds"] is not None]
-    echo(f"{planned['parameters'] / 1e6:,.0f}M parameters; in all {spoken_total(known)} on this machine, a rough guess")
+    total = f"in all {spoken(sum(known))} on this machine, a rough guess" if known else "nothing to do"
+    echo(f"{planned['parameters']:,} parameters; {total}")
     echo(
         f"disk: {sized(planned['bytes'])} for the twins, {sized(planned['free'])} free; "
         f"memory: {sized(planned['memory'])} at least"
     )
-
-
-def spoken_total(seconds: list[float]) -> str:
-    """The sum, in words."""
-    from surgery.runs.estimate import spoken
-
-    return spoken(sum(seconds)) if seconds else "nothing to do"
 
 
 def export_line(seen: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from surgery.runtime.settings import whole_number
 from surgery.runtime.vocabulary import FORMER, current
 from surgery.runtime.yaml_file import read_mapping
 
+COUNTS = ("tokens", "window", "batch", "measure")
 MOST_BLOCKS = 1_000_000  # no model has more; a larger number is a slip of the hand
 
 
@@ -92,7 +93,7 @@ class Recipe(BaseModel):
     )
     tail_width: float = Field(3.0, gt=1, description="its width, in standard deviations of the data")
 
-    @field_validator("tokens", "window", "batch", "measure", mode="before")
+    @field_validator(*COUNTS, mode="before")
     @classmethod
     def _counts(cls, given: Any) -> Any:
         """200k and 4M are numbers, here as on the command line."""
@@ -218,6 +219,8 @@ def problems_of(error: ValidationError) -> list[tuple[str, str]]:
             known = re.findall(r"'(\w+)'", text) if item["type"] == "literal_error" else ()
             near = did_you_mean(str(item["input"]), known)
             text = f"{item['input']!r} will not do{near}: {text[:1].lower() + text[1:]}"
+            if key in COUNTS and isinstance(item["input"], str):
+                text = f"{item['input']!r} is not a whole number: write 51200, 200k or 4M"
         found.append((key, f"{key + ': ' if key else ''}{text}"))
     return found
 
@@ -227,5 +230,7 @@ def problems_error(messages: Sequence[str], where: str, command: str) -> RecipeE
     count = f"{len(messages)} problems" if len(messages) > 1 else "a problem"
     return RecipeError(
         f"{count} in the {where}\n  " + "\n  ".join(messages),
-        fix=f"`surgery {command} --help` says what each option takes",
+        fix="`surgery convert --help`, refine, eval, card and push say what the options of each stage take"
+        if command == "run"
+        else f"`surgery {command} --help` says what each option takes",
     )

@@ -64,7 +64,11 @@ def render_card(folder: Path, base_model: str | None = None, license: str | None
     evaluation = None
     if (folder / EVALUATION).is_file():
         evaluation = public(json.loads((folder / EVALUATION).read_text(encoding="utf-8")))
-        headline, tasks, notes = headline_rows(evaluation), task_rows(evaluation), trust_notes(evaluation)
+        headline, tasks, notes = (
+            headline_rows(evaluation),
+            task_rows(evaluation),
+            trust_notes(evaluation | {"reused": []}),
+        )
     else:
         headline, tasks, notes = [], [], []
         missing.append("an evaluation (surgery eval TWIN -o TWIN/evaluation)")

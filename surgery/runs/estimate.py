@@ -23,6 +23,7 @@ REACHED = 0.6  # of that speed, by a model
 PASSES = 2.3  # forward passes that a conversion takes, measured (docs/converting.md)
 TRAINING = 4  # forward passes of a training step: the teacher's, the student's, and its backward pass at two
 DRAWING = 4  # forward passes that drawing a token takes
+SETTING_UP = 8.0  # seconds of each stage: loading, and the check in a fresh process
 SPEED = 30.0  # seconds that measuring the speed takes
 
 
@@ -63,16 +64,21 @@ class Estimate:
     def seconds(self, stage: Stage, recipe: RunRecipe) -> float | None:
         """None for what depends on a network or on tasks."""
         if stage.kind == "convert":
-            return self._conversion(next(plan for plan in recipe.conversions if plan.output == str(stage.twin)))
+            return SETTING_UP + self._conversion(
+                next(plan for plan in recipe.conversions if plan.output == str(stage.twin))
+            )
         if stage.kind == "refine":
             settings = recipe.refinement()
             looks = settings.tokens / (settings.window * settings.batch * settings.accumulate) / settings.validate_every
-            return (TRAINING * settings.tokens + looks * settings.validate_tokens) * self._forward() / self.fast
+            return (
+                SETTING_UP
+                + (TRAINING * settings.tokens + looks * settings.validate_tokens) * self._forward() / self.fast
+            )
         if stage.kind == "eval":
             settings_of = evaluation_settings(stage.twin, **({"skip": 0} | recipe.evaluation(stage.twin)))
             tokens = settings_of.tokens + len(settings_of.kind) * settings_of.kind_tokens + 2 * settings_of.block_tokens
             known = 2 * tokens * self._forward() / self.slow + SPEED * settings_of.speed
-            return None if settings_of.tasks else known
+            return None if settings_of.tasks else SETTING_UP + known
         return 1.0 if stage.kind == "card" else None
 
     def _forward(self) -> float:
@@ -96,7 +102,7 @@ def spoken(seconds: float | None) -> str:
 
 def sized(count: float) -> str:
     """270 MB, 1.2 GB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:,.{0 if count >= 1e7 else 1}f} MB"
 
 
 def as_rows(planned: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

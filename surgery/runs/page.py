@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from evals import plots
+from evals.kinds import over_unseen
 from evals.report import JSON, PAGE
 from surgery.publishing.card import COMPARED_PLOT
 from surgery.runs.recipe import RunRecipe
@@ -97,10 +98,16 @@ def result_columns() -> tuple[str, ...]:
 def result_rows(twins: Sequence[TwinResult]) -> list[tuple[str, ...]]:
     """The original and every twin: what it costs."""
     first = next((_perplexity(twin) for twin in twins if _perplexity(twin)), None)
+    rows_of = [twin.kinds["kinds"] for twin in twins if twin.kinds]
+    unseen = {row["kind"] for rows in rows_of for row in rows}
+    unseen -= {row["kind"] for rows in rows_of for row in rows if row["seen"] != "no"}
     rows: list[tuple[str, ...]] = [("original", f"{first[0]:.2f}" if first else "", "", "", "", "", "")]
     for twin in twins:
-        seen, over = _perplexity(twin), (twin.kinds or {}).get("unseen")
-        held = sorted(row["r2_held"] for row in twin.report["blocks"])
+        seen, over = _perplexity(twin), over_unseen((twin.kinds or {}).get("kinds", []), unseen)
+        measured = (twin.evaluation or {}).get("blocks")
+        held = sorted(
+            [row["r2"] for row in measured] if measured else [row["r2_held"] for row in twin.report["blocks"]]
+        )
         rows.append(
             (
                 twin.label,
@@ -108,7 +115,9 @@ def result_rows(twins: Sequence[TwinResult]) -> list[tuple[str, ...]]:
                 f"{seen[2]:+.3f}" if seen else "",
                 interval(over["mean"]) if over else "",
                 f"{over['worst']['value']:+.3f} ({over['worst']['kind']})" if over else "",
-                f"{held[len(held) // 2]:.3f} (least {held[0]:.3f})",
+                f"{held[len(held) // 2]:.3f} (least {held[0]:.3f})"
+                if measured or "refinement" not in twin.report
+                else "",
                 f"{twin.bytes / 1e6:,.0f} MB",
             )
         )
@@ -133,7 +142,7 @@ def _sections(
         Section(
             "What it cost",
             (
-                f"Every feed-forward block of {public(plan.model)} is a polynomial in {plan.final.name} "
+                f"In {plan.final.name}/ the feed-forward blocks of {public(plan.model)} are polynomials "
                 f"({final.report['form']} form).", *_measured_on(final),
             ),
             result_columns(),
@@ -150,7 +159,7 @@ def _sections(
     rows = []
     for stage in stages:
         kept = record["stages"].get(stage.name, {})
-        result = kept.get("address") or ", ".join(f"missing: {item}" for item in kept.get("missing", ()))
+        result = kept.get("address") or "; ".join(f"missing: {item}" for item in kept.get("missing", ()))
         rows.append((stage.kind, stage.label, f"{kept.get('seconds', 0):,.0f} s", kept.get("finished", ""), result))
     texts = [
         f"{twin.label}: calibrated on {_calibrated(twin.report)}" for twin in twins if "refinement" not in twin.report
@@ -199,11 +208,9 @@ def _trained(report: Mapping[str, Any]) -> str:
 
 def next_commands(plan: RunRecipe) -> str:
     """What to type after a run."""
-    lines = [f"surgery explain {plan.final} --block 0 --direction 'token: Paris'   # read a block"]
-    if plan.refine is None:
-        lines.append(
-            f"surgery refine {plan.final} --original {plan.model} -o {plan.output / 'refined'}   # closer to it"
-        )
+    lines = [f"surgery explain {plan.final} --block 0   # read a block"]
+    if plan.refine is None and not (plan.output / "refined").exists():
+        lines.append(f"surgery refine {plan.final} --original {plan.model} -o {plan.output / 'refined'}   # train it")
     if plan.push is None:
         lines.append(f"surgery push {plan.final} USER/NAME --dry-run   # what publishing would upload")
     return "\n".join(lines)

@@ -40,7 +40,7 @@ ABOUT = ("model", "revision", "output", "device")
 OWN = {
     "convert": {"model", "revision", "output", "device"},
     "refine": {"twin", "original", "original_revision", "output", "device"},
-    "eval": {"twin", "original", "original_revision", "revision", "output", "device", "task_settings"},
+    "eval": {"twin", "original", "original_revision", "revision", "output", "device", "task_settings", "unseen_by"},
 }
 """What the run itself says, so that a section need not."""
 
@@ -50,7 +50,7 @@ class RunRecipe:
     """What a run does.
 
     Attributes:
-        output: folder for everything; the twin is `output`/twin, the refined one `output`/refined.
+        output: folder for everything; a twin is in `output`/degree-N, the refined one in `output`/refined.
         conversions: one per degree, the first is the twin that is refined and published.
         refine, eval, card, push: options of the stage; None where it is left out.
     """
@@ -72,6 +72,12 @@ class RunRecipe:
         return Path(str(self.conversions[0].output))
 
     @property
+    def twins(self) -> list[Path]:
+        """All that the run makes."""
+        made = [Path(str(plan.output)) for plan in self.conversions]
+        return [*made, self.final] if self.refine is not None else made
+
+    @property
     def final(self) -> Path:
         """The twin that is published: the refined one, if there is one."""
         return self.output / "refined" if self.refine is not None else self.twin
@@ -87,12 +93,12 @@ class RunRecipe:
         )
 
     def evaluation(self, twin: Path) -> dict[str, Any]:
-        """The options of `surgery eval` for one of the twins; tasks, blocks and speed are for the final one."""
+        """The options of `surgery eval` for one of the twins; tasks and speed are for the final one alone."""
         given = {"kind": dict(BUILT_IN)} | (self.eval or {})
         if twin != self.final:
-            given |= {"tasks": (), "block_tokens": 0, "speed": False}
+            given |= {"tasks": (), "speed": False}
         about = {"original": self.model, "original_revision": self.revision, "device": self.device}
-        return {**about, **given}
+        return {**about, **given, "unseen_by": [str(one) for one in self.twins if one != twin]}
 
 
 def load_run(path: str | Path, sets: Iterable[str] = (), output: str | Path | None = None) -> RunRecipe:
@@ -113,9 +119,7 @@ def load_run(path: str | Path, sets: Iterable[str] = (), output: str | Path | No
             where=str(file),
             fix=f"`surgery convert --recipe {path}`, or put its options below a line `convert:`",
         )
-    changed = set()
-    for change in sets:
-        changed.add(_set(values, change))
+    changed = {_set(values, change) for change in sets}
     if output is not None:
         values["output"] = str(output)
     checker = _Checker(file, lines, changed)
@@ -202,10 +206,11 @@ class _Checker:
         given = values.get(stage, False if stage != "convert" else None)
         if given is False and stage != "convert":
             return None
-        if given in (None, True):
+        if given is None or given is True:
             given = {}
         if not isinstance(given, dict):
-            self.say(stage, f"{stage}: {given!r} will not do: it should be a mapping of options to values, or false")
+            off = "" if stage == "convert" else ", or false to leave the stage out"
+            self.say(stage, f"{stage}: {given!r} will not do: it should be a mapping of options to values{off}")
             return None
         found, known = {}, self.known(stage)
         for key, value in given.items():
@@ -213,7 +218,7 @@ class _Checker:
             if now in known:
                 found[key] = value
             elif now in OWN.get(stage, ()):
-                self.say(f"{stage}.{key}", f"{stage}.{key}: the run says this itself, from what stands at the top")
+                self.say(f"{stage}.{key}", f"{stage}.{key}: this belongs at the top of the recipe, or follows from it")
             else:
                 self.say(f"{stage}.{key}", f"{stage}.{key}: unknown key{did_you_mean(str(key), known)}")
         return current(found)
@@ -222,12 +227,15 @@ class _Checker:
         degrees = given.get("degree", Recipe.model_fields["degree"].default)
         degrees = degrees if isinstance(degrees, list) else [degrees]
         if not degrees or len(set(map(str, degrees))) < len(degrees):
-            self.say("convert.degree", f"convert.degree: {degrees!r} will not do: each degree once, at least one")
+            self.say(
+                "convert.degree",
+                f"convert.degree: {degrees!r} will not do: name at least one degree, and each only once",
+            )
             return []
         top = {key: value for key, value in about.items() if value is not None}
         found = []
-        for number, degree in enumerate(degrees):
-            place = output / ("twin" if number == 0 else f"degree-{degree}")
+        for degree in degrees:
+            place = output / (f"degree-{degree}" if given.get("budget") is None else f"budget-{given['budget']}")
             try:
                 found.append(Recipe.model_validate({**given, **top, "degree": degree, "output": str(place)}))
             except ValidationError as error:
@@ -244,13 +252,20 @@ class _Checker:
         if recipe.eval is not None:
             checks["eval"] = lambda: evaluation_settings(recipe.final, **recipe.evaluation(recipe.final))
         if recipe.push is not None:
-            checks["push"] = lambda: check_repository(str((recipe.push or {}).get("repository", "")))
+            if not recipe.push.get("repository"):
+                self.say("push", "push: repository is missing; as in `repository: user/name`")
+            else:
+                checks["push"] = lambda: check_repository(str((recipe.push or {})["repository"]))
         checks["device"] = lambda: loading.placed(recipe.device)
         for stage, check in checks.items():
             try:
                 check()
             except SurgeryError as error:
-                self.say(stage, f"{stage}: {error}")
+                self.say(self.place(stage), f"{stage}: {error}")
+
+    def place(self, stage: str) -> str:
+        """The key that an error of a stage is shown at: what was set there on the command line, if anything was."""
+        return next((key for key in sorted(self.changed) if key.startswith(f"{stage}.")), stage)
 
 
 def _named(function: Callable[..., Any]) -> set[str]:

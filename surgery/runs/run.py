@@ -1,6 +1,6 @@
 """One recipe from model to Hub: convert → refine → eval → card → push, and a page that tells it.
 
-    OUT/twin        the converted twin; OUT/degree-N others, converted for comparison
+    OUT/degree-N    the converted twins
     OUT/refined     the refined twin
     OUT/run.md, run.html, run.png, run.json    what was done, what it cost, on which texts
 
@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from evals.evaluation import evaluate
+from evals.harness import resolve_tasks, task_manager
 from evals.memo import default_folder
+from evals.settings import evaluation_settings
 from surgery.conversion.inspection import plan_conversion
 from surgery.conversion.pipeline import convert
 from surgery.errors import CheckpointError
@@ -157,6 +159,8 @@ def plan_run(
     for conversion in plan.conversions:
         made_here = (plan.output / "run.json").is_file()
         plan_conversion(conversion, overwrite=made_here)
+    if plan.eval is not None and (tasks := evaluation_settings(plan.final, **plan.evaluation(plan.final))).tasks:
+        resolve_tasks(task_manager(tasks.task_settings.include_path), tasks.tasks)
     stages = stages_of(plan)
     record, guess = read_record(plan.output), Estimate(plan)
     rows = [

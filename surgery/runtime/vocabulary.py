@@ -11,6 +11,11 @@ from surgery.errors import RecipeError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+
+class RenamedWarning(FutureWarning):
+    """A setting has another name now; the command line prints it as a note."""
+
+
 FORMER = {
     "calibration": "text",
     "length": "window",
@@ -44,7 +49,7 @@ def current(values: Mapping[str, Any]) -> dict[str, Any]:
         if now in found or (now != name and now in values):
             raise RecipeError(f"{name} and {now} are the same setting", fix=f"give {now} alone")
         if now != name:
-            warnings.warn(f"{name} is called {now} now", FutureWarning, stacklevel=3)
+            warnings.warn(f"{name} is called {now} now", RenamedWarning, stacklevel=3)
         found[now] = value
     return found
 

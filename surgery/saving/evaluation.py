@@ -87,19 +87,31 @@ def trust_notes(report: dict[str, Any]) -> list[str]:
                 f"The twin was calibrated on tokens from among the first {end:,} of this text; "
                 + ("part of what was measured here was SEEN BY THE FIT." if seen else "they were passed over.")
             )
+    few = _fewer_than_wanted(report)
+    if few:
+        lines.append(f"Fewer tokens than asked for were unseen: {few}. Intervals over a few windows say little.")
     misled = [row for row in report.get("blocks") or () if row["gaussian_misleads"]]
     if misled:
         worst = max(misled, key=lambda row: abs(math.log(max(row["fvu"], 1e-12) / max(row["fvu_gaussian"], 1e-12))))
+        apart = f"{worst['path']}: {worst['fvu']:.4f} against {worst['fvu_gaussian']:.4f}"
         lines.append(
-            f"In {len(misled)} blocks the unexplained variance on text differs from that under the fitted Gaussian "
-            f"by more than a factor of two ({worst['path']}: {worst['fvu']:.4f} against {worst['fvu_gaussian']:.4f}). "
-            "Trust the one on text."
+            f"In {len(misled)} block{'s' * (len(misled) > 1)} the unexplained variance on text differs from that under "
+            f"the fitted Gaussian by more than a factor of two ({apart}). Trust the one on text."
         )
     if report.get("tasks") and report["settings"]["task_settings"]["limit"]:
         lines.append("Tasks were run on a part of their documents (--limit): for orientation only.")
     if report["reused"]:
         lines.append("Reused from earlier runs with the same models and settings: " + ", ".join(report["reused"]) + ".")
     return lines
+
+
+def _fewer_than_wanted(report: dict[str, Any]) -> str:
+    """Texts of which there was much less than the settings say."""
+    settings = report["settings"]
+    rows = [
+        (row["kind"], row["tokens"], settings["kind_tokens"]) for row in (report.get("kinds") or {}).get("kinds", ())
+    ]
+    return ", ".join(f"{name} {tokens:,} of {wanted:,}" for name, tokens, wanted in rows if tokens < 0.8 * wanted)
 
 
 KIND_COLUMNS = ("kind of text", "tokens", "original, nats", "nats lost (95 %)", "KL", "")
@@ -109,7 +121,7 @@ SEEN = {"no": "", "kind": "its kind was seen", "text": "another part of it was s
 def interval(found: dict[str, Any]) -> str:
     """+0.123 [0.110, 0.140]"""
     bounds = "" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]"
-    return f"{found['value']:+.3f}{bounds}"
+    return f"{found['value']:+.3f}{bounds}".replace("-0.000", "0.000").replace("+0.000", "0.000")
 
 
 def kind_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -138,6 +150,6 @@ def unseen_line(found: dict[str, Any]) -> str:
     if over is None:
         return "every kind measured was seen by the twin"
     return (
-        f"over {over['kinds']} unseen kinds: {interval(over['mean'])} nats lost on average, "
+        f"over {over['kinds']} unseen kind{'s' * (over['kinds'] > 1)}: {interval(over['mean'])} nats lost on average, "
         f"{over['worst']['value']:+.3f} on the worst ({over['worst']['kind']})"
     )

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from tests.commands import process, surgery
+from tests.commands import KILLED_AT_THE_SECOND_BLOCK, process, surgery
 
 
 @pytest.fixture(scope="module")
@@ -196,24 +196,11 @@ def test_help_loads_nothing_heavy():
     assert surgery("--help").returncode == 0
 
 
-KILLED = """
-import os, signal
-from surgery.cli.main import main
-from surgery.fitting import either
-calls, real = [], either.fit_block
-def fit_block(*given):
-    calls.append(given)
-    if len(calls) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*given)
-either.fit_block = fit_block
-main()
-"""
-
-
 def test_killed_half_way_it_leaves_no_checkpoint_and_goes_on_from_the_finished_block(llama, tmp_path):
     command = ["convert", llama, "-o", tmp_path / "twin", "--tokens", 2048, "--window", 32, "--measure", 0]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, command)], capture_output=True, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_THE_SECOND_BLOCK, *map(str, command)], capture_output=True, check=False
+    )
     assert killed.returncode == -9
     assert not (tmp_path / "twin").exists()
     first = tmp_path / "twin.partial" / "model.layers.0.mlp.safetensors"

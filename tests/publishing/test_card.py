@@ -47,7 +47,7 @@ def test_the_card_tells_what_the_reports_say(twins, tmp_path):
     made = card(folder, base_model="them/base", license="apache-2.0")
     (seen, unseen) = sorted(kinds["kinds"], key=lambda row: row["kind"], reverse=True)
     assert f"| {interval(seen['nats_lost'])} | {seen['divergence']['value']:.3f} | another part of it" in made.text
-    assert f"Over 1 unseen kinds: {interval(unseen['nats_lost'])}" in made.text
+    assert f"Over 1 unseen kind: {interval(unseen['nats_lost'])}" in made.text
     assert "evaluation/texts.png" in made.text
     assert (folder / "README.md").read_text() == made.text
     from huggingface_hub import ModelCard

@@ -52,7 +52,7 @@ def test_every_problem_is_said_at_once_with_its_line(tmp_path):
     text = str(caught.value)
     for line, said in (
         (3, "convert.degre: unknown key (did you mean 'degree'?)"),
-        (4, "convert.tokens: 'many' will not do"),
+        (4, "convert.tokens: 'many' is not a whole number"),
         (8, "eval.kinds: unknown key (did you mean 'kind'?)"),
         (10, "tokens: unknown key (it belongs below `convert:`)"),
         (11, "evl: unknown key (did you mean 'eval'?)"),
@@ -65,14 +65,14 @@ def test_every_problem_is_said_at_once_with_its_line(tmp_path):
     [
         ("convert: {degree: 2}\n", "no model was named"),
         ("model: 5\n", "model: 5 will not do"),
-        ("model: x\nconvert: {model: y}\n", "the run says this itself"),
-        ("model: x\nconvert: {degree: [2, 2]}\n", "each degree once"),
+        ("model: x\nconvert: {model: y}\n", "belongs at the top of the recipe"),
+        ("model: x\nconvert: {degree: [2, 2]}\n", "each only once"),
         ("model: x\nconvert: {degree: [2, 12]}\n", r"recipe.yaml:2: convert.degree: 12 will not do"),
         ("model: x\nrefine: {rate: fast}\n", r"recipe.yaml:2: refine: rate is 'fast', which will not do"),
         ("model: x\nrefine: {train: blok}\n", "did you mean 'block'"),
         ("model: x\neval: {text: pyton}\n", "did you mean 'python'"),
         ("model: x\neval: {kind: {novel: nowhere.txt}}\n", "nowhere.txt"),
-        ("model: x\npush: {private: true}\n", "not a valid name"),
+        ("model: x\npush: {private: true}\n", "repository is missing"),
         ("model: x\nrefine: 3\n", "it should be a mapping"),
         ("model: x\ndevice: banana\n", "no device 'banana'"),
         ("model: x\ndegree: 2\n", "`surgery convert --recipe"),
@@ -89,7 +89,7 @@ def test_the_first_degree_is_the_twin(tmp_path):
     file = written(tmp_path, "model: x\noutput: out\nconvert: {degree: [2, 1, 3], tokens: 8k}\nrefine: {rate: 2e-4}\n")
     recipe = load_run(file)
     assert [plan.degree for plan in recipe.conversions] == [2, 1, 3]
-    assert [plan.output for plan in recipe.conversions] == ["out/twin", "out/degree-1", "out/degree-3"]
+    assert [plan.output for plan in recipe.conversions] == ["out/degree-2", "out/degree-1", "out/degree-3"]
     assert recipe.conversions[0].tokens == 8000
     assert recipe.final == Path("out/refined")
     assert recipe.refinement().rate == 2e-4, "a number without a point is a number"

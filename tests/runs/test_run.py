@@ -56,11 +56,14 @@ def test_everything_is_made_and_told(done, place):
     assert done.returncode == 0, done.stderr
     out = place / "out"
     names = {path.name for path in out.iterdir()}
-    assert names == {"twin", "degree-3", "refined", "run.json", "run.md", "run.html", "run.png"}
-    for twin in ("twin", "degree-3", "refined"):
+    assert names == {"degree-2", "degree-3", "refined", "run.json", "run.md", "run.html", "run.png"}
+    of_the_refined = json.loads((out / "refined" / "evaluation" / "evaluation.json").read_text())["kinds"]["kinds"]
+    for twin in ("degree-2", "degree-3", "refined"):
         found = json.loads((out / twin / "evaluation" / "evaluation.json").read_text())
         assert {row["kind"]: row["seen"] for row in found["kinds"]["kinds"]} == {"manual": "no", "own": "text"}
-        assert ("blocks" in found) == (twin == "refined"), "the others are measured for comparison alone"
+        assert {row["tokens"] for row in found["kinds"]["kinds"]} <= {row["tokens"] for row in of_the_refined}, (
+            "the same tokens"
+        )
     assert (out / "refined" / "README.md").read_text().startswith("---\nlibrary_name")
     told = (out / "run.md").read_text()
     for word in ("degree 2, refined", "degree 3", "run.png", "refinement.png", "calibrated on", "surgery explain"):
@@ -86,7 +89,7 @@ def test_the_second_time_nothing_is_done_again(done, place):
 @pytest.mark.parametrize(
     ("change", "again"),
     [
-        ("refine.tokens=4096", {"refine", "eval degree 2, refined", "card"}),
+        ("refine.tokens=4096", {"refine", "eval", "card"}),
         ("eval.tokens=256", {"eval", "card"}),
         ("convert.tokens=2048", {"convert", "refine", "eval", "card"}),
         ("card.license=mit", {"card"}),
@@ -108,10 +111,8 @@ def test_a_text_that_changed_is_noticed(done, place):
 
 
 def test_a_twin_that_somebody_else_wrote_is_not_taken_for_the_runs_own(done, place, tmp_path):
-    commands.surgery(
-        "convert", place / "model", "-o", tmp_path / "out" / "twin", "--text", "python", "--tokens", 2048, "--window",
-        32, "--measure", 0,
-    )  # fmt: skip
+    small = ["--text", "python", "--tokens", 2048, "--window", 32, "--measure", 0]
+    commands.surgery("convert", place / "model", "-o", tmp_path / "out" / "degree-2", *small)
     with pytest.raises(RecipeError, match="did not make"):
         run(place / "recipe.yaml", output=tmp_path / "out")
 
@@ -133,7 +134,7 @@ def test_after_a_kill_the_same_command_goes_on(done, place, tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, check=False, env=os.environ)
     assert killed.returncode == -signal.SIGKILL
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert list(record["stages"]) == ["convert twin", "convert degree-3"]
+    assert list(record["stages"]) == ["convert degree-2", "convert degree-3"]
     finished = commands.surgery(*command)
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr.count("(already done)") == 2
@@ -141,21 +142,6 @@ def test_after_a_kill_the_same_command_goes_on(done, place, tmp_path):
     assert [one[name]["weights"] for name in one if "weights" in one[name]] == [
         two[name]["weights"] for name in two if "weights" in two[name]
     ], "the undisturbed result, byte for byte"
-
-
-HALF_WAY = """
-import os, signal
-from surgery.fitting import either
-calls, real = [], either.fit_block
-def fit_block(*given):
-    calls.append(given)
-    if len(calls) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*given)
-either.fit_block = fit_block
-from surgery.cli.main import main
-main()
-"""
 
 
 @pytest.mark.parametrize("change", [(), ("--set", "convert.tokens=2048")])
@@ -171,14 +157,17 @@ def test_a_stage_killed_half_way_is_gone_on_with_unless_its_settings_changed(cha
         "eval=false",
     ]
     killed = subprocess.run(
-        [sys.executable, "-c", HALF_WAY, *command], capture_output=True, check=False, env=os.environ
+        [sys.executable, "-c", commands.KILLED_AT_THE_SECOND_BLOCK, *command],
+        capture_output=True,
+        check=False,
+        env=os.environ,
     )
     assert killed.returncode == -signal.SIGKILL
-    assert (tmp_path / "out" / "twin.partial").is_dir()
+    assert (tmp_path / "out" / "degree-2.partial").is_dir()
     again = commands.surgery(*command, *change)
     assert again.returncode == 0, again.stderr
-    assert not (tmp_path / "out" / "twin.partial").exists()
-    tokens = json.loads((tmp_path / "out" / "twin" / "surgery.json").read_text())["calibration"]["tokens"]
+    assert not (tmp_path / "out" / "degree-2.partial").exists()
+    tokens = json.loads((tmp_path / "out" / "degree-2" / "surgery.json").read_text())["calibration"]["tokens"]
     assert tokens == pytest.approx(2048 if change else 4000, abs=64)
 
 
