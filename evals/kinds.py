@@ -124,7 +124,7 @@ def _kind(
             raise EvaluationError(f"{len(ids)} tokens are fewer than one window of {window}", where=given)
         text = cut(ids, given, window, window, tokenizer)
     else:
-        text = read(source, tokenizer, tokens=min(tokens, most or tokens), length=window, skip=skip)
+        text = read(source, tokenizer, tokens=tokens if most is None else min(tokens, most), length=window, skip=skip)
     sources, kinds = _read_by(report)
     seen = "text" if label(source) in sources else "kind" if {name, f"{name}s", f"{name}es"} & kinds else "no"
     return Kind(name, label(source), replace(text, source=label(source)), seen)

@@ -145,7 +145,7 @@ def evaluation_settings(
     )
     if skip is None:
         first, most = unseen((planned.twin, *planned.unseen_by), planned.text)
-        planned = replace(planned, skip=first, tokens=min(planned.tokens, most or planned.tokens))
+        planned = replace(planned, skip=first, tokens=planned.tokens if most is None else min(planned.tokens, most))
     return planned
 
 

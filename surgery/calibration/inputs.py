@@ -217,7 +217,7 @@ def _tensor_file(source: str) -> dict[str, Tensor]:
 
     path = Path(source).expanduser()
     if not path.is_file():
-        raise CalibrationError("there is no such calibration file", where=str(path))
+        raise CalibrationError("there is no such file", where=str(path))
     try:
         return dict(load_file(path))
     except Exception as error:

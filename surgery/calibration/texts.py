@@ -45,7 +45,7 @@ def documents(source: str, chat: Chat = plain_chat) -> Iterator[str]:
         if not path.is_file():
             known = ", ".join(BUILT_IN)
             raise CalibrationError(
-                "there is no such calibration file",
+                "there is no such file",
                 where=str(path),
                 fix=f"give a .txt, .jsonl or .safetensors file, hub:NAME, or one of: {known}",
             )
@@ -194,7 +194,7 @@ def check_source(source: str) -> None:
     if source in (AUTO, *BUILT_IN) or source.startswith("hub:") or Path(source).expanduser().is_file():
         return
     raise RecipeError(
-        f"no calibration source {source!r}{did_you_mean(source, BUILT_IN)}",
+        f"no text source {source!r}{did_you_mean(source, BUILT_IN)}",
         cause="neither an existing file nor a built-in source",
-        fix=f"one of {', '.join(BUILT_IN)}, hub:NAME, or a .txt, .jsonl or .safetensors file; or token ids",
+        fix=f"one of {', '.join(BUILT_IN)}, hub:NAME, or a .txt, .jsonl or .safetensors file; in Python also token ids",
     )

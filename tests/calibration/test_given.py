@@ -109,7 +109,7 @@ def test_paths_name_files_and_lists_of_lines_are_texts(tmp_path):
     for missing in (["novles.txt"], Path("novles.txt")):
         with pytest.raises(CalibrationError, match=r"novles\.txt: there is no such"):
             read(missing)
-        with pytest.raises(RecipeError, match="no calibration source"):
+        with pytest.raises(RecipeError, match="no text source"):
             surgery.convert(LLAMA, tokenizer=Characters(), text=missing)
 
 

@@ -29,8 +29,9 @@ def test_a_refined_twin_is_measured_on_what_was_held_out(place, tmp_path):
     refined(settings_of(place, out))
     kept = json.loads((out / "surgery.json").read_text())["refinement"]["held_out"]["text.txt"]
     assert (kept["begin"], kept["end"]) == (0, 512)
-    assert unseen(str(out), str(place / "text.txt")) == (0, 512)
-    assert unseen(str(out), "another.txt") == (0, None)
+    assert unseen([str(out)], str(place / "text.txt")) == (0, 512)
+    assert unseen([str(out)], "another.txt") == (0, None)
+    assert unseen([str(place / "native"), str(out)], str(place / "text.txt")) == (0, 512), "of both"
     command = ["eval", out, "--original", place / "llama", "--text", place / "text.txt",
                "--window", "32", "--block-tokens", "64", "--no-speed", "--no-cache", "--json"]  # fmt: skip
     alone = commands.surgery(*command)

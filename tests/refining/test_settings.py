@@ -22,7 +22,7 @@ def test_a_dry_run_writes_nothing(place, tmp_path):
 def test_what_is_refused(place, tmp_path):
     for more, words in (
         ({"train": "lora", "objective": "local"}, "what is in blocks"),
-        ({"text": ("nowhere.txt",)}, "no calibration source"),
+        ({"text": ("nowhere.txt",)}, "no text source"),
         ({"dtype": "float8"}, "no dtype"),
         ({"train": "all", "objective": "local"}, "what is in blocks"),
         ({"window": 4}, "not from 8 to 128"),

@@ -236,7 +236,7 @@ def test_ids_beyond_the_vocabulary_are_a_clear_error(ids):
 
 
 def test_words_are_a_clear_error():
-    with pytest.raises(RecipeError, match=r"(?s)no calibration source 'the quick brown fox'.*token ids"):
+    with pytest.raises(RecipeError, match=r"(?s)no text source 'the quick brown fox'.*token ids"):
         surgery.convert(tiny.make("llama"), text=["the quick brown fox"])
 
 
