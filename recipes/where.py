@@ -18,6 +18,7 @@ import surgery
 from surgery.calibration.inputs import calibration_inputs
 from surgery.losses import token_nats
 from surgery.models import loading
+from surgery.runtime.vocabulary import current
 from surgery.saving.report import read_report
 
 POSITIONS = (1, 8, 32, 128, 512)
@@ -26,11 +27,11 @@ COUNTS = (0, 1, 10, 100, 10**9)
 
 def main(twin: str, model: str, text: str | None = None) -> None:
     report = read_report(twin)
-    recipe = report["recipe"]
+    recipe = current(report["recipe"])
     loaded = loading.loaded(model)
-    much = {name: recipe[name] for name in ("tokens", "length", "batch", "seed", "short", "random_tokens")}
-    given = text or recipe["calibration"]
-    data = calibration_inputs(given, loaded.model, loaded.tokenizer, **much, unseen=recipe["measure"])
+    much = {name: recipe[name] for name in ("tokens", "batch", "seed", "short", "random_tokens")}
+    much |= {"length": recipe["window"], "unseen": recipe["measure"]}
+    data = calibration_inputs(text or recipe["text"], loaded.model, loaded.text_tokenizer, **much)
     lost = token_nats(surgery.load(twin), data.unseen) - token_nats(loaded.model, data.unseen)
     seen, unseen = (
         torch.cat([batch["input_ids"].flatten() for batch in data.batches]),
