@@ -31,7 +31,7 @@ WORDS = {
     "CKPT1": "MODEL",
     "CKPT2": "MODEL",
 }
-WORDS |= {"HuggingFaceTB/SmolLM2-135M-Instruct": "MODEL", "twin": "TWIN", "build/demo/degree-2": "TWIN"}
+WORDS |= {"build/SmolLM2-135M-Instruct.Q4_1.gguf": "MODEL", "twin": "TWIN", "build/demo/degree-2": "TWIN"}
 """What stands for another word with a tiny model."""
 
 NOT_RUN = {
@@ -43,7 +43,6 @@ NOT_RUN = {
     r"surgery (refine|eval) .*--nproc .*": "tests/refining/test_sharding.py and tests/evals run several processes",
     r"surgery run .*": "tests/runs runs recipes, and checks all of recipes/",
     r"surgery explain .*--expert .*": "tests/reading/test_experts.py explains a mixture",
-    r"surgery push \S+ \S+$": "tests/publishing/test_hub.py pushes to a local server",
 }
 """Patterns of commands, and why they are not run here."""
 
