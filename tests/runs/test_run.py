@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import surgery
 from surgery.errors import RecipeError
 from surgery.runs.run import plan_run, run
 from tests import commands, tiny
+from tests.hub_server import Hub, environment
 
 RECIPE = """
 model: {model}
@@ -177,6 +179,28 @@ def test_the_plan_and_the_result_are_json_for_scripts(done, place):
     found = json.loads(commands.surgery("run", place / "recipe.yaml", "--json").stdout)
     assert found["twin"] == str(place / "out" / "refined")
     assert len(found["pages"]) == 3
+
+
+def test_a_run_ends_on_the_hub_and_publishes_once(done, place, tmp_path):
+    server = Hub()
+    try:
+        shutil.copytree(place / "out", tmp_path / "out")
+        command = [sys.executable, "-m", "surgery", "run", str(place / "recipe.yaml"), "-o", str(tmp_path / "out")]
+        command += ["--set", "push.repository=me/twin"]
+        here = environment(server, tmp_path)
+        first = subprocess.run(command, capture_output=True, text=True, check=False, env=here)
+        assert first.returncode == 0, first.stderr
+        assert first.stderr.count("(already done)") == 7, "all but the push"
+        weights = (tmp_path / "out" / "refined" / "model.safetensors").read_bytes()
+        assert server.files("me/twin")["model.safetensors"] == weights
+        address = json.loads((tmp_path / "out" / "run.json").read_text())["stages"]["push refined"]["address"]
+        assert address in (tmp_path / "out" / "run.md").read_text()
+        server.log.clear()
+        again = subprocess.run(command, capture_output=True, text=True, check=False, env=here)
+        assert again.stderr.count("(already done)") == 8
+        assert not any(line.startswith(("POST", "PUT")) for line in server.log), "nothing is sent twice"
+    finally:
+        server.shutdown()
 
 
 def test_a_broken_record_is_said(done, place, tmp_path):
