@@ -10,7 +10,7 @@ Whether a kind was seen is read from the twin's own record: the texts that its f
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,12 @@ def _row(kind: Kind, found: TokenFidelity, seed: int) -> dict[str, Any]:
         "divergence": over_windows(found.divergence),
         "fingerprint": kind.text.fingerprint,
     }
+
+
+def unseen_by_all(compared: Iterable[Mapping[str, Any]]) -> set[str]:
+    """The kinds that none of several twins has seen, from what :func:`compare_kinds` found for each."""
+    rows = [row for found in compared for row in found["kinds"]]
+    return {row["kind"] for row in rows} - {row["kind"] for row in rows if row["seen"] != "no"}
 
 
 def over_unseen(rows: list[dict[str, Any]], kinds: Collection[str] | None = None) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from evals.kinds import unseen_by_all
 from surgery.errors import EvaluationError
 from surgery.runtime.public import as_label
 
@@ -123,10 +124,7 @@ def twins(compared: Sequence[tuple[str, dict[str, Any]]]) -> tuple[Draw, float]:
         compared: (name of the twin, what :func:`evals.kinds.compare_kinds` found) each; their mean is over the kinds
             that none of them has seen.
     """
-    rows_of = [found["kinds"] for _, found in compared]
-    unseen = {row["kind"] for row in rows_of[0]} - {
-        row["kind"] for rows in rows_of for row in rows if row["seen"] != "no"
-    }
+    unseen = unseen_by_all(found for _, found in compared)
 
     def draw(axes: Any) -> None:
         place = range(len(compared))

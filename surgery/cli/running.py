@@ -24,11 +24,9 @@ def run(recipe: str, dry_run: bool, as_json: bool, restart: bool, nproc: int | N
 
     RECIPE is a YAML file; recipes/ has some. What is finished is not done again: the same command goes on after a kill.
     """
-    from surgery.runs.page import next_commands, result_columns, result_rows, twins_of
-    from surgery.runs.recipe import load_run
+    from surgery.runs.page import result_columns, result_rows
     from surgery.runs.run import plan_run
     from surgery.runs.run import run as do
-    from surgery.runs.stages import stages_of
     from surgery.runtime import processes
     from surgery.runtime.launch import relaunch, started
 
@@ -46,9 +44,7 @@ def run(recipe: str, dry_run: bool, as_json: bool, restart: bool, nproc: int | N
         told = {**done.record, "folder": str(done.folder), "twin": str(done.twin), "pages": pages}
         terminal.echo(json.dumps(told, indent=2))
         return
-    plan = load_run(recipe, given["sets"], given["output"])
-    twins = twins_of(stages_of(plan))
-    terminal.print_table(plan.model, list(result_columns()), [list(row) for row in result_rows(twins)])
+    terminal.print_table(done.record["model"], list(result_columns()), [list(row) for row in result_rows(done.twins)])
     for page in done.pages:
         terminal.echo(str(page))
-    terminal.echo(f"next:\n{next_commands(plan)}")
+    terminal.echo(f"next:\n{done.next}")

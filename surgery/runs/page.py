@@ -12,14 +12,14 @@ from typing import Any
 import yaml
 
 from evals import plots
-from evals.kinds import over_unseen
-from evals.report import JSON, PAGE
+from evals.kinds import over_unseen, unseen_by_all
+from evals.report import JSON
 from surgery.publishing.card import COMPARED_PLOT
 from surgery.runs.recipe import RunRecipe
 from surgery.runs.stages import Stage
 from surgery.runtime.files import write_bytes, write_text
 from surgery.runtime.public import in_markdown, public
-from surgery.saving.evaluation import SEEN, interval
+from surgery.saving.evaluation import interval
 from surgery.saving.report import read_report
 
 MARKDOWN, HTML, PICTURE = "run.md", "run.html", "run.png"
@@ -58,7 +58,7 @@ class Section:
 
 
 def twins_of(stages: Sequence[Stage]) -> list[TwinResult]:
-    """What the stages have made, in their order; the refined twin after the one it was made from."""
+    """What the stages have made, by degree; the refined twin after the one it was made from."""
     found = []
     for stage in (stage for stage in stages if stage.kind in ("convert", "refine")):
         file = stage.twin / "evaluation" / JSON
@@ -79,9 +79,10 @@ def draw_picture(plan: RunRecipe, stages: Sequence[Stage]) -> Path | None:
     return plan.output / PICTURE
 
 
-def write_pages(plan: RunRecipe, stages: Sequence[Stage], record: Mapping[str, Any]) -> tuple[Path, ...]:
+def write_pages(
+    plan: RunRecipe, stages: Sequence[Stage], record: Mapping[str, Any], twins: list[TwinResult]
+) -> tuple[Path, ...]:
     """Writes run.png (where kinds of text were measured), run.md and run.html; their paths."""
-    twins = twins_of(stages)
     picture = draw_picture(plan, stages)
     title = f"{public(plan.model)} and its polynomial twin"
     sections = _sections(plan, stages, record, twins, picture)
@@ -98,9 +99,7 @@ def result_columns() -> tuple[str, ...]:
 def result_rows(twins: Sequence[TwinResult]) -> list[tuple[str, ...]]:
     """The original and every twin: what it costs."""
     first = next((_perplexity(twin) for twin in twins if _perplexity(twin)), None)
-    rows_of = [twin.kinds["kinds"] for twin in twins if twin.kinds]
-    unseen = {row["kind"] for rows in rows_of for row in rows}
-    unseen -= {row["kind"] for rows in rows_of for row in rows if row["seen"] != "no"}
+    unseen = unseen_by_all(twin.kinds for twin in twins if twin.kinds)
     rows: list[tuple[str, ...]] = [("original", f"{first[0]:.2f}" if first else "", "", "", "", "", "")]
     for twin in twins:
         seen, over = _perplexity(twin), over_unseen((twin.kinds or {}).get("kinds", []), unseen)
@@ -191,8 +190,7 @@ def _kinds_section(twins: list[TwinResult], kinds: Mapping[str, Any]) -> Section
             (row["kind"], row["source"], f"{row['tokens']:,}", f"{row['nats']['original']['value']:.3f}", *cells)
         )
     columns = ("kind", "text", "tokens", "original, nats", *(label for label, _ in there))
-    legend = "; ".join(f"{key}: {text}" for key, text in SEEN.items() if text and key == "kind")
-    note = f"Nats lost per token, 95 % intervals; (seen): {legend.partition(': ')[2]}, or the text itself."
+    note = "Nats lost per token, 95 % intervals; (seen): the twin has read another part of the text, or of its kind."
     return Section("Kinds of text", (note,), columns, tuple(rows))
 
 
@@ -253,4 +251,4 @@ def _html(title: str, sections: Sequence[Section]) -> str:
         for section in sections
     ]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(template).render(title=title, sections=shown, evaluation=f"evaluation/{PAGE}")
+    return environment.from_string(template).render(title=title, sections=shown)

@@ -29,7 +29,7 @@ from surgery.conversion.recipe import Recipe, problems_error, problems_of
 from surgery.conversion.selection import check_named
 from surgery.errors import RecipeError, SurgeryError, did_you_mean, first_line
 from surgery.models import loading
-from surgery.publishing.hub import check_repository, plan_push, push
+from surgery.publishing.hub import check_repository
 from surgery.refining.run import refine_settings
 from surgery.refining.settings import RefineSettings, check_settings
 from surgery.runtime.vocabulary import FORMER, current
@@ -199,7 +199,7 @@ class _Checker:
             return ({field.name for field in fields(EvalSettings)} | _named(evaluation_settings)) - OWN[stage]
         if stage == "card":
             return {"base_model", "license"}
-        return {"repository", "private", "revision", "create_pr"} & (_named(push) | _named(plan_push))
+        return {"repository", "private", "revision", "create_pr"}
 
     def section(self, stage: str, values: Mapping[str, Any]) -> dict[str, Any] | None:
         """The options of a stage, or None where it is left out."""

@@ -28,9 +28,10 @@ from surgery.conversion.pipeline import convert
 from surgery.errors import CheckpointError
 from surgery.publishing.card import card
 from surgery.publishing.hub import push
-from surgery.refining.run import refine
+from surgery.refining.run import refined
+from surgery.refining.settings import check_refinement
 from surgery.runs.estimate import Estimate
-from surgery.runs.page import draw_picture, write_pages
+from surgery.runs.page import TwinResult, draw_picture, next_commands, twins_of, write_pages
 from surgery.runs.recipe import RunRecipe, load_run
 from surgery.runs.stages import Stage, read_record, reason_to_do, stages_of, write_record
 from surgery.runtime import processes
@@ -46,13 +47,16 @@ class RunResult:
     Attributes:
         folder: of the run; `twin`: the twin that is published, the refined one if there is one.
         record: what run.json holds: every stage with its time and what came out.
-        pages: the files that tell it.
+        twins: what it made, on the first process; `pages`: the files that tell it.
+        next: what to type after it.
     """
 
     folder: Path
     twin: Path
     record: dict[str, Any]
+    twins: tuple[TwinResult, ...]
     pages: tuple[Path, ...]
+    next: str
 
 
 def run(
@@ -97,14 +101,16 @@ def run(
             seconds = round(time.monotonic() - begun, 1)
             record["stages"][stage.name] = {"key": stage.key, "seconds": seconds, "finished": now, **came}
             write_record(plan.output, record)
+    twins: list[TwinResult] = []
     pages: tuple[Path, ...] = ()
     if processes.first():
         names = {stage.name for stage in stages}
         record["stages"] = {name: kept for name, kept in record["stages"].items() if name in names}
         record |= {"recipe": plan.name, "model": public(plan.model), "twin": plan.final.name}
         write_record(plan.output, record)
-        pages = write_pages(plan, stages, record)
-    return RunResult(plan.output, plan.final, record, pages)
+        twins = twins_of(stages)
+        pages = write_pages(plan, stages, record, twins)
+    return RunResult(plan.output, plan.final, record, tuple(twins), pages, next_commands(plan))
 
 
 def _nearest(folder: Path) -> Path:
@@ -125,12 +131,13 @@ def _done(stage: Stage, stages: Sequence[Stage], plan: RunRecipe, fresh: bool, q
         convert(conversion.model, recipe=conversion, overwrite=True, restart=fresh, quiet=quiet)
         return _made(stage.twin)
     if stage.kind == "refine":
-        given = {"original_revision": plan.revision, "device": plan.device} | (plan.refine or {})
-        refine(plan.twin, plan.model, stage.twin, overwrite=True, restart=fresh, quiet=quiet, **given)
+        settings = plan.refinement()
+        check_refinement(settings)
+        refined(settings, overwrite=True, restart=fresh, quiet=quiet)
         return _made(stage.twin)
     if stage.kind == "eval":
-        settings = plan.evaluation(stage.twin)
-        evaluate(stage.twin, output=stage.twin / "evaluation", cache=default_folder(), quiet=quiet, **settings)
+        options = plan.evaluation(stage.twin)
+        evaluate(stage.twin, output=stage.twin / "evaluation", cache=default_folder(), quiet=quiet, **options)
         return {}
     if not processes.first():
         return {}

@@ -27,13 +27,8 @@ from surgery.version import __version__
 
 RECORD = "run.json"
 FORMAT = 1
-ELSEWHERE = {
-    "output",
-    "device",
-    "original",
-    "twin",
-    "unseen_by",
-}  # settings that change no result, or are in the key by content
+ELSEWHERE = {"output", "device", "original", "twin", "unseen_by"}
+"""Settings that change no result, or are in the key by content."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +75,8 @@ def stages_of(recipe: RunRecipe) -> list[Stage]:
         for twin, maker in list(made.items()):
             settings_of = evaluation_settings(twin, **({"skip": 0} | recipe.evaluation(twin)))
             sources = [settings_of.text, *(source for _, source in settings_of.kind)]
-            add(
-                "eval",
-                twin,
-                [
-                    maker,
-                    sorted(made.values()),
-                    model,
-                    _settings(asdict(settings_of)),
-                    [_content(text) for text in sources],
-                ],
-            )
+            contents = [_content(text) for text in sources]
+            add("eval", twin, [maker, sorted(made.values()), model, _settings(asdict(settings_of)), contents])
     said = [stage.key for stage in found]
     if recipe.card is not None or recipe.push is not None:
         said.append(add("card", recipe.final, [said, recipe.card]))

@@ -122,10 +122,9 @@ def test_a_twin_that_somebody_else_wrote_is_not_taken_for_the_runs_own(done, pla
 KILLED = """
 import os, signal, sys
 from surgery.runs import run as runs
-real = runs.refine
-def refine(*given, **more):
+def refined(*given, **more):
     os.kill(os.getpid(), signal.SIGKILL)
-runs.refine = refine
+runs.refined = refined
 from surgery.cli.main import main
 main()
 """
