@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import surgery
-from evals.kinds import compare_kinds
+from evals.kinds import compare_kinds, over_unseen, unseen_by_all
 from evals.kinds_report import JSON, PLOT, write_kinds
 from evals.pair import load_pair
 from evals.settings import parse_kinds
@@ -142,3 +142,31 @@ def test_the_mean_of_independent_intervals_is_narrower_than_each():
     mean = mean_of(parts)
     assert (mean.value, mean.low, mean.high) == pytest.approx((2.0, 1.75, 2.25))
     assert mean_of([*parts, {"value": 2.0, "low": None, "high": None}]).low is None
+
+
+def test_twins_are_compared_on_what_none_of_them_has_seen():
+    def found(**seen):
+        lost = {"value": 1.0, "low": 0.5, "high": 1.5}
+        return {"kinds": [{"kind": k, "seen": s, "nats_lost": lost, "divergence": lost} for k, s in seen.items()]}
+
+    one, two = found(drama="no", novel="no", code="text"), found(drama="no", novel="kind", code="no")
+    assert unseen_by_all([one, two]) == {"drama"}
+    assert unseen_by_all([one]) == {"drama", "novel"}
+    assert over_unseen(one["kinds"])["kinds"] == 2
+    assert over_unseen(one["kinds"], {"drama"})["kinds"] == 1
+    assert over_unseen(one["kinds"], set()) is None
+
+
+def test_what_another_twin_has_seen_is_passed_over(place, tmp_path):
+    """The first twin was calibrated on one text, the second on another: both are measured on what neither has read."""
+    surgery.convert(
+        place / "base", output=tmp_path / "other", text=str(place / "drama.txt"), tokens=2048, window=32, measure=0
+    )
+    kinds = (f"novels={place}/novels.txt", f"drama={place}/drama.txt")
+    both = [
+        compared(place, *kinds, twin=one, unseen_by=[str(two)], tokens=128)["kinds"]
+        for one, two in ((place / "twin", tmp_path / "other"), (tmp_path / "other", place / "twin"))
+    ]
+    alone = compared(place, *kinds, tokens=128)["kinds"]
+    assert [row["fingerprint"] for row in both[0]] == [row["fingerprint"] for row in both[1]]
+    assert [one["fingerprint"] == two["fingerprint"] for one, two in zip(both[0], alone, strict=True)] == [True, False]
