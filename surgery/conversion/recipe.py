@@ -20,7 +20,8 @@ from surgery.runtime.settings import whole_number
 from surgery.runtime.vocabulary import FORMER, current
 from surgery.runtime.yaml_file import read_mapping
 
-COUNTS = ("tokens", "window", "batch", "measure")
+COUNTS = ("tokens", "window", "batch", "measure", "epochs")
+EPOCHS = 6
 MOST_BLOCKS = 1_000_000  # no model has more; a larger number is a slip of the hand
 
 
@@ -52,6 +53,12 @@ class Recipe(BaseModel):
     )
     units: float = Field(
         1.0, gt=0, le=1, description="share of each block's units to keep, the most useful ones, readout re-solved"
+    )
+    epochs: int | None = Field(
+        None,
+        ge=0,
+        description="how often every calibration token is seen while all maps of a block are fitted together, from the "
+        "closed form on; 0: the closed form alone (default: 6 where the readout is re-solved, from degree 2 on)",
     )
     budget: float | None = Field(
         None, gt=0, description="nats that may be lost: per block degree 2, degree 3 or the original, to stay within"
@@ -121,6 +128,8 @@ class Recipe(BaseModel):
             problems.append("form: native needs degree 2 (a bilinear block is quadratic)")
         if self.units < 1 and (not self.refit or self.degree == 1):
             problems.append("units needs readout: refit and a degree of 2 or more")
+        if self.epochs and (not self.refit or self.degree == 1):
+            problems.append("epochs needs readout: refit and a degree of 2 or more")
         if self.budget is not None and (self.degree != 2 or self.assume != "data" or self.form == "native"):
             problems.append("budget chooses degrees and form itself, and needs assume: data")
         if self.offload and (not self.output or self.budget is not None):
@@ -152,6 +161,12 @@ class Recipe(BaseModel):
         return (self.readout or ("refit" if self.assume == "data" else "keep")) == "refit"
 
     @property
+    def reconstruction(self) -> int:
+        """Epochs of it."""
+        own = EPOCHS if self.refit and self.degree > 1 else 0
+        return own if self.epochs is None else self.epochs
+
+    @property
     def tail(self) -> float:
         """High powers explode where the data was thin; up to degree 3 the tail costs more than it saves."""
         own = 0.01 if self.degree >= 4 and self.assume == "data" else 0.0
@@ -168,7 +183,8 @@ class Recipe(BaseModel):
     def resolved(self) -> dict[str, Any]:
         """As recorded beside the twin: every value spelled out."""
         readout = "refit" if self.refit else "keep"
-        return {**self.model_dump(), "readout": readout, "short": self.short_share, "tail_weight": self.tail}
+        chosen = {"readout": readout, "epochs": self.reconstruction, "tail_weight": self.tail}
+        return {**self.model_dump(), **chosen, "short": self.short_share}
 
 
 def parse_blocks(text: str) -> list[int]:

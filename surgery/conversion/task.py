@@ -56,6 +56,7 @@ class ConversionTask:
             tail_width=plan.tail_width,
             guard=form == "native" and degree == 2,
             units=plan.units,
+            epochs=plan.reconstruction,
             sink_limit=sinks.limit_of(self.first_token),
         )
 

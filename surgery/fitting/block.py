@@ -6,7 +6,7 @@ polynomials and the sinks. The second, over all, gives the normal equations of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from surgery.calibration.arrivals import Station
 from surgery.closed_form import sinks
 from surgery.closed_form.block_polynomial import BlockPolynomial
 from surgery.closed_form.forms import Affine, guarded
-from surgery.closed_form.least_squares import UnitPolynomials, solve_units
+from surgery.closed_form.least_squares import solve_units
 from surgery.closed_form.moments import (
     GaussianMixture,
     InputMoments,
@@ -29,7 +29,9 @@ from surgery.closed_form.moments import (
     from_gaussian,
 )
 from surgery.fitting.features import HiddenPolynomial
-from surgery.fitting.readout import CHUNK, Readout, kept_readout, mistaken, refit
+from surgery.fitting.objective import CHUNK, Aim, Objective, mistaken
+from surgery.fitting.readout import Readout, kept_readout, refit
+from surgery.fitting.reconstruction import reconstructed
 from surgery.fitting.sample import Sample, take_sample
 from surgery.fitting.target import Target
 from surgery.runtime import processes
@@ -47,6 +49,7 @@ class FitSettings:
     tail_width: float = 3.0
     guard: bool = False
     units: float = 1.0
+    epochs: int = 0
     sink_limit: float = sinks.MASSIVE
 
 
@@ -135,17 +138,20 @@ def fit_block(
         units = guarded(moments, units)
     writer = settings.degree > 1 and sinks.written(sample.size[sample.sink], sample.reaching[sample.sink])
     pointing = sinks.directions(inputs, sample.x[sample.sink if writer else []])
-    prior, twin = _features(original, at, units, pointing, sample.x.dtype)
+    extra = len(pointing.bias)
+
+    def closed_form() -> HiddenPolynomial:
+        """Made anew where it is used: in float64 it would lie beside the normal equations."""
+        return HiddenPolynomial.of(original, at, units).with_sink_units(pointing)
+
     if settings.refit:
-        wanted = max(1, round(settings.units * block.hidden)) if settings.degree > 1 else None
-        readout = refit(target, original, twin, prior, sample, len(pointing.bias), cache_bytes, wanted)
+        objective = Objective.of(original, target, sample, writer)
+        hidden, readout = _solved(closed_form, objective, extra, settings, cache_bytes)
     else:
-        readout = kept_readout(prior, twin(sample.x[sample.sink]), sample.aim, len(pointing.bias))
-    del prior
-    hidden = HiddenPolynomial.of(original, at, units).with_sink_units(pointing)
-    if readout.kept is not None:
-        hidden = hidden.keep_units(readout.kept[:-1])
-        twin = hidden.to(sample.x.dtype)
+        hidden = closed_form()
+        features = hidden.to(sample.x.dtype)(sample.x[sample.sink])
+        readout = kept_readout(hidden.prior_readout(original.down), features, sample.aim, extra)
+    twin = hidden.to(sample.x.dtype)
     predicted = _predicted(readout, twin, sample)
     ordinary = sample.ordinary & ~mistaken(pointing.to(sample.x.dtype)(sample.x).square())
     solution = readout.choice.weight
@@ -159,7 +165,7 @@ def fit_block(
         condition=max(hidden.units.condition, readout.choice.condition),
         sink_tokens=int(sample.sink.sum()),
         sink_error=_sink_error(target, sample, predicted, writer),
-        sink_units=len(pointing.bias),
+        sink_units=extra,
         sink_mistaken=int((sample.ordinary & ~ordinary).sum()),
         quadrature_error=hidden.units.error,
         tokens=int(processes.sum_number(sum(int(arrival.keep.sum()) for arrival in station.twin))),
@@ -177,13 +183,41 @@ def _predicted(readout: Readout, twin: HiddenPolynomial, sample: Sample) -> Tens
     return torch.cat([twin(part) @ solution for part in sample.x.split(CHUNK)])
 
 
-def _features(
-    original: BlockWeights, at: Preactivations, units: UnitPolynomials, pointing: Affine, dtype: torch.dtype
-) -> tuple[Tensor, HiddenPolynomial]:
-    """The readout that the ridge pulls towards, and the hidden vector it is on. The first maps in float64 are let go
-    of: they would lie beside the normal equations."""
-    hidden = HiddenPolynomial.of(original, at, units).with_sink_units(pointing)
-    return hidden.prior_readout(original.down), hidden.to(dtype)
+def _solved(
+    closed_form: Callable[[], HiddenPolynomial],
+    objective: Objective,
+    sink_units: int,
+    settings: FitSettings,
+    cache_bytes: int,
+) -> tuple[HiddenPolynomial, Readout]:
+    """The units and the readout re-solved on them; with epochs, both fitted on from there and the readout once more."""
+    original, dtype = objective.original, objective.target.station.twin[0].x.dtype
+    wanted = max(1, round(settings.units * len(original.gate[0]))) if settings.degree > 1 else None
+
+    def prepared() -> tuple[Tensor, HiddenPolynomial]:
+        hidden = closed_form()
+        return hidden.prior_readout(original.down), hidden.to(dtype)
+
+    epochs = settings.epochs if settings.degree > 1 else 0
+    station, counts = objective.target.station, objective.target.counts
+    aim_of = _kept(objective) if epochs else objective.batch  # with epochs it is asked three times
+    prior, twin = prepared()
+    readout = refit(station, aim_of, twin, prior, sink_units, counts, 0 if epochs else cache_bytes, wanted)
+    del prior, twin
+    hidden = closed_form() if readout.kept is None else closed_form().keep_units(readout.kept[:-1])
+    if not epochs:
+        return hidden, readout
+    better = reconstructed(hidden, readout.choice.weight, station, aim_of, sink_units, epochs)
+    if better is None:
+        return hidden, readout
+    del hidden, readout
+    readout = refit(station, aim_of, better.hidden.to(dtype), better.readout, sink_units, counts, cache_bytes)
+    return better.hidden.to(torch.float64), readout
+
+
+def _kept(objective: Objective) -> Callable[[int], Aim]:
+    aims = [objective.batch(number) for number in range(len(objective.target.station.twin))]
+    return lambda number: aims[number]
 
 
 def _moments(

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from surgery.blocks.weights import BlockWeights
-from surgery.calibration.arrivals import Arrival, Station
+from surgery.calibration.arrivals import Station
 from surgery.closed_form.ridge import HeldRows, RidgeSolution, RidgeSums, most_useful, ridge_path
 from surgery.errors import CalibrationError
 from surgery.fitting.features import HiddenPolynomial
-from surgery.fitting.sample import Sample
-from surgery.fitting.target import Target
+from surgery.fitting.objective import Aim, mistaken, pieces
 from surgery.runtime import processes
-
-CHUNK = 2048  # tokens whose hidden vectors are held at once
-YOUNG_SINKS = 0.1  # weight of sinks that are not massive yet, all together, against all other tokens
-MISTAKEN = 0.2  # of a sink unit's output at its sink
-WEIGHT_LIMIT = 100.0  # of a token with a small residual, against the typical one
 
 
 @dataclass(frozen=True)
@@ -83,138 +76,73 @@ class _Sums:
         return self.fit, HeldRows(held[0], held[1]), (sinks[0], sinks[1])
 
 
-@dataclass(frozen=True)
-class _Objective:
-    """What the block should write, and which tokens count how much for it.
-
-    At sinks the stream is the target only in a block that writes them: elsewhere a small relative difference would be
-    huge. Tokens are weighted by 1/‖r‖², since whatever reads the residual stream normalises it first (and by how much
-    an error counts after a norm of the block's own); the sinks together weigh as much as all other tokens do. A sink is
-    what is one in the original.
-
-    Attributes:
-        typical: median norm of the residual stream.
-        length: median of what the block's output is divided by on its way into the stream.
-        sink_limit: norm from which on a token is a sink.
-        sink_boost: number of ordinary tokens per sink token.
-        writer: whether the block writes what makes its sinks massive.
-    """
-
-    original: BlockWeights
-    target: Target
-    typical: Tensor
-    length: Tensor
-    sink_limit: float
-    sink_boost: float
-    writer: bool
-
-    def of(self, number: int, rows: slice, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Target (n, out), weight (n,) and which rows are sinks (n,), of some rows of a batch.
-
-        Args:
-            output: what the original block writes there, in its own stream where that runs.
-        """
-        arrival, other = self.target.arrivals(number)
-        size = torch.maximum(arrival.size[rows], other.size[rows])
-        total = (other.size[rows].square() + self.target.reaching(output).square()).sqrt()
-        massive = total > self.sink_limit
-        sink = massive | arrival.known_sink[rows]
-        wanted, weight = self.target.wanted(number, rows, output), torch.ones_like(size)
-        if self.target.in_stream:
-            if not self.writer and wanted is not output:
-                wanted[sink] = self.original(arrival.x[rows][sink])
-            weight = (self.typical / size.clamp_min(1e-6 * self.typical)).square().clamp_max(WEIGHT_LIMIT)
-            length = self.target.lengths(output).clamp_min(1e-6 * self.length)
-            weight = weight * (self.length / length).square().clamp_max(WEIGHT_LIMIT)
-        share = torch.where(massive, self.sink_boost, YOUNG_SINKS * self.sink_boost)
-        weight = torch.where(sink, share * (self.typical / total).square(), weight)
-        if arrival.weight is not None:
-            weight = weight * arrival.weight[rows].square()
-        return wanted, weight, sink
-
-
 def refit(
-    target: Target,
-    original: BlockWeights,
+    station: Station,
+    aim_of: Callable[[int], Aim],
     twin: HiddenPolynomial,
     prior: Tensor,
-    sample: Sample,
     sink_units: int,
+    counts: Tensor | None = None,
     cache_bytes: int = 0,
     units: int | None = None,
 ) -> Readout:
-    """Ridge regression of what the block should write (:class:`_Objective`) on the polynomial's hidden vector.
+    """Ridge regression of what the block should write on the polynomial's hidden vector.
 
     The held-out sequences are fitted in no block: r₀ − r is smaller where the earlier blocks were fitted, which no
     ridge chosen there would know. A token that only the twin makes a sink does not count.
 
     Args:
+        aim_of: what each batch is fitted to, by its number.
         prior: readout that the ridge pulls towards, (p, out).
-        sample: says from which norm on a token is a sink, and how much the sinks weigh.
         sink_units: how many features before the constant belong to sinks.
+        counts: how much an error of each output counts, (out,); alike where None.
         cache_bytes: memory that may be spent on keeping hidden vectors until the solution is known.
         units: how many units to keep beside the sink units, the most useful ones; all where None.
     """
-    station, block = target.station, target.station.block
+    block = station.block
     tokens = sum(len(arrival.x) for arrival in station.twin)
     hold = block.whole and tokens * prior.shape[0] * station.twin[0].x.element_size() <= cache_bytes
-    typical = processes.together(torch.cat([arrival.size[arrival.keep] for arrival in station.twin])).median()
-    length = target.lengths(sample.output[sample.ordinary]).median()
-    objective = _Objective(original, target, typical, length, sample.limit, sample.sink_boost, writer=sink_units > 0)
     sums = _Sums.zeros(prior, station)
-    hidden, written = _summed(twin, objective, sums, sink_units, hold)
+    hidden, written = _summed(twin, station, aim_of, sums, sink_units, hold)
     fit, held_rows, anchor = sums.over_processes()
     if not (float(fit.weight) and len(held_rows.features)):
         raise CalibrationError("no tokens are left to fit on", where=block.path, fix="give more text")
     free, kept = sink_units + 1, None
     if units is not None and units < len(prior) - free:
-        kept = most_useful(fit, prior, units, free, counts=target.counts)
+        kept = most_useful(fit, prior, units, free, counts=counts)
         fit, held_rows, prior = fit.at(kept), held_rows.at(kept), prior[kept]
         anchor = (anchor[0][:, kept], anchor[1])
         hidden = [[part[:, kept] for part in parts] for parts in hidden]
-    choice = ridge_path(fit, held_rows, prior, anchor=anchor, free=free, counts=target.counts)
+    choice = ridge_path(fit, held_rows, prior, anchor=anchor, free=free, counts=counts)
     solution = choice.weight.to(station.twin[0].x)
     outputs = (torch.cat([part @ solution for part in parts]) for parts in hidden if parts)
-    return Readout(choice, tuple(outputs), tuple(torch.cat(parts) for parts in written if parts), kept)
+    return Readout(choice, tuple(outputs), tuple(written), kept)
 
 
 def _summed(
-    twin: HiddenPolynomial, objective: _Objective, sums: _Sums, sink_units: int, hold: bool
-) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-    """Adds all tokens to the sums; by batch: hidden vectors where they are to be held, and what the original writes."""
-    station = objective.target.station
+    twin: HiddenPolynomial,
+    station: Station,
+    aim_of: Callable[[int], Aim],
+    sums: _Sums,
+    sink_units: int,
+    hold: bool,
+) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """Adds all tokens to the sums; by batch: hidden vectors where they are to be held, and what the original writes
+    where its stream runs too."""
     hidden: list[list[Tensor]] = [[] for _ in station.twin]
-    written: list[list[Tensor]] = [[] for _ in station.twin]
-    for number in range(len(station.twin)):
-        arrival, other = objective.target.arrivals(number)
-        for rows, held in _pieces(arrival):
-            features, output = twin(arrival.x[rows]), objective.original(other.x[rows])
+    written: list[Tensor] = []
+    for number, arrival in enumerate(station.twin):
+        aim = aim_of(number)
+        if station.block.whole and station.original:  # else the passes wait inside and finish it themselves
+            written.append(aim.output)
+        for rows, held in pieces(arrival):
+            features, part = twin(arrival.x[rows]), aim.at(rows)
             if hold:
                 hidden[number].append(features)
-            if station.block.whole and other is not arrival:  # else the passes wait inside and finish it themselves
-                written[number].append(output)
-            target, weight, sink = objective.of(number, rows, output)
-            root = weight.sqrt().to(features)[:, None]
-            real = arrival.keep[rows] & ~(mistaken(features[:, -1 - sink_units : -1]) & ~sink)
-            sums.add(features * root, target * root, real, sink, held)
+            root = part.weight.sqrt().to(features)[:, None]
+            real = arrival.keep[rows] & ~(mistaken(features[:, -1 - sink_units : -1]) & ~part.sink)
+            sums.add(features * root, part.wanted * root, real, part.sink, held)
     return hidden, written
-
-
-def _pieces(arrival: Arrival) -> Iterator[tuple[slice, bool]]:
-    """Slices of at most CHUNK rows, each wholly held out or wholly not."""
-    border = int((~arrival.held).sum())
-    for begin, end, held in ((0, border, False), (border, len(arrival.x), True)):
-        for start in range(begin, end, CHUNK):
-            yield slice(start, min(start + CHUNK, end)), held
-
-
-def mistaken(outputs: Tensor) -> Tensor:
-    """Tokens that a sink unit takes for its sink. One among the ordinary would cost the sink its reproduction.
-
-    Args:
-        outputs: of the sink units, (tokens, sink units).
-    """
-    return (outputs > MISTAKEN).any(-1)
 
 
 def kept_readout(prior: Tensor, features: Tensor, output: Tensor, extra: int) -> Readout:

@@ -56,16 +56,17 @@ def test_native_equals_custom(ids):
 
 
 def test_padding_never_counts(ids):
-    """The same tokens, with and without padding on the left, give the same twin."""
+    """The same tokens, with and without padding on the left, give the same twin (the closed form does: descent in
+    bfloat16 makes much of rounding)."""
     model = tiny.make("llama")
     plain = ids[:, :24]
     padded = torch.cat([torch.zeros(len(ids), 8, dtype=torch.long), plain], dim=1)
     mask = (torch.arange(32) >= 8).long().expand(len(ids), -1)
-    one, _ = surgery.convert(copy.deepcopy(model), text=plain)
-    two, _ = surgery.convert(copy.deepcopy(model), text={"input_ids": padded, "attention_mask": mask})
+    one, _ = surgery.convert(copy.deepcopy(model), text=plain, epochs=0)
+    two, _ = surgery.convert(copy.deepcopy(model), text={"input_ids": padded, "attention_mask": mask}, epochs=0)
     a, b = outputs(one, "llama", ids), outputs(two, "llama", ids)
     assert (a - b).norm() < 1e-3 * a.norm()
-    three, _ = surgery.convert(copy.deepcopy(model), text=padded)  # negative control: the padding counted
+    three, _ = surgery.convert(copy.deepcopy(model), text=padded, epochs=0)  # negative control: the padding counted
     assert (outputs(three, "llama", ids) - a).norm() > 1e-2 * a.norm()
 
 
