@@ -48,7 +48,9 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
 @click.option("--blocks", metavar="LIST", help="Which blocks, as in 0-5,8.  [default: all]")
 @click.option("--budget", type=float, help="Nats that may be lost; picks degree 2, 3 or the original per block.")
 @click.option(
-    "--epochs", type=options.COUNT, help="Times each token is seen while all maps of a block are fitted.  [default: 6]"
+    "--epochs",
+    type=options.COUNT,
+    help="Times each token is seen while all maps of a block are fitted.  [default: 6 at degree 2, else 0]",
 )
 @click.option("--units", type=float, help="Share of each block's units to keep, the most useful ones.  [default: 1]")
 @options.text(

@@ -56,7 +56,7 @@ class ConversionTask:
             tail_width=plan.tail_width,
             guard=form == "native" and degree == 2,
             units=plan.units,
-            epochs=plan.reconstruction,
+            epochs=plan.epochs_at(degree),
             sink_limit=sinks.limit_of(self.first_token),
         )
 

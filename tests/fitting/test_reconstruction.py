@@ -162,5 +162,11 @@ def test_units_that_point_at_sinks_stay_as_they_are():
 def test_it_needs_a_readout_that_is_solved_again():
     with pytest.raises(RecipeError, match="epochs needs readout: refit"):
         surgery.convert(tiny.make("llama"), text=IDS, epochs=2, readout="keep")
-    for settings, epochs in (({}, 6), ({"readout": "keep"}, 0), ({"degree": 1}, 0), ({"epochs": 3}, 3)):
+    for settings, epochs in (
+        ({}, 6),
+        ({"readout": "keep"}, 0),
+        ({"degree": 1}, 0),
+        ({"degree": 3}, 0),
+        ({"degree": 3, "epochs": 2}, 2),
+    ):
         assert Recipe(**settings).resolved()["epochs"] == epochs
