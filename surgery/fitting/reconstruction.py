@@ -26,8 +26,7 @@ from surgery.runtime.precision import fast_autocast
 
 ROWS, FEWEST_ROWS = 4096, 512  # tokens a step
 STEPS = 14  # of an epoch, where that leaves a step its fewest rows
-RATE = 0.05  # of Adam, as a share of a map's root mean square
-COEFFICIENTS = 0.1  # of that rate: the coefficients of high powers weigh more than their size says
+QUADRATIC_RATE, RATE = 0.05, 0.01  # of Adam, as a share of a map's root mean square; the latter for other degrees
 BETAS = (0.9, 0.98)
 WARM, LAST = 10, 0.02  # steps until the rate is full, and what is left of it at the end
 
@@ -109,11 +108,12 @@ class _Network(nn.Module):
         """
         with torch.no_grad():
             inputs = dict.fromkeys(self.weight, _size(x)) | {"down": _size(self.hidden(x))}
-        found = []
+        rate = QUADRATIC_RATE if self.units.degree == 2 else RATE
+        found: list[tuple[nn.Parameter, float]] = []
         for name, weight in self.weight.items():
-            rate = RATE * _size(weight)
-            found += [(weight, rate), (self.bias[name], rate * inputs[name])]
-        return found + [(value, COEFFICIENTS * RATE * _size(value)) for value in self.coefficients.values()]
+            found += [(weight, _size(weight)), (self.bias[name], _size(weight) * inputs[name])]
+        found += [(value, _size(value)) for value in self.coefficients.values()]
+        return [(parameter, rate * size) for parameter, size in found]
 
 
 class Reconstruction(NamedTuple):

@@ -80,7 +80,7 @@ def test_under_a_gaussian_there_is_nothing_to_win():
 
 
 def test_where_held_out_tokens_gain_nothing_the_closed_form_stays(monkeypatch):
-    monkeypatch.setattr(reconstruction, "RATE", 50.0)
+    monkeypatch.setattr(reconstruction, "QUADRATIC_RATE", 50.0)
     before, after = (fitted(2, epochs)[0] for epochs in (0, 2))
     assert torch.equal(before.polynomial.gate.weight, after.polynomial.gate.weight)
     assert torch.equal(before.polynomial.down.weight, after.polynomial.down.weight)
@@ -164,9 +164,9 @@ def test_it_needs_a_readout_that_is_solved_again():
         surgery.convert(tiny.make("llama"), text=IDS, epochs=2, readout="keep")
     for settings, epochs in (
         ({}, 6),
+        ({"degree": 3}, 6),
         ({"readout": "keep"}, 0),
         ({"degree": 1}, 0),
-        ({"degree": 3}, 0),
-        ({"degree": 3, "epochs": 2}, 2),
+        ({"epochs": 3}, 3),
     ):
         assert Recipe(**settings).resolved()["epochs"] == epochs
