@@ -54,7 +54,7 @@ class ConversionTask:
             refit=plan.refit,
             tail_weight=plan.tail,
             tail_width=plan.tail_width,
-            guard=form == "native" and degree == 2,
+            guard=degree == 2 and (form == "native" or plan.epochs_at(degree) > 0),
             units=plan.units,
             epochs=plan.epochs_at(degree),
             sink_limit=sinks.limit_of(self.first_token),

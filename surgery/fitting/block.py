@@ -145,7 +145,7 @@ def fit_block(
         return HiddenPolynomial.of(original, at, units).with_sink_units(pointing)
 
     if settings.refit:
-        objective = Objective.of(original, target, sample, writer)
+        objective = Objective.of(original, target, sample, writer=extra > 0)
         hidden, readout = _solved(closed_form, objective, extra, settings, cache_bytes)
     else:
         hidden = closed_form()

@@ -20,7 +20,8 @@ from surgery.runtime.precision import fast_bf16
 
 SIDE, MOMENT = 1024, 0.2  # of the matrices, and seconds to multiply them for
 REACHED = 0.6  # of that speed, by a model
-PASSES = 2.3  # forward passes that a conversion takes, measured (docs/results.md)
+PASSES = 2.3  # forward passes that a conversion in closed form takes, measured (docs/results.md)
+DESCENT = 0.4  # forward passes that an epoch of descent adds, its share of the second readout included
 TRAINING = 4  # forward passes of a training step: the teacher's, the student's, and its backward pass at two
 DRAWING = 4  # forward passes that drawing a token takes
 SETTING_UP = 8.0  # seconds of each stage: loading, and the check in a fresh process
@@ -87,7 +88,8 @@ class Estimate:
 
     def _conversion(self, plan: Recipe) -> float:
         drawn = sum(part.share for part in Mixture.of(plan.text).parts if part.source in (SAMPLES, AUTO))
-        passes = PASSES * (1 if plan.budget is None else 4) + DRAWING * drawn
+        fitted = PASSES + DESCENT * plan.epochs_at(plan.degree)
+        passes = fitted * (1 if plan.budget is None else 4) + DRAWING * drawn
         return (passes * plan.tokens + 2 * plan.measure) * self._forward() / self.slow
 
 

@@ -134,12 +134,17 @@ def test_massive_tokens_take_no_part_and_those_that_will_be_weigh_more():
 
 
 def test_units_that_point_at_sinks_stay_as_they_are():
-    """And what they write elsewhere is left to the others."""
+    """And what they write elsewhere is taken off by the others."""
+    generator = torch.Generator().manual_seed(4)
+
+    def drawn(count):
+        return torch.randn(1, count, dtype=torch.float64, generator=generator)
+
     poly = fitted(2, 0)[0].polynomial
     units = UnitPolynomials(poly.a, poly.b, torch.ones(len(poly.a)), 1.0)
-    pointing = Affine(torch.randn(1, poly.width, dtype=torch.float64) * 0.01, torch.zeros(1, dtype=torch.float64))
+    pointing = Affine(drawn(poly.width) * 0.02, torch.zeros(1, dtype=torch.float64))
     hidden = HiddenPolynomial(poly.gate, poly.up, units).with_sink_units(pointing)
-    sink = torch.randn(1, poly.out, dtype=torch.float64)
+    sink = 30 * drawn(poly.out)
     readout = torch.cat([poly.down.weight.T, sink, poly.down.bias[None]])
     model, block = block_of()
     block = replace(block, residual=None)
@@ -156,7 +161,7 @@ def test_units_that_point_at_sinks_stay_as_they_are():
     with torch.no_grad():
         whole = [(h.to(torch.float64)(x.double()) @ r).float() for h, r in ((hidden, readout), found)]
         errors = [float((value - original(x)).norm()) for value in whole]
-    assert errors[1] < 0.9 * errors[0]
+    assert errors[1] < 0.7 * errors[0]
 
 
 def test_it_needs_a_readout_that_is_solved_again():
