@@ -21,7 +21,7 @@ from surgery.runtime.precision import fast_bf16
 SIDE, MOMENT = 1024, 0.2  # of the matrices, and seconds to multiply them for
 REACHED = 0.6  # of that speed, by a model
 PASSES = 2.3  # forward passes that a conversion in closed form takes, measured (docs/results.md)
-DESCENT = 0.4  # forward passes that an epoch of descent adds, its share of the second readout included
+DESCENT = 0.65  # forward passes that an epoch of descent adds, its share of the second readout included
 TRAINING = 4  # forward passes of a training step: the teacher's, the student's, and its backward pass at two
 DRAWING = 4  # forward passes that drawing a token takes
 SETTING_UP = 8.0  # seconds of each stage: loading, and the check in a fresh process
