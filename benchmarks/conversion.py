@@ -28,7 +28,7 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB / 1024
 
 
-def measure(tokens: int, width: int, depth: int, degree: int) -> dict:
+def measure(tokens: int, width: int, depth: int, degree: int, epochs: int | None = None) -> dict:
     """One point; run in a fresh process, since a process's peak memory never falls."""
     import torch
     import transformers
@@ -53,7 +53,9 @@ def measure(tokens: int, width: int, depth: int, degree: int) -> dict:
 
     forward()
     first, before = forward(), peak_mib()
-    _, report = surgery.convert(model, text=ids, degree=degree, window=LENGTH, batch=BATCH)
+    _, report = surgery.convert(
+        model, text=ids, degree=degree, window=LENGTH, batch=BATCH, epochs=epochs if degree > 1 else None
+    )
     seconds, peak = report.seconds["convert"], peak_mib()
     second = forward()
     return {
@@ -87,13 +89,18 @@ def plot(rows: list[dict], file: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plot", help="PNG to write")
+    parser.add_argument("--epochs", type=int, help="as for `surgery convert`; 0: the closed form alone")
     options = parser.parse_args()
     rows = []
     print(f"{'varied':>8}{'value':>8}{'÷ forward':>11}{'seconds':>9}{'above a forward pass':>22}{'model':>10}")
     for name, values in VARIED.items():
         for value in values:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                row = {"varied": name, "value": value, **pool.apply(measure, kwds={**BASE, name: value})}
+                row = {
+                    "varied": name,
+                    "value": value,
+                    **pool.apply(measure, kwds={**BASE, name: value, "epochs": options.epochs}),
+                }
             rows.append(row)
             print(
                 f"{name:>8}{value:>8}{row['ratio']:>11.2f}{row['seconds']:>9.1f}"

@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", help="vocab.txt, where the model's folder holds no tokenizer")
     parser.add_argument("--degrees", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--targets", nargs="*", default=["stream"], help="stream, block")
+    parser.add_argument("--epochs", type=int, help="as for `surgery convert`; 0: the closed form alone")
     parser.add_argument("--json", help="file to write the rows to")
     options = parser.parse_args()
     if bool(options.text) == bool(options.sequences):
@@ -119,7 +120,9 @@ def main() -> None:
     for target in options.targets:
         for degree in options.degrees:
             begun = time.monotonic()
-            nats, report = cost(degree=degree, target=target, quiet=False)
+            nats, report = cost(
+                degree=degree, target=target, epochs=options.epochs if degree > 1 else None, quiet=False
+            )
             blocks = sorted(report.blocks, key=lambda row: row["r2_held"])
             middle, least = blocks[len(blocks) // 2]["r2_held"], blocks[0]
             row = {"degree": degree, "target": target, "nats": nats, "seconds": time.monotonic() - begun}

@@ -75,13 +75,13 @@ def as_published(name: str, value: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def convert(source: str, output: str, tokens: int) -> None:
+def convert(source: str, output: str, tokens: int, epochs: int | None) -> None:
     import torch
 
     import surgery
 
     ids = torch.randint(4, WORDS, (tokens // LENGTH, LENGTH), generator=torch.Generator().manual_seed(0))
-    surgery.convert(source, output=output, offload=True, text=ids, window=LENGTH, batch=BATCH)
+    surgery.convert(source, output=output, offload=True, text=ids, window=LENGTH, batch=BATCH, epochs=epochs)
 
 
 def anonymous_mib(process: int) -> int:
@@ -102,6 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("width", 1024), ("hidden", 2816), ("depth", 48), ("experts", 0), ("tokens", 1024)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--epochs", type=int, help="as for `surgery convert`; 0: the closed form alone")
     parser.add_argument("--folder", type=Path, help="where to work and to leave the model and the twin")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
@@ -116,7 +117,7 @@ def main() -> None:
                 raise SystemExit(writer.exitcode)
         stored = sum(file.stat().st_size for file in source.glob("*.safetensors"))
         begun, peak = time.monotonic(), 0
-        work = started(convert, str(source), str(folder / "twin"), options.tokens)
+        work = started(convert, str(source), str(folder / "twin"), options.tokens, options.epochs)
         while work.is_alive():
             peak = max(peak, anonymous_mib(work.pid or 0))
             time.sleep(0.1)

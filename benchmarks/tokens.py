@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--degrees", default="2,3")
     parser.add_argument("--measure", type=whole_number, default=8192)
     parser.add_argument("--plot")
+    parser.add_argument("--epochs", type=int, help="as for `surgery convert`; 0: the closed form alone")
     options = parser.parse_args()
     sizes, degrees = ([int(part) for part in given.split(",")] for given in (options.sizes, options.degrees))
     original = loading.loaded(options.model)
@@ -58,9 +59,8 @@ def main() -> None:
             with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
                 file.write(original.tokenizer.decode(ids[:tokens]))
                 file.flush()
-                twin, _ = surgery.convert(
-                    options.model, text=file.name, tokens=tokens, degree=degree, window=WINDOW, measure=0
-                )
+                settings = {"tokens": tokens, "degree": degree, "epochs": options.epochs}
+                twin, _ = surgery.convert(options.model, text=file.name, window=WINDOW, measure=0, **settings)
             seconds = time.monotonic() - started
             lost = perplexity(twin, unseen).nats - before.nats
             rows.append({"degree": degree, "tokens": tokens, "nats_lost": lost, "seconds": seconds})

@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--tokens", type=whole_number, default=32768)
     parser.add_argument("--shares", type=float, nargs="*", default=[1.0, 0.75, 0.5])
+    parser.add_argument("--epochs", type=int, help="as for `surgery convert`; 0: the closed form alone")
     options = parser.parse_args()
     loaded = loading.loaded(options.model)
     ids = tokens_of(options.text, loaded.tokenizer, options.tokens + MEASURED)
@@ -53,7 +54,8 @@ def main() -> None:
     rows = []
     print(f"{'units':>6}{'parameters':>14}{'twin, nats':>12}{'magnitude, nats':>17}{'prefill':>9}{'decode':>8}")
     for share in options.shares:
-        twin, _ = surgery.convert(surgery.load(options.model), text=fit, units=share, quiet=False)
+        settings = {"units": share, "epochs": options.epochs}
+        twin, _ = surgery.convert(surgery.load(options.model), text=fit, quiet=False, **settings)
         speed = compare_speed(loaded.model, twin)
         row = {
             "share": share,

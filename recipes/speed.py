@@ -1,7 +1,7 @@
 """What converting costs: its time over one plain forward pass on the same tokens, and its memory above the model's.
 
-Usage: python recipes/speed.py MODEL [TOKENS] [DEGREE]. Forward pass, conversion, forward pass, in one run; the ratio is
-to the mean of the two passes, which are printed to show the machine's own spread.
+Usage: python recipes/speed.py MODEL [TOKENS] [DEGREE] [EPOCHS]. Forward pass, conversion, forward pass, in one run; the
+ratio is to the mean of the two passes, which are printed to show the machine's own spread.
 """
 
 import os
@@ -28,13 +28,13 @@ def forward_seconds(model, batches) -> float:
     return time.monotonic() - begun
 
 
-def main(name: str, tokens: int = 32768, degree: int = 2) -> None:
+def main(name: str, tokens: int = 32768, degree: int = 2, epochs: int | None = None) -> None:
     loaded = loading.loaded(name)
     data = calibration_inputs("python", loaded.model, loaded.tokenizer, tokens=tokens, length=512, batch=8)
     first = forward_seconds(loaded.model, data.batches)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ids = torch.cat([batch["input_ids"] for batch in data.batches])
-    twin, report = surgery.convert(loaded.model, text=ids, degree=degree, measure=0, quiet=False)
+    twin, report = surgery.convert(loaded.model, text=ids, degree=degree, epochs=epochs, measure=0, quiet=False)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     second = forward_seconds(twin, data.batches)
     seconds = report.seconds["convert"]

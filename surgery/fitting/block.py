@@ -1,7 +1,8 @@
 """Calibrate and solve one block: arrivals at its entrance in, its polynomial out.
 
 Two passes over the block's inputs. The first, over a sample of them, gives the moments of the hidden units, their
-polynomials and the sinks. The second, over all, gives the normal equations of the readout. Both are float64 sums.
+polynomials and the sinks. The second, over all, gives the normal equations of the readout. Both are float64 sums. From
+there all maps may descend together (:mod:`surgery.fitting.reconstruction`), and the readout is solved once more.
 """
 
 from __future__ import annotations

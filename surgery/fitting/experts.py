@@ -93,7 +93,7 @@ def fit_experts(station: Station, settings: FitSettings) -> FittedExperts:
         )
     corrections = _corrections(station, module)  # by batch, (tokens, out), per unit of routing weight
     least = TOKENS_PER_UNKNOWN * (2 * settings.degree + 1)
-    kept = settings if settings.units < 1 else replace(settings, refit=False)
+    kept = replace(settings, epochs=0) if settings.units < 1 else replace(settings, refit=False)
     prior_rows = _layer_sample(station, max(settings.unit_tokens, 4 * block.width))
     fitted: list[FittedBlock] = []
     tokens: list[int] = []

@@ -86,13 +86,10 @@ class _Network(nn.Module):
         u, v = self._through("gate", x), self._through("up", x) if "up" in self.weight else None
         if v is not None and self.product:
             return u * v
-        return self._polynomials()(u, v)
+        return replace(self.units, **dict(self.coefficients))(u, v)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._through("down", self.hidden(x))
-
-    def _polynomials(self) -> UnitPolynomials:
-        return replace(self.units, **dict(self.coefficients))
 
     def result(self) -> tuple[HiddenPolynomial, Affine]:
         """As it stands now."""

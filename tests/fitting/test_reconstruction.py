@@ -41,20 +41,21 @@ def inputs(count, width, seed, gaussian=False):
     return z if gaussian else centres[torch.randint(24, (count,), generator=generator)] + 0.5 * z
 
 
-def arrival_of(width, gaussian=False, known_sink=None):
-    x = inputs(TOKENS, width, 0, gaussian)
+def station_of(name="llama", gaussian=False):
+    model, block = block_of(name)
+    x = inputs(TOKENS, block.width, 0, gaussian)
     yes, no = torch.ones(TOKENS, dtype=torch.bool), torch.zeros(TOKENS, dtype=torch.bool)
     held = torch.arange(TOKENS) >= TOKENS - HELD
-    return Arrival(x, yes, None, x.norm(dim=-1), held, no if known_sink is None else known_sink)
+    arrival = Arrival(x, yes, None, x.norm(dim=-1), held, no)
+    modules = {path: model.get_submodule(path) for path in block.parts}
+    return Station(replace(block, residual=None), modules, (arrival,), ())
 
 
 def fitted(degree, epochs, name="llama", gaussian=False, **settings):
-    model, block = block_of(name)
-    block = replace(block, residual=None)
-    modules = {path: model.get_submodule(path) for path in block.parts}
+    station = station_of(name, gaussian)
     with torch.no_grad():
-        station = Station(block, modules, (arrival_of(block.width, gaussian),), ())
-        return fit_block(station, FitSettings(degree, epochs=epochs, **settings)), block.weights(modules)
+        one = fit_block(station, FitSettings(degree, epochs=epochs, **settings))
+        return one, station.block.weights(station.modules)
 
 
 def missing(one, original, seed=7, gaussian=False):
@@ -146,12 +147,9 @@ def test_units_that_point_at_sinks_stay_as_they_are():
     hidden = HiddenPolynomial(poly.gate, poly.up, units).with_sink_units(pointing)
     sink = 30 * drawn(poly.out)
     readout = torch.cat([poly.down.weight.T, sink, poly.down.bias[None]])
-    model, block = block_of()
-    block = replace(block, residual=None)
-    modules = {path: model.get_submodule(path) for path in block.parts}
+    station = station_of()
     with torch.no_grad():
-        station = Station(block, modules, (arrival_of(block.width),), ())
-        original = block.weights(modules)
+        original = station.block.weights(station.modules)
         objective = Objective(original, Target.of(station), torch.tensor(6.0), torch.tensor(1.0), 1e6, 50.0, False)
         found = reconstructed(hidden, readout, station, objective.batch, 1, 4)
     assert found is not None
