@@ -21,6 +21,7 @@ from surgery.cli import options, terminal
 )
 @options.tokens("Tokens to train on", "1M")
 @options.window(256)
+@click.option("--short", type=float, help="Share of the tokens in sentences by themselves.  [default: 0.1]")
 @options.batch(4)
 @click.option("--accumulate", type=options.COUNT, help="Forward passes in one step.  [default: 2]")
 @click.option("--train", metavar="NAME", help="coefficients, readout, block, all or lora.  [default: block]")

@@ -35,6 +35,7 @@ class RefineSettings:
         text: training texts, each with its share of the tokens (SOURCE=2), 1 where it says none; auto: broad, or
             python=2, code=2 and samples where that cannot be fetched.
         tokens, window: tokens to train on, in windows of this many; a shorter text is gone through again.
+        short: share of the tokens in sentences by themselves, each after a start token.
         batch, accumulate: windows a forward pass and process, and forward passes a step.
         train: coefficients, readout, block, all or lora.
         lora_rank, lora_modules: rank of LoRA, and the modules it goes on (as peft takes them).
@@ -63,6 +64,7 @@ class RefineSettings:
     text: tuple[str, ...] = (AUTO,)
     tokens: int = 1_000_000
     window: int = 256
+    short: float = 0.1
     batch: int = 4
     accumulate: int = 2
     train: str = "block"
@@ -130,7 +132,7 @@ def _check_values(settings: RefineSettings) -> None:
     for name in ABOVE_ZERO:
         if not getattr(settings, name) > 0:
             raise RecipeError(f"{getattr(settings, name)} is not positive", where=f"--{name.replace('_', '-')}")
-    for name in ("average", "blend", "warmup"):
+    for name in ("average", "blend", "warmup", "short"):
         if not 0 <= getattr(settings, name) < 1:
             raise RecipeError(f"{getattr(settings, name)} is not from 0 up to, not including, 1", where=f"--{name}")
     for name in ("anchor", "match", "patience"):

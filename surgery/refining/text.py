@@ -15,6 +15,7 @@ from surgery.calibration.samples import sample
 from surgery.calibration.texts import AUTO, BROAD, SAMPLES, label, special_tokens, tokenised
 from surgery.errors import CalibrationError
 from surgery.refining.packing import PackedWindows, cut_out, pack, packable
+from surgery.refining.sentences import sentences
 from surgery.refining.settings import RefineSettings
 from surgery.runtime.files import replacing
 
@@ -38,7 +39,8 @@ def training_windows(
     """Held-out windows by text, training windows, and which tokens of each text were held out of how many read.
 
     Held out is, of every text, what follows the tokens that the conversion saw: unseen by both. All else is trained on,
-    in windows from all over it; of several texts each gives its share, a short one by coming again.
+    in windows from all over it; of several texts each gives its share, a short one by coming again. Of every text the
+    share `short` of the windows holds sentences by themselves, where positions keep them apart.
     What an earlier refinement held out of a text stays so.
     """
     positions = packable(teacher)
@@ -68,8 +70,11 @@ def training_windows(
         rest, kept = cut_out(texts, seen, seen + held_each)
         ranges[name] = {"begin": seen, "end": seen + held_each, "read": total}
         held[name] = pack(kept, settings.window, tokenizer, positions)
-        packed = pack(rest, settings.window, tokenizer, positions)
-        train.append(_as_many(packed, -(-wanted // settings.window), again=not mixture.one))
+        rows = -(-wanted // settings.window)
+        alone = round(rows * settings.short) if positions else 0
+        for pieces, count in ((rest, rows - alone), (sentences(rest, tokenizer) if alone else [], alone)):
+            packed = pack(pieces, settings.window, tokenizer, positions)
+            train.append(_as_many(packed, count, again=not mixture.one))
     windows = PackedWindows.join(train)
     a_step = settings.batch * settings.accumulate * accelerator.num_processes
     if any(len(part) == 0 for part in held.values()) or len(windows) < a_step:

@@ -1,6 +1,7 @@
 """What is trained on, and what is held out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from surgery.models import loading
 from surgery.refining.run import refined
 from surgery.refining.settings import RefineSettings
 from surgery.refining.text import OFFLINE, training_sources, training_windows
+from tests import tiny
 from tests.refining.support import settings_of
 
 
@@ -64,6 +66,27 @@ def test_every_text_gives_its_share_and_a_short_one_comes_again(place, tmp_path)
     sizes = {name: len(part) * settings.window for name, part in held.items()}
     assert sizes == {"long.txt": 768, "short.txt": 256}
     assert ranges["short.txt"]["read"] < 8192 // 4 + 256, "it is gone through more than once"
+
+
+def test_a_share_of_the_windows_is_sentences(place, tmp_path):
+    """Where positions keep them apart; a document alone fills its windows."""
+    (tmp_path / "story.txt").write_text("The quick brown fox jumps over the dog. It is lazy! " * 400)
+    settings = settings_of(place, tmp_path / "out", text=(f"{tmp_path}/story.txt",), tokens=2048)
+    loaded = loading.loaded(settings.twin)
+    report = json.loads((Path(settings.twin) / "surgery.json").read_text())
+    teacher = loading.loaded(settings.original).model
+
+    def windows(teacher, **more):
+        given = replace(settings, **more), loaded.tokenizer, report, teacher, SimpleNamespace(num_processes=1), tmp_path
+        return training_windows(*given)[1]
+
+    found = windows(teacher, short=0.25)
+    beginnings = (found.positions == 0).sum(1)
+    assert len(found) == len(windows(teacher, short=0.0)) == 2048 // settings.window
+    assert (beginnings > 1).float().mean() == pytest.approx(0.25, abs=0.02)
+    assert ((windows(teacher, short=0.0).positions == 0).sum(1) == 1).all(), "the control"
+    leaking = windows(tiny.make("opt"), short=0.25)
+    assert leaking.ids.equal(windows(tiny.make("opt"), short=0.0).ids), "it has no way to keep them apart"
 
 
 def test_without_a_network_what_there_is_is_trained_on_and_said(place, tmp_path):

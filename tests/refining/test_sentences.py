@@ -1,0 +1,51 @@
+"""Sentences by themselves among what is trained on."""
+
+import pytest
+from transformers import AutoTokenizer
+
+from surgery.refining.sentences import LONGEST, SHORTEST, sentences
+from tests import tiny
+
+TEXT = "the fox jumps over the lazy dog. it is quick: and then nothing more of it was seen. so"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sentences")
+    tiny.save_with_tokenizer("llama", folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_sentences_are_all_of_the_text_each_after_a_start_token(tokenizer):
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    found = sentences([ids, ids], tokenizer)
+    start = found[0][0]
+    assert start in tokenizer.all_special_ids
+    assert all(piece[0] == start for piece in found)
+    whole = [token for piece in found[: len(found) // 2] for token in piece[1:]]
+    assert whole == ids[: len(whole)]
+    assert len(ids) - len(whole) < SHORTEST, "what is left of a text is no sentence"
+    first, second = (tokenizer.decode(piece[1:]).replace(" ", "") for piece in found[:2])
+    assert first.endswith("dog.")
+    assert second.endswith("quick:")
+
+
+def test_what_has_no_end_is_cut_and_what_is_too_short_goes_with_the_next():
+    words = dict(enumerate(["", "<s>", "</s>", ".", "a"]))
+
+    class Words:
+        all_special_ids, bos_token_id, eos_token_id = (1, 2), 1, 2
+
+        def __init__(self, before):
+            self.before = before
+
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [*self.before, 4] if add_special_tokens else [4]}
+
+        def decode(self, ids):
+            return words[ids[0]]
+
+    bare, framed = Words([]), Words([1])
+    assert [list(piece) for piece in sentences([[4, 3, 4, 4, 3, 4, 3, 2]], bare)] == [[1, 4, 3, 4, 4, 3]]
+    assert [len(piece) for piece in sentences([[4] * (2 * LONGEST + 1)], bare)] == [1 + LONGEST] * 2
+    assert [list(piece) for piece in sentences([[4, 4, 4, 3]], framed)] == [[4, 4, 4, 3]], "packing puts it there"
