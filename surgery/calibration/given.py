@@ -100,7 +100,7 @@ def _one_row(row: Any, tokenizer: Any, most: int, where: str) -> Tensor:
         return ids if mask is None else ids[_tensor(mask, where).flatten().bool()]
     if isinstance(row, str | Mapping):
         text = text_of(row if isinstance(row, str) else dict(row), where, chat_of(tokenizer))
-        return torch.tensor(ids_of([text], tokenizer, most)[0])
+        return torch.tensor([token for part in ids_of([text], tokenizer, most) for token in part]).long()
     if _is_array(row) or isinstance(row, list | tuple):
         return _ids(row).flatten()
     raise _unknown(row)

@@ -29,10 +29,20 @@ def start_tokens(tokenizer: Any) -> list[int]:
     return [token for token in known if token is not None][:1]
 
 
-def sample(model: Any, tokenizer: Any, rows: int, length: int, batch: int = SAMPLED_TOGETHER) -> Tensor:
+def sample(
+    model: Any,
+    tokenizer: Any,
+    rows: int,
+    length: int,
+    batch: int = SAMPLED_TOGETHER,
+    *,
+    after: int = 0,
+    quiet: bool = False,
+) -> Tensor:
     """The model's own texts from their start tokens on, (rows, length) ids, at temperature 1; global random state.
 
     Every other one goes on from an opening (:mod:`surgery.calibration.openings`), where the tokenizer knows English.
+    `after` so many that were drawn already, it begins with the openings that follow.
     """
     start = [] if tokenizer is None else start_tokens(tokenizer)
     if not start or not hasattr(model, "generate") or not model.can_generate():
@@ -42,10 +52,13 @@ def sample(model: Any, tokenizer: Any, rows: int, length: int, batch: int = SAMP
     begun = openings(tokenizer) if knows_english(tokenizer) else []
     begun = begun if begun and len(begun[0]) < length - len(start) - 1 else []
     opened = rows // 2 if begun else 0
-    prompts = [[start] * (rows - opened), [[*start, *begun[number % len(begun)]] for number in range(opened)]]
+    prompts = [
+        [start] * (rows - opened),
+        [[*start, *begun[(after // 2 + number) % len(begun)]] for number in range(opened)],
+    ]
     plain: list[Tensor] = []
     others: list[Tensor] = []
-    with tqdm(total=rows, desc=f"sampling {length} tokens", unit="seq", leave=False) as bar:
+    with tqdm(total=rows, desc=f"sampling {length} tokens", unit="seq", leave=False, disable=quiet) as bar:
         for drawn, wanted in zip((plain, others), prompts, strict=True):
             for first in range(0, len(wanted), batch):
                 part = torch.tensor(wanted[first : first + batch], device=device_of(model))

@@ -28,6 +28,7 @@ AUTO, SAMPLES, BROAD = "auto", "samples", "broad"
 BUILT_IN = ("python", "code", SAMPLES, BROAD)
 MODULES_PER_TOPIC = 4  # there are about four modules with long docstrings to a topic of the language reference
 CHARACTERS_PER_TOKEN = 6  # an overestimate of English, so that enough text is read and no more
+TOGETHER = 1 << 20  # characters of a long text that go through the tokenizer at once
 
 
 def documents(source: str, chat: Chat = plain_chat) -> Iterator[str]:
@@ -124,15 +125,16 @@ def _hub_texts(source: str, chat: Chat) -> Iterator[str]:
         ) from error
 
 
-def tokenised(source: str, tokenizer: Any, count: int) -> list[array[int]]:
+def tokenised(source: str, tokenizer: Any, count: int) -> Iterator[array[int]]:
     """Documents of a text source as ids, see :func:`ids_of`."""
     return ids_of(documents(source, chat_of(tokenizer)), tokenizer, count)
 
 
-def ids_of(texts: Iterable[str], tokenizer: Any, count: int) -> list[array[int]]:
+def ids_of(texts: Iterable[str], tokenizer: Any, count: int) -> Iterator[array[int]]:
     """Texts as ids, each closed by the end-of-text token; `count` ids in all, or fewer.
 
-    In arrays of 4 bytes an id: a list takes ten times as much, and training texts have tens of millions.
+    One after another, a long text in several parts, so that training texts of any length take no memory. In arrays of 4
+    bytes an id: a list takes ten times as much.
     """
     if tokenizer is None:
         raise CalibrationError(
@@ -140,16 +142,26 @@ def ids_of(texts: Iterable[str], tokenizer: Any, count: int) -> list[array[int]]
             fix="give model inputs as a .safetensors file (pixel_values or input_ids)",
         )
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    found: list[array[int]] = []
     left = count
     for text in texts:
-        budget = left * CHARACTERS_PER_TOKEN * 4
-        ids = list(tokenizer(text[:budget], add_special_tokens=False, verbose=False)["input_ids"]) + end
-        found.append(array("i", ids[:left]))
-        left -= len(found[-1])
-        if left <= 0:
-            break
-    return found
+        for part, last in _parts(text):
+            budget = left * CHARACTERS_PER_TOKEN * 4
+            ids = list(tokenizer(part[:budget], add_special_tokens=False, verbose=False)["input_ids"])
+            found = array("i", (ids + end if last else ids)[:left])
+            yield found
+            left -= len(found)
+            if left <= 0:
+                return
+
+
+def _parts(text: str) -> Iterator[tuple[str, bool]]:
+    """A long text at some line ends, and whether a part is its last one."""
+    begin = 0
+    while len(text) - begin > TOGETHER:
+        cut = text.rfind("\n", begin, begin + TOGETHER) + 1 or begin + TOGETHER
+        yield text[begin:cut], False
+        begin = cut
+    yield text[begin:], True
 
 
 def chat_of(tokenizer: Any) -> Chat:

@@ -7,9 +7,10 @@ windows are cut from the text as it comes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,11 +41,9 @@ class PackedWindows:
         """Parts of at most `size` windows."""
         return [self[start : start + size] for start in range(0, len(self), size)]
 
-    @staticmethod
-    def join(parts: Sequence[PackedWindows]) -> PackedWindows:
-        """The windows of all parts, in order."""
-        positions = [part.positions for part in parts if part.positions is not None]
-        return PackedWindows(torch.cat([part.ids for part in parts]), torch.cat(positions) if positions else None)
+
+Row = tuple[Tensor, Tensor]
+"""Ids and positions of one window, (length,) int32 each."""
 
 
 def packable(model: Any) -> bool:
@@ -59,48 +58,54 @@ def packable(model: Any) -> bool:
     return bool((together - alone).norm() < 1e-3 * alone.norm())
 
 
-def cut_out(texts: Sequence[Sequence[int]], begin: int, end: int) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
-    """(outside, inside) of the ids begin … end, counted through the documents one after another."""
-    outside: list[Sequence[int]] = []
-    inside: list[Sequence[int]] = []
+def cut(texts: Iterable[Sequence[int]], begin: int, end: int) -> Iterator[tuple[Sequence[int], bool]]:
+    """Pieces of documents, and whether each lies in the ids begin … end, counted through one document after another."""
     at = 0
     for text in texts:
-        cuts = [min(max(edge - at, 0), len(text)) for edge in (begin, end)]
-        outside += [piece for piece in (text[: cuts[0]], text[cuts[1] :]) if len(piece) > 1]
-        inside += [text[cuts[0] : cuts[1]]] if cuts[1] - cuts[0] > 1 else []
+        edges = [0, *(min(max(edge - at, 0), len(text)) for edge in (begin, end)), len(text)]
+        for (first, last), inside in zip(pairwise(edges), (False, True, False), strict=True):
+            if last - first > 1:
+                yield text[first:last], inside
         at += len(text)
-    return outside, inside
 
 
-def pack(texts: Iterable[Sequence[int]], length: int, tokenizer: Any, with_positions: bool) -> PackedWindows:
-    """Windows of `length` ids; what does not fill the last one is left out.
+class Packer:
+    """Documents one after another in windows of `length` ids.
 
     Every piece of a document begins with what the tokenizer puts before a text, since that is the text models know.
     """
-    before, after = special_tokens(tokenizer)
-    filler = tokenizer.eos_token_id or 0
-    rows: list[Tensor] = []
-    places: list[Tensor] = []
-    row: list[int] = []
-    place: list[int] = []
-    taken = len(before) + len(after)
-    for text in texts:
+
+    def __init__(self, length: int, tokenizer: Any) -> None:
+        self.length = length
+        self.before, self.after = special_tokens(tokenizer)
+        self.filler = tokenizer.eos_token_id or 0
+        self.row: list[int] = []
+        self.place: list[int] = []
+
+    def add(self, text: Sequence[int]) -> Iterator[Row]:
+        """The windows that a document fills up."""
         at = 0
         while at < len(text):
-            room = length - len(row) - taken
+            room = self.length - len(self.row) - len(self.before) - len(self.after)
             if room < 2:  # too little for a piece: the row is filled up as part of the last one
-                last = place[-1] if place else -1
-                place += range(last + 1, last + 1 + length - len(row))
-                row += [filler] * (length - len(row))
+                last = self.place[-1] if self.place else -1
+                left = self.length - len(self.row)
+                self.place += range(last + 1, last + 1 + left)
+                self.row += [self.filler] * left
             else:
-                piece = [*before, *text[at : at + room], *after]
+                piece = [*self.before, *text[at : at + room], *self.after]
                 at += room
-                row += piece
-                place += range(len(piece))
-            if len(row) == length:
-                rows.append(torch.tensor(row, dtype=torch.int32))
-                places.append(torch.tensor(place, dtype=torch.int32))
-                row, place = [], []
+                self.row += piece
+                self.place += range(len(piece))
+            if len(self.row) == self.length:
+                yield torch.tensor(self.row, dtype=torch.int32), torch.tensor(self.place, dtype=torch.int32)
+                self.row, self.place = [], []
+
+
+def pack(texts: Iterable[Sequence[int]], length: int, tokenizer: Any, with_positions: bool) -> PackedWindows:
+    """Windows of `length` ids; what does not fill the last one is left out."""
+    packer = Packer(length, tokenizer)
+    found = [row for text in texts for row in packer.add(text)]
     none = torch.zeros(0, length, dtype=torch.int32)
-    ids, positions = (torch.stack(found) if found else none for found in (rows, places))
+    ids, positions = (torch.stack(parts) for parts in zip(*found, strict=True)) if found else (none, none)
     return PackedWindows(ids, positions if with_positions else None)

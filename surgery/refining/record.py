@@ -14,6 +14,8 @@ from surgery.refining.packing import PackedWindows
 from surgery.refining.settings import RefineSettings
 from surgery.refining.training import Training
 
+HASHED_TOGETHER = 4096  # windows
+
 
 def run_key(settings: RefineSettings, report: dict[str, Any], windows: PackedWindows, processes: int) -> dict[str, Any]:
     """What an interrupted run must share with this one to be gone on with: settings, the twin's weights, the text."""
@@ -24,8 +26,15 @@ def run_key(settings: RefineSettings, report: dict[str, Any], windows: PackedWin
         "device": None,
         "processes": processes,
         "weights": report["verification"]["weights"],
-        "windows": hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest(),
+        "windows": _fingerprint(windows),
     }
+
+
+def _fingerprint(windows: PackedWindows) -> str:
+    digest = hashlib.sha256()
+    for part in windows.split(HASHED_TOGETHER):
+        digest.update(part.ids.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def record_of(

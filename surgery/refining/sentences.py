@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from surgery.calibration.samples import start_tokens
@@ -13,33 +13,35 @@ SHORTEST, LONGEST = 4, 64  # tokens of a sentence
 ENDS = (".", "!", "?", ";", ":")
 
 
-def sentences(texts: Iterable[Sequence[int]], tokenizer: Any) -> list[array[int]]:
-    """Every sentence or line of the texts as ids, with a start token before it, as short texts are given to a model.
+class Sentences:
+    """Cuts ids where a sentence or a line ends, and puts a start token before each, as short texts are given to models.
 
     Where the tokenizer puts one there itself it is left out here. What is longer than LONGEST is cut there, what is
     shorter than SHORTEST goes with the next.
     """
-    before, _ = special_tokens(tokenizer)
-    start = [] if before else start_tokens(tokenizer)
-    special = set(tokenizer.all_special_ids) - {getattr(tokenizer, "unk_token_id", None)}
-    ends: dict[int, bool] = {}
 
-    def closes(token: int) -> bool:
-        if token not in ends:
-            text = tokenizer.decode([token])
-            ends[token] = "\n" in text or text.rstrip().endswith(ENDS)
-        return ends[token]
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        before, _ = special_tokens(tokenizer)
+        self.start = [] if before else start_tokens(tokenizer)
+        self.special = set(tokenizer.all_special_ids) - {getattr(tokenizer, "unk_token_id", None)}
+        self.ends: dict[int, bool] = {}
 
-    def cut(text: Sequence[int]) -> Iterator[list[int]]:
+    def of(self, text: Sequence[int]) -> Iterator[array[int]]:
+        """The sentences of a document."""
         piece: list[int] = []
         for token in text:
-            if token in special:
+            if token in self.special:
                 continue
             piece.append(token)
-            if len(piece) == LONGEST or (len(piece) >= SHORTEST and closes(token)):
-                yield piece
+            if len(piece) == LONGEST or (len(piece) >= SHORTEST and self._closes(token)):
+                yield array("i", self.start + piece)
                 piece = []
         if len(piece) >= SHORTEST:
-            yield piece
+            yield array("i", self.start + piece)
 
-    return [array("i", [*start, *piece]) for text in texts for piece in cut(text)]
+    def _closes(self, token: int) -> bool:
+        if token not in self.ends:
+            text = self.tokenizer.decode([token])
+            self.ends[token] = "\n" in text or text.rstrip().endswith(ENDS)
+        return self.ends[token]

@@ -1,9 +1,13 @@
-"""What a refinement reads: training windows, and held-out ones that neither the conversion nor it has seen."""
+"""What a refinement reads: training windows, and held-out ones that neither the conversion nor it has seen.
+
+Texts are read as a stream and windows kept in files, so that memory does not grow with the tokens. (A text file that is
+not JSON lines is one document, and is read whole.)
+"""
 
 from __future__ import annotations
 
-import hashlib
 from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +15,16 @@ import torch
 
 from surgery.calibration.automatic import automatic, available
 from surgery.calibration.mixtures import Mixture, seen_of
-from surgery.calibration.samples import sample
-from surgery.calibration.texts import AUTO, BROAD, SAMPLES, label, special_tokens, tokenised
+from surgery.calibration.texts import AUTO, BROAD, SAMPLES, label, tokenised
 from surgery.errors import CalibrationError
-from surgery.refining.packing import PackedWindows, cut_out, pack, packable
-from surgery.refining.sentences import sentences
+from surgery.refining.own_texts import own_texts
+from surgery.refining.packing import PackedWindows, Packer, cut, pack, packable
+from surgery.refining.sentences import Sentences
 from surgery.refining.settings import RefineSettings
-from surgery.runtime.files import replacing
+from surgery.refining.window_file import WindowFile
 
 SPREAD, SPREAD_MOST = 4, 500_000  # times the tokens of a text that are read to train on, and where that ends
+STRETCH = 256  # tokens of a text that become sentences together
 OFFLINE = ("python=2", "code=2", SAMPLES)  # without a network; samples take longer to draw than to train on
 
 
@@ -45,9 +50,9 @@ def training_windows(
     """
     positions = packable(teacher)
     held: dict[str, PackedWindows] = {}
-    train: list[PackedWindows] = []
     ranges = dict((report.get("refinement") or {}).get("held_out", {}))
     mixture, _ = available(Mixture.of(settings.text))
+    train = WindowFile(place.parent, settings.window, positions)
     for part in mixture.parts:
         source, name = part.source, label(part.source)
         seen = seen_of(report["calibration"], source)
@@ -56,56 +61,78 @@ def training_windows(
             seen, held_each = ranges[name]["begin"], ranges[name]["end"] - ranges[name]["begin"]
         wanted = round(settings.tokens * part.share)
         if source == SAMPLES:
-            texts = _samples(settings, teacher, tokenizer, wanted + held_each, accelerator, place)
+            texts: Iterable[array[int]] = own_texts(
+                settings, teacher, tokenizer, wanted + held_each, accelerator, place
+            )
         else:
             read = max(wanted, min(SPREAD * wanted, SPREAD_MOST))
             texts = tokenised(source, tokenizer, seen + held_each + read)
-        total = sum(len(text) for text in texts)
-        if total < seen + held_each:
+        counted = _Counted(texts)
+        short = settings.short if positions else 0.0
+        kept, long, alone = _packed(cut(counted, seen, seen + held_each), settings.window, short, tokenizer, train)
+        if counted.tokens < seen + held_each:
             raise CalibrationError(
-                f"of its {total:,} tokens the conversion saw {seen:,}; {held_each:,} unseen ones are to be held out",
+                f"of its {counted.tokens:,} tokens the conversion saw {seen:,}; "
+                f"{held_each:,} unseen ones are to be held out",
                 where=source,
                 fix="give more text, another text, or a lower --validate-tokens",
             )
-        rest, kept = cut_out(texts, seen, seen + held_each)
-        ranges[name] = {"begin": seen, "end": seen + held_each, "read": total}
+        ranges[name] = {"begin": seen, "end": seen + held_each, "read": counted.tokens}
         held[name] = pack(kept, settings.window, tokenizer, positions)
         rows = -(-wanted // settings.window)
-        alone = round(rows * settings.short) if positions else 0
-        for pieces, count in ((rest, rows - alone), (sentences(rest, tokenizer) if alone else [], alone)):
-            packed = pack(pieces, settings.window, tokenizer, positions)
-            train.append(_as_many(packed, count, again=not mixture.one))
-    windows = PackedWindows.join(train)
+        of_sentences = round(rows * short) if len(alone) else 0
+        for windows, number in ((long, rows - of_sentences), (alone, of_sentences)):
+            train.choose(windows, _as_many(len(windows), number, again=not mixture.one))
+    found = train.windows()
     a_step = settings.batch * settings.accumulate * accelerator.num_processes
-    if any(len(part) == 0 for part in held.values()) or len(windows) < a_step:
+    if any(len(part) == 0 for part in held.values()) or len(found) < a_step:
         raise CalibrationError(
-            f"{windows.ids.numel():,} tokens are too few: a step takes {a_step} windows of {settings.window}",
+            f"{found.ids.numel():,} tokens are too few: a step takes {a_step} windows of {settings.window}",
             where=", ".join(settings.text),
             fix="give more text, or lower --window, --batch, --accumulate or --validate-tokens",
         )
-    return held, windows, ranges
+    return held, found, ranges
 
 
-def _as_many(windows: PackedWindows, wanted: int, again: bool) -> PackedWindows:
-    """`wanted` of the windows, from all over them; where there are fewer all of them, over and `again` or once."""
-    there = len(windows)
+class _Counted:
+    """Documents, and how many tokens of them were read so far."""
+
+    def __init__(self, texts: Iterable[array[int]]) -> None:
+        self.texts, self.tokens = texts, 0
+
+    def __iter__(self) -> Iterator[array[int]]:
+        for text in self.texts:
+            self.tokens += len(text)
+            yield text
+
+
+def _packed(
+    pieces: Iterable[tuple[Sequence[int], bool]], length: int, short: float, tokenizer: Any, beside: WindowFile
+) -> tuple[list[Sequence[int]], PackedWindows, PackedWindows]:
+    """Of pieces, each held out or not: those held out, windows of the others, and windows of sentences out of them.
+
+    A share `short` of every text's stretches becomes sentences.
+    """
+    kept: list[Sequence[int]] = []
+    sentences = Sentences(tokenizer)
+    packers = [Packer(length, tokenizer) for _ in range(2)]
+    long, alone = files = [beside.another() for _ in range(2)]
+    total = taken = 0
+    for piece, inside in pieces:
+        if inside:
+            kept.append(piece)
+            continue
+        for stretch in [piece[at : at + STRETCH] for at in range(0, len(piece), STRETCH)] if short else [piece]:
+            total += len(stretch)
+            which = taken + len(stretch) <= short * total
+            taken += which * len(stretch)
+            for text in sentences.of(stretch) if which else [stretch]:
+                files[which].extend(packers[which].add(text))
+    return kept, long.windows(), alone.windows()
+
+
+def _as_many(there: int, wanted: int, again: bool) -> torch.Tensor:
+    """Which of the windows to take: `wanted`, from all over them; of fewer all, over and `again` or once."""
     if there > wanted:
-        return windows[torch.arange(wanted) * there // wanted]
-    return windows[torch.arange(wanted) % there] if again and there else windows
-
-
-def _samples(
-    settings: RefineSettings, teacher: Any, tokenizer: Any, count: int, accelerator: Any, place: Path
-) -> list[array[int]]:
-    """The original's own texts, drawn once and kept beside the run's state."""
-    made_of = f"{settings.original} {settings.original_revision} {settings.seed} {settings.window} {count}"
-    file = place / f"samples-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.pt"
-    if accelerator.is_main_process and not file.is_file():
-        torch.manual_seed(settings.seed)
-        drawn = sample(teacher, tokenizer, -(-count // settings.window), settings.window)
-        with replacing(file) as temporary:
-            torch.save(drawn, temporary)
-    accelerator.wait_for_everyone()
-    before, _ = special_tokens(tokenizer)  # it is put before every piece again when windows are packed
-    rows = [array("i", row) for row in torch.load(file, weights_only=True).tolist()]
-    return [row[len(before) :] if list(row[: len(before)]) == before else row for row in rows]
+        return torch.arange(wanted) * there // wanted
+    return torch.arange(wanted) % there if again and there else torch.arange(there)

@@ -33,6 +33,8 @@ def test_every_other_sample_goes_on_from_an_opening_that_the_tokenizer_knows():
     opened = [row[1 : 1 + length].tolist() in begun for row in drawn]
     assert sum(opened) == 4
     assert not any(opened[:2]) and all(opened[2:4]), "two of each in turn: both begin in every way windows begin"
+    later = sample(model, Characters(), 4, length + 6, after=10)
+    assert [begun.index(row[1 : 1 + length].tolist()) for row in later[2:]] == [5, 6], "the openings that follow"
     short = sample(model, Characters(), 8, length)
     assert not any(row[1:].tolist() in [known[: length - 1] for known in begun] for row in short), "no room to go on"
 

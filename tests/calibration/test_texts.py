@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+from surgery.calibration import texts
 from surgery.calibration.inputs import calibration_inputs
-from surgery.calibration.texts import check_source, documents, tokens_of
+from surgery.calibration.texts import check_source, documents, ids_of, tokens_of
 from surgery.errors import CalibrationError, RecipeError
 from tests.calibration.support import MODEL, Characters
 
@@ -26,6 +27,25 @@ def test_documents_are_separated_and_tokens_can_be_skipped(tmp_path):
     ids = tokens_of(str(tmp_path / "a.jsonl"), Characters(), 100)
     assert (ids == 2).nonzero().flatten().tolist() == [3, 6]
     assert torch.equal(tokens_of(str(tmp_path / "a.jsonl"), Characters(), 3, skip=2), ids[2:5])
+
+
+def test_a_long_text_is_read_in_parts_and_no_more_of_it_than_wanted(monkeypatch):
+    lines = "".join(f"line {number}\n" for number in range(300))
+    (whole,) = ids_of([lines], Characters(), 10_000)
+    monkeypatch.setattr(texts, "TOGETHER", 100)
+    parts = list(ids_of([lines, "ab"], Characters(), 10_000))
+    assert len(parts) > 20
+    assert [token for part in parts[:-1] for token in part] == list(whole)
+    assert len(parts[-1]) == 3, "each text is closed once"
+
+    def endless():
+        while True:
+            yield lines
+
+    assert sum(map(len, ids_of(endless(), Characters(), 5000))) == 5000
+    assert len(next(ids_of(endless(), Characters(), 10**9))) <= 100
+    cut, *_ = ids_of(["x" * 250], Characters(), 10_000)
+    assert len(cut) == 100, "without a line end it is cut anyway"
 
 
 def test_the_english_that_ships_with_python_is_plenty_and_stable():

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from surgery.refining.sentences import LONGEST, SHORTEST, sentences
+from surgery.refining.sentences import LONGEST, SHORTEST, Sentences
 from tests import tiny
 
 TEXT = "the fox jumps over the lazy dog. it is quick: and then nothing more of it was seen. so"
@@ -18,11 +18,11 @@ def tokenizer(tmp_path_factory):
 
 def test_sentences_are_all_of_the_text_each_after_a_start_token(tokenizer):
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    found = sentences([ids, ids], tokenizer)
+    found = list(Sentences(tokenizer).of(ids))
     start = found[0][0]
     assert start in tokenizer.all_special_ids
     assert all(piece[0] == start for piece in found)
-    whole = [token for piece in found[: len(found) // 2] for token in piece[1:]]
+    whole = [token for piece in found for token in piece[1:]]
     assert whole == ids[: len(whole)]
     assert len(ids) - len(whole) < SHORTEST, "what is left of a text is no sentence"
     first, second = (tokenizer.decode(piece[1:]).replace(" ", "") for piece in found[:2])
@@ -46,6 +46,6 @@ def test_what_has_no_end_is_cut_and_what_is_too_short_goes_with_the_next():
             return words[ids[0]]
 
     bare, framed = Words([]), Words([1])
-    assert [list(piece) for piece in sentences([[4, 3, 4, 4, 3, 4, 3, 2]], bare)] == [[1, 4, 3, 4, 4, 3]]
-    assert [len(piece) for piece in sentences([[4] * (2 * LONGEST + 1)], bare)] == [1 + LONGEST] * 2
-    assert [list(piece) for piece in sentences([[4, 4, 4, 3]], framed)] == [[4, 4, 4, 3]], "packing puts it there"
+    assert [list(piece) for piece in Sentences(bare).of([4, 3, 4, 4, 3, 4, 3, 2])] == [[1, 4, 3, 4, 4, 3]]
+    assert [len(piece) for piece in Sentences(bare).of([4] * (2 * LONGEST + 1))] == [1 + LONGEST] * 2
+    assert [list(piece) for piece in Sentences(framed).of([4, 4, 4, 3])] == [[4, 4, 4, 3]], "packing puts it there"
