@@ -44,6 +44,7 @@ from surgery.refining.student import (
 from surgery.refining.text import training_sources, training_windows
 from surgery.refining.training import Training
 from surgery.runtime import processes
+from surgery.runtime.freed_memory import keep_freed_memory
 from surgery.runtime.public import printable
 from surgery.runtime.settings import checked_settings
 from surgery.runtime.vocabulary import understands_former_names
@@ -133,6 +134,8 @@ class _Refinement:
     def __init__(self, settings: RefineSettings, report: dict[str, Any], out: Path, restart: bool, quiet: bool) -> None:
         self.settings, self.report, self.out, self.quiet = settings, report, out, quiet
         self.accelerator = accelerator = _accelerator(settings, out)
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         self.sharded = sharding.wanted(accelerator, settings.shard)
         if self.sharded and (settings.objective == "local" or settings.blend):
             raise RecipeError(
