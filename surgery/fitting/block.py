@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -30,12 +32,14 @@ from surgery.closed_form.moments import (
     from_gaussian,
 )
 from surgery.fitting.features import HiddenPolynomial
-from surgery.fitting.objective import CHUNK, Aim, Objective, mistaken
+from surgery.fitting.objective import Aim, Objective, mistaken
 from surgery.fitting.readout import Readout, kept_readout, refit
 from surgery.fitting.reconstruction import reconstructed
-from surgery.fitting.sample import Sample, take_sample
+from surgery.fitting.sample import CHUNK, Sample, take_sample
 from surgery.fitting.target import Target
 from surgery.runtime import processes
+
+UNIT_TOKENS, FAR_UNIT_TOKENS = 8192, 32768  # at degrees up to 2, and above
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,17 @@ class FitSettings:
     degree: int
     assume: str = "data"
     refit: bool = True
-    unit_tokens: int = 8192
     tail_weight: float = 0.0
     tail_width: float = 3.0
     guard: bool = False
     units: float = 1.0
     epochs: int = 0
     sink_limit: float = sinks.MASSIVE
+
+    @property
+    def unit_tokens(self) -> int:
+        """How many tokens units are solved on. High powers hang on the few that are far from the mean."""
+        return UNIT_TOKENS if self.degree <= 2 else FAR_UNIT_TOKENS
 
 
 MEASURES = (
@@ -243,7 +251,9 @@ def _moments(
     if settings.assume == "gaussian":
         return from_gaussian(original.activation, at, at, degree)
     rows = ~sample.massive  # sinks on their way to become massive are ordinary points for most units
-    measured = from_data(original.activation, at, sample.y[rows], None if sample.z is None else sample.z[rows], degree)
+    parts = sample.x[rows].split(CHUNK)
+    sums = (from_data(original.activation, at, *original.preactivations(part), degree) for part in parts)
+    measured = reduce(add, sums)
     if settings.tail_weight == 0:
         return measured
     spread = at.widened(settings.tail_width)

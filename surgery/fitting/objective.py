@@ -11,11 +11,10 @@ from torch import Tensor
 
 from surgery.blocks.weights import BlockWeights
 from surgery.calibration.arrivals import Arrival
-from surgery.fitting.sample import Sample
+from surgery.fitting.sample import CHUNK, Sample
 from surgery.fitting.target import Target
 from surgery.runtime import processes
 
-CHUNK = 2048  # tokens whose hidden vectors are held at once
 YOUNG_SINKS = 0.1  # weight of sinks that are not massive yet, all together, against all other tokens
 MISTAKEN = 0.2  # of a sink unit's output at its sink
 WEIGHT_LIMIT = 100.0  # of a token with a small residual, against the typical one

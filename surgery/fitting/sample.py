@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from surgery.blocks.weights import BlockWeights
 from surgery.calibration.arrivals import Arrival, Station
@@ -16,6 +16,7 @@ from surgery.fitting.target import Target
 from surgery.runtime import processes
 
 TOKENS_PER_UNKNOWN = 20
+CHUNK = 2048  # tokens whose hidden vectors are held at once
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Sample:
 
     Attributes:
         rows: of each batch, by number; all else is of these rows of all processes, (tokens, …).
-        x, y, z: the block's input and its units' preactivations; z is None in a plain block.
+        x: the block's input.
         output, size: what the original writes there, and the norm of the residual stream before it.
         reaching: norm of what the output adds to the stream.
         ordinary, sink, held, massive: which rows are no sinks, are sinks in the original, are held out, and are
@@ -35,8 +36,6 @@ class Sample:
 
     rows: tuple[Tensor, ...]
     x: Tensor
-    y: Tensor
-    z: Tensor | None
     output: Tensor
     size: Tensor
     reaching: Tensor
@@ -78,8 +77,7 @@ def take_sample(target: Target, original: BlockWeights, degree: int, tokens: int
             cause=f"at least {TOKENS_PER_UNKNOWN} tokens per coefficient are needed",
             fix="give more calibration text or tokens, or a lower degree",
         )
-    y, z = original.preactivations(x)
-    output = nn.functional.linear(original.hidden(y, z), *original.down)
+    output = torch.cat([original(part) for part in x.split(CHUNK)])
     if not bool(torch.isfinite(output).all()):
         raise CalibrationError("the block's output holds NaN or infinite values", where=station.block.path)
     norm = target.reaching(output)
@@ -97,7 +95,7 @@ def take_sample(target: Target, original: BlockWeights, degree: int, tokens: int
             target.wanted(number, at, original(target.arrivals(number)[1].x[at])) for number, at in enumerate(chosen)
         ]
         aim = processes.together(torch.cat(aims))
-    return Sample(rows, x, y, z, output, size, norm, ~sink, sink, held, total > limit, limit, aim)
+    return Sample(rows, x, output, size, norm, ~sink, sink, held, total > limit, limit, aim)
 
 
 def _drawn(station: Station, wanted: int) -> tuple[Tensor, ...]:
