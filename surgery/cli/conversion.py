@@ -50,7 +50,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
 @click.option(
     "--epochs",
     type=options.COUNT,
-    help="Times each token is seen while all maps of a block are fitted.  [default: 6; 0 at degree 1]",
+    help="Times each token is seen while all maps of a block are fitted.  [default: 6 at degree 2, else 0]",
 )
 @click.option("--units", type=float, help="Share of each block's units to keep, the most useful ones.  [default: 1]")
 @options.text(

@@ -167,7 +167,8 @@ def test_it_needs_a_readout_that_is_solved_again():
         surgery.convert(tiny.make("llama"), text=IDS, epochs=2, readout="keep")
     for settings, epochs in (
         ({}, 6),
-        ({"degree": 3}, 6),
+        ({"degree": 3}, 0),
+        ({"degree": 3, "epochs": 2}, 2),
         ({"readout": "keep"}, 0),
         ({"degree": 1}, 0),
         ({"epochs": 3}, 3),
