@@ -21,6 +21,7 @@ from surgery.models.companions import Companions, companions, has_tokenizer
 from surgery.models.in_memory import unwrapped
 from surgery.models.refusals import ADAPTER, adapter_on_the_hub, is_adapter, unreadable
 from surgery.runtime import processes, weights_on_disk
+from surgery.runtime.freed_memory import give_memory_back
 from surgery.runtime.precision import fast_bf16
 from surgery.runtime.trust import trusted
 from surgery.runtime.vocabulary import understands_former_names
@@ -260,7 +261,7 @@ def _weights(name: str, path: str, cls: Any, options: dict[str, Any], merged: Pa
     if isinstance(device_map, dict) and "disk" in device_map.values():
         options["offload_folder"] = weights_on_disk.fresh_folder(merged)
         ours = [options["offload_folder"], *([] if merged is None else [merged, merged.parent])]
-        weights_on_disk.give_memory_back()
+        give_memory_back()
     try:
         model, info = cls.from_pretrained(path, output_loading_info=True, **options)
     except BaseException as error:

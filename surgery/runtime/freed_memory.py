@@ -1,23 +1,33 @@
-"""What the C library does with memory that is given back to it.
+"""What the C library does with memory that is given back to it: glibc is told, no other is asked.
 
-A training step on a CPU takes and gives back the same gigabytes every time. glibc maps each large piece anew, and the
-system fills it with zeros page by page: a fifth of a step's time (docs/log.md, 2026-11-29). What a process keeps it
-uses again.
+The last call holds for the process, so that an offloaded conversion after a refinement does not keep what it frees.
 """
 
 from __future__ import annotations
 
 import ctypes
-import sys
+from contextlib import suppress
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of <malloc.h>
 
 
-def keep_freed_memory() -> bool:
-    """From now on this process keeps what it frees, for itself to use again. False where the C library is not glibc."""
-    if not sys.platform.startswith("linux"):
-        return False
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "gnu_get_libc_version"):
-        return False
-    return all(library.mallopt(option, value) == 1 for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)))
+def keep_freed_memory() -> None:
+    """Freed memory stays with the process, for itself to use again.
+
+    A training step on a CPU takes and frees the same gigabytes every time. glibc maps each large piece anew, and the
+    system fills it with zeros page by page: a fifth of a step's time (docs/log.md, 2026-11-29).
+    """
+    _tell({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})
+
+
+def give_memory_back() -> None:
+    """Freed matrices are returned at once, instead of those of up to 32 MB being kept for later: with weights read and
+    let go of all the time, what is kept grows with the number of layers."""
+    _tell({M_MMAP_MAX: 1 << 16, M_MMAP_THRESHOLD: 1 << 20, M_TRIM_THRESHOLD: 1 << 20})
+
+
+def _tell(options: dict[int, int]) -> None:
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+        for option, value in options.items():
+            library.mallopt(option, value)

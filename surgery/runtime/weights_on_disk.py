@@ -6,7 +6,6 @@ let them go afterwards.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import tempfile
@@ -23,7 +22,6 @@ from torch.utils._pytree import tree_leaves
 from surgery.errors import ModelError
 
 ON_DISK = {"": "disk"}
-M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def device_of(model: Any) -> torch.device:
@@ -108,10 +106,3 @@ def remove_folders(folders: Sequence[Path]) -> None:
     with suppress(OSError):
         for empty in folders[1:]:
             empty.rmdir()
-
-
-def give_memory_back() -> None:
-    """Lets the C library (glibc; no other is asked) return freed matrices at once instead of keeping those of up to
-    32 MB for later: with weights read and let go of all the time, what it keeps grows with the number of layers."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)
