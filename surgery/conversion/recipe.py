@@ -21,7 +21,7 @@ from surgery.runtime.vocabulary import FORMER, current
 from surgery.runtime.yaml_file import read_mapping
 
 COUNTS = ("tokens", "window", "batch", "measure", "epochs")
-EPOCHS = 6
+EPOCHS, SEEN = 6, 393_216  # how often a token is seen at most, and how many all epochs should see
 MOST_BLOCKS = 1_000_000  # no model has more; a larger number is a slip of the hand
 
 
@@ -58,7 +58,8 @@ class Recipe(BaseModel):
         None,
         ge=0,
         description="how often every calibration token is seen while all maps of a block are fitted together, from the "
-        "closed form on; 0: the closed form alone (default: 6 at degree 2 where the readout is re-solved, else 0)",
+        "closed form on; 0: the closed form alone (default: at degree 2, where the readout is re-solved, 6 up to 64k "
+        "tokens and fewer of more; else 0)",
     )
     budget: float | None = Field(
         None, gt=0, description="nats that may be lost: per block degree 2, degree 3 or the original, to stay within"
@@ -161,8 +162,13 @@ class Recipe(BaseModel):
         return (self.readout or ("refit" if self.assume == "data" else "keep")) == "refit"
 
     def epochs_at(self, degree: int) -> int:
-        """Of a block of this degree. A cubic gains next to nothing on running text, and loses on short sentences."""
-        return (EPOCHS if self.refit and degree == 2 else 0) if self.epochs is None else self.epochs
+        """Of a block of this degree. A cubic gains next to nothing on running text, and loses on short sentences.
+
+        More tokens are seen less often, for the same time: they win more than a token seen again.
+        """
+        if self.epochs is not None:
+            return self.epochs
+        return max(1, min(EPOCHS, round(SEEN / self.tokens))) if self.refit and degree == 2 else 0
 
     @property
     def tail(self) -> float:

@@ -24,9 +24,9 @@ from surgery.fitting.objective import Aim, mistaken
 from surgery.runtime import processes
 from surgery.runtime.precision import fast_autocast
 
-ROWS, FEWEST_ROWS = 4096, 512  # tokens a step
+ROWS, FEWEST_ROWS = 1024, 512  # tokens a step
 STEPS = 14  # of an epoch, where that leaves a step its fewest rows
-QUADRATIC_RATE, RATE = 0.05, 0.01  # of Adam, as a share of a map's root mean square; the latter for other degrees
+QUADRATIC_RATE, RATE = 0.03, 0.01  # of Adam, as a share of a map's root mean square; the latter for other degrees
 BETAS = (0.9, 0.98)
 WARM, LAST = 10, 0.02  # steps until the rate is full, and what is left of it at the end
 
@@ -48,11 +48,11 @@ class _Batch:
     fitted: Tensor
     held: Tensor
 
-    def part(self, epoch: int, step: int, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-        """This batch's rows in one step of an epoch: every row comes once in each."""
+    def parts(self, epoch: int, steps: int) -> tuple[Tensor, ...]:
+        """The rows to fit on, by the step of an epoch that they come in."""
         generator = torch.Generator().manual_seed(self.number * 10_007 + epoch)
         order = torch.randperm(len(self.fitted), generator=generator)
-        return self.at(self.fitted[order[step::steps].to(self.fitted.device)])
+        return self.fitted[order.to(self.fitted.device)].tensor_split(steps)
 
     def at(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.x[rows], self.wanted[rows], self.root[rows]
@@ -207,12 +207,13 @@ def _descend(network: _Network, batches: list[_Batch], epochs: int) -> bool:
     optimizer = torch.optim.Adam(groups, betas=BETAS, fused=some.device.type in ("cpu", "cuda"))
     least, best = _error(network, batches), None
     for epoch in range(epochs):
+        parts = [batch.parts(epoch, steps) for batch in batches]
         for step in range(steps):
             done = epoch * steps + step
             share = min(1.0, (done + 1) / WARM) * (LAST + (1 - LAST) * (1 - done / (epochs * steps)))
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * share
-            _gradients(network, [batch.part(epoch, step, steps) for batch in batches], scale)
+            _gradients(network, [batch.at(part[step]) for batch, part in zip(batches, parts, strict=True)], scale)
             optimizer.step()
         error = _error(network, batches)
         if error < least:

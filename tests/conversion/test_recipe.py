@@ -63,6 +63,9 @@ def test_defaults_that_depend_on_other_settings_are_spelled_out():
     assert resolved(degree=5)["tail_weight"] == 0.01
     assert resolved(degree=5, tail_weight=0.0)["tail_weight"] == 0
     assert resolved(degree=5, assume="gaussian")["tail_weight"] == 0
+    epochs = [resolved(tokens=tokens)["epochs"] for tokens in (4096, 65536, 131072, 262144, 1_000_000)]
+    assert epochs == [6, 6, 3, 2, 1], "more tokens are seen less often"
+    assert (resolved(tokens=131072, epochs=6)["epochs"], resolved(degree=3)["epochs"]) == (6, 0)
     assert resolved()["short"] is None, "it depends on what can be fetched"
     assert resolved(text="samples")["short"] == 0.5
     assert resolved(text="python")["short"] == 0.1

@@ -108,9 +108,11 @@ def test_an_epoch_sees_every_token_once():
     nothing = torch.zeros(40, 1)
     batch = _Batch(3, torch.arange(40.0)[:, None], nothing, nothing, torch.arange(5, 36), torch.arange(36, 40))
     for epoch in range(2):
-        seen = torch.cat([batch.part(epoch, step, 4)[0][:, 0] for step in range(4)])
+        parts = batch.parts(epoch, 4)
+        assert [len(part) for part in parts] == [8, 8, 8, 7]
+        seen = torch.cat([batch.at(part)[0][:, 0] for part in parts])
         assert seen.sort().values.tolist() == list(range(5, 36))
-    assert not torch.equal(batch.part(0, 0, 4)[0], batch.part(1, 0, 4)[0])
+    assert not torch.equal(batch.parts(0, 4)[0], batch.parts(1, 4)[0])
 
 
 def test_massive_tokens_take_no_part_and_those_that_will_be_weigh_more():
