@@ -89,7 +89,7 @@ def of_text(loaded, options):
 
     def cost(**settings):
         model = copy.deepcopy(loaded.model)
-        given = {"calibration": options.text, "tokens": options.tokens} | settings
+        given = {"text": options.text, "tokens": options.tokens} | settings
         _, report = surgery.convert(model, tokenizer=loaded.tokenizer, **given)
         return report.perplexity["nats"], report
 
