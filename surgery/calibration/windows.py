@@ -11,10 +11,12 @@ from torch import Tensor
 
 from surgery.calibration.held_out import HELD_OUT_SHARE, fitted_sequences
 from surgery.calibration.samples import sample, start_tokens
+from surgery.calibration.sentences import openings_of
 from surgery.calibration.texts import special_tokens, tokens_of
 from surgery.errors import CalibrationError
 
-SHORT = 64  # tokens of a short window
+SHORT = 64  # tokens of a short sample
+SENTENCE = 16  # tokens of a short window of a text; what a model does first after its start token is learnt there alone
 SPREAD = 8  # times as many tokens as are wanted are read, and windows taken from all over them
 
 
@@ -58,6 +60,7 @@ class TextPieces:
     def of_text(self, source: str, tokenizer: Any) -> Windows:
         """Windows from all over the text, but for its end: a quarter of it, where the whole of it was read.
 
+        Short ones begin where a sentence does, or anywhere in a text without sentences.
         Unseen are the tokens that follow; of a text shorter than was asked for a quarter.
         """
         most = SPREAD * self.tokens + self.unseen
@@ -73,7 +76,7 @@ class TextPieces:
         ids = ids[:end]
         used, plenty = min(len(ids), self.tokens), len(ids) > self.tokens
         share = round(used * (1 - self.short))
-        if not self.mixed or share < self.least * room or used - share < SHORT:
+        if not self.mixed or share < self.least * room or used - share < SENTENCE:
             long = sequences(ids, self.length, special, source, self.least)
             return Windows((_evenly(long, max(self.least, used // room)),), unseen, end)
         long = sequences(ids if plenty else ids[:share], self.length, special, source, self.least)
@@ -81,8 +84,11 @@ class TextPieces:
         if start and not special[0]:
             long[::2, 0] = start[0]
         rest = ids if plenty else ids[len(long) * room :]
-        short = sequences(rest, SHORT, (start, special[1]), source, 1)
-        return Windows((long, _evenly(short, (used - len(long) * room) // SHORT)), unseen, end)
+        wanted, frame = (used - len(long) * room) // SENTENCE, (start, special[1])
+        short = openings_of(rest, SENTENCE, frame, tokenizer, wanted)
+        if len(short) < wanted / 2:
+            short = _evenly(sequences(rest, SENTENCE, frame, source, 1), wanted)
+        return Windows((long, short), unseen, end)
 
     def of_samples(self, model: Any, tokenizer: Any, seed: int, limit: int) -> Windows:
         """The same of the model's own texts, of up to `limit` tokens."""

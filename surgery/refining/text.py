@@ -15,11 +15,11 @@ import torch
 
 from surgery.calibration.automatic import automatic, available
 from surgery.calibration.mixtures import Mixture, seen_of
+from surgery.calibration.sentences import Sentences
 from surgery.calibration.texts import AUTO, BROAD, SAMPLES, label, tokenised
 from surgery.errors import CalibrationError
 from surgery.refining.own_texts import own_texts
 from surgery.refining.packing import PackedWindows, Packer, cut, pack, packable
-from surgery.refining.sentences import Sentences
 from surgery.refining.settings import RefineSettings
 from surgery.refining.window_file import WindowFile
 

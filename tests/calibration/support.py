@@ -15,7 +15,8 @@ class Characters:
         return {str(number): number for number in range(120)}  # more than the model has embeddings for
 
     def decode(self, ids, **_):
-        return "x" * len(ids)
+        """Of a text without line ends and "}", the text."""
+        return "".join(chr(n - 3 if n - 3 > 31 else n + 90) for n in ids if n > 2)
 
     def __call__(self, text, **_):
         return {"input_ids": [3 + ord(c) % 93 for c in text]}

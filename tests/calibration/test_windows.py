@@ -6,7 +6,7 @@ import torch
 from surgery.calibration.held_out import fitted_sequences
 from surgery.calibration.inputs import calibration_inputs
 from surgery.calibration.texts import special_tokens, tokens_of
-from surgery.calibration.windows import SHORT
+from surgery.calibration.windows import SENTENCE, SHORT
 from tests import tiny
 from tests.calibration.support import MODEL, Characters, WithStart
 
@@ -18,10 +18,13 @@ def test_windows_are_long_and_short_and_begin_both_ways(source, tmp_path):
     model = tiny.make("llama")
     settings = {"tokens": 2048, "length": 96, "batch": 4, "short": 0.5, "unseen": 192}
     data = calibration_inputs(name, model, Characters(), **settings)
-    long, short = ([b["input_ids"] for b in data.batches if b["input_ids"].shape[1] == n] for n in (96, SHORT))
+    few = SENTENCE if source == "text" else SHORT
+    long, short = ([b["input_ids"] for b in data.batches if b["input_ids"].shape[1] == n] for n in (96, few))
     assert sum(len(batch) for batch in long) == 2048 // 2 // 96 + (source == "samples")
-    assert all(len(batch) == 4 * 96 // SHORT for batch in short[:-1])
+    assert all(len(batch) == 4 * 96 // few for batch in short[:-1])
     assert abs(sum(batch.numel() for batch in short) - 1024) <= 128
+    if source == "text":
+        assert all(row.tolist() == short[0][0].tolist() for batch in short for row in batch), "each begins a sentence"
     starts = torch.cat(long)[:, 0] == 1
     assert starts[::2].all()
     assert not starts[1::2].any()
@@ -43,9 +46,9 @@ def test_unseen_tokens_are_after_those_used(tmp_path):
     end = part["end"]
     assert end == 3000, "a quarter of a text is left to whoever measures"
     assert torch.equal(torch.cat([b["input_ids"] for b in data.unseen]).flatten(), ids[end : end + 480])
-    used = {tuple(row) for batch in data.batches for row in batch["input_ids"][:, 1:61].tolist()}
-    places = [n for n, row in enumerate(ids[:end].unfold(0, 60, 1).tolist()) if tuple(row) in used]
-    assert used <= {tuple(ids[n : n + 60].tolist()) for n in places}
+    used = {tuple(row) for batch in data.batches for row in batch["input_ids"][:, 1:16].tolist()}
+    places = [n for n, row in enumerate(ids[:end].unfold(0, 15, 1).tolist()) if tuple(row) in used]
+    assert used <= {tuple(ids[n : n + 15].tolist()) for n in places}
     assert max(places) > 0.8 * end > 2048, "from all over the text"
 
 
@@ -61,15 +64,23 @@ def test_every_window_gets_the_frame_the_tokenizer_gives_a_text(tmp_path):
     assert torch.equal(ids[:, 1:-1].flatten(), tokens_of(str(tmp_path / "a.txt"), Characters(), 480)[: 34 * 14])
 
 
-@pytest.mark.parametrize(("characters", "long", "short", "unseen"), [(192, 2, 0, 0), (300, 2, 0, 1), (700, 4, 2, 1)])
+def test_a_text_without_sentences_is_cut_anywhere(tmp_path):
+    (tmp_path / "a.txt").write_text("abcdefghij" * 200)
+    data = calibration_inputs(str(tmp_path / "a.txt"), MODEL, Characters(), tokens=1024, length=96, batch=4, short=0.5)
+    short = torch.cat([batch["input_ids"] for batch in data.batches if batch["input_ids"].shape[1] == SENTENCE])
+    assert abs(short.numel() - 512) <= 96
+    assert (short[:, 0] == 1).all()
+
+
+@pytest.mark.parametrize(("characters", "long", "short", "unseen"), [(192, 2, 0, 0), (300, 2, 0, 1), (700, 4, 8, 1)])
 def test_short_texts_are_shared_out(characters, long, short, unseen, tmp_path):
     """Less text than was asked for: first two long windows, then unseen ones (a quarter), then short ones."""
     (tmp_path / "a.txt").write_text("x" * (characters - 1))
     data = calibration_inputs(
         str(tmp_path / "a.txt"), MODEL, Characters(), tokens=65536, length=96, batch=4, short=0.2, unseen=8192
     )
-    sizes = {n: sum(len(b["input_ids"]) for b in data.batches if b["input_ids"].shape[1] == n) for n in (96, SHORT)}
-    assert sizes == {96: long, SHORT: short}
+    sizes = {n: sum(len(b["input_ids"]) for b in data.batches if b["input_ids"].shape[1] == n) for n in (96, SENTENCE)}
+    assert sizes == {96: long, SENTENCE: short}
     assert sum(len(batch["input_ids"]) for batch in data.unseen) == unseen
 
 

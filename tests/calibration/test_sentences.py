@@ -1,9 +1,12 @@
-"""Sentences by themselves among what is trained on."""
+"""Sentences by themselves, and windows that begin as they do."""
+
+import itertools
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
-from surgery.refining.sentences import LONGEST, SHORTEST, Sentences
+from surgery.calibration.sentences import LONGEST, SHORTEST, Sentences, openings_of, sentence_starts
 from tests import tiny
 
 TEXT = "the fox jumps over the lazy dog. it is quick: and then nothing more of it was seen. so"
@@ -49,3 +52,21 @@ def test_what_has_no_end_is_cut_and_what_is_too_short_goes_with_the_next():
     assert [list(piece) for piece in Sentences(bare).of([4, 3, 4, 4, 3, 4, 3, 2])] == [[1, 4, 3, 4, 4, 3]]
     assert [len(piece) for piece in Sentences(bare).of([4] * (2 * LONGEST + 1))] == [1 + LONGEST] * 2
     assert [list(piece) for piece in Sentences(framed).of([4, 4, 4, 3])] == [[4, 4, 4, 3]], "packing puts it there"
+
+
+def test_windows_begin_where_sentences_do_without_the_space_before(tokenizer):
+    ids = torch.tensor(tokenizer(whole := (TEXT + ". ") * 20, add_special_tokens=False)["input_ids"])
+    for room in (4, 9):
+        places = sentence_starts(ids, tokenizer, room)
+        assert places[0] == 0
+        assert all(later - place >= room for place, later in itertools.pairwise(places))
+        assert places[-1] <= len(ids) - room
+        assert all(tokenizer.decode(ids[place - 1]).strip() in (".", ":") for place in places[1:])
+    rows = openings_of(ids, 8, ([7], [9]), tokenizer, 5)
+    assert rows.shape == (5, 8)
+    assert (rows[:, 0] == 7).all()
+    assert (rows[:, -1] == 9).all()
+    texts = [whole[whole.index(word) :] for word in ("the fox", "it is", "and then", "so.")]
+    beginnings = [tokenizer(text, add_special_tokens=False)["input_ids"][:6] for text in texts]
+    assert all(row in beginnings for row in rows[:, 1:-1].tolist())
+    assert openings_of(ids[:0], 8, ([], []), tokenizer, 5).shape == (0, 8)
