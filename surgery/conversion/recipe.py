@@ -21,7 +21,7 @@ from surgery.runtime.vocabulary import FORMER, current
 from surgery.runtime.yaml_file import read_mapping
 
 COUNTS = ("tokens", "window", "batch", "measure", "epochs")
-EPOCHS, SEEN = 6, 393_216  # how often a token is seen at most, and how many all epochs should see
+EPOCHS, SEEN = 6, 393_216  # how often a token is seen at most, and how many all epochs together should see
 MOST_BLOCKS = 1_000_000  # no model has more; a larger number is a slip of the hand
 
 

@@ -66,14 +66,14 @@ class RefineSettings:
     window: int = 256
     short: float = 0.1
     batch: int = 4
-    accumulate: int = 2
+    accumulate: int = 1
     train: str = "block"
     lora_rank: int = 16
     lora_modules: str = "all-linear"
     objective: str = "kl"
     match: float = 0.0
     blend: float = 0.0
-    rate: float = 2e-4
+    rate: float = 1e-4
     warmup: float = 0.05
     clip: float = 1.0
     average: float = 0.98
@@ -84,7 +84,7 @@ class RefineSettings:
     checkpointing: bool = False
     shard: bool = False
     validate_tokens: int = 8192
-    validate_every: int = 50
+    validate_every: int = 100
     patience: int = 0
     seed: int = 0
     control: bool = False
