@@ -14,7 +14,7 @@ def test_a_dry_run_writes_nothing(place, tmp_path):
                tmp_path / "out", "--tokens", "20k", "--window", "32", "--train", "lora", "--dry-run"]  # fmt: skip
     done = commands.surgery(*command)
     assert done.returncode == 0, done.stderr
-    assert "78 steps of 256 tokens" in done.stdout
+    assert "156 steps of 128 tokens" in done.stdout
     assert "trained: lora" in done.stdout
     assert not any(tmp_path.iterdir())
 
