@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from surgery.calibration.sentences import LONGEST, SHORTEST, Sentences, openings_of, sentence_starts
+from surgery.calibration.sentences import LONGEST, SHORTEST, Sentences, opening, openings_of, sentence_starts
 from tests import tiny
+from tests.calibration.support import Characters
 
 TEXT = "the fox jumps over the lazy dog. it is quick: and then nothing more of it was seen. so"
 
@@ -69,4 +70,8 @@ def test_windows_begin_where_sentences_do_without_the_space_before(tokenizer):
     texts = [whole[whole.index(word) :] for word in ("the fox", "it is", "and then", "so.")]
     beginnings = [tokenizer(text, add_special_tokens=False)["input_ids"][:6] for text in texts]
     assert all(row in beginnings for row in rows[:, 1:-1].tolist())
+    letters = Characters()
+    ids = torch.tensor(letters("one two. three four five six")["input_ids"])
+    (_, place) = sentence_starts(ids, letters, 8)
+    assert opening(ids, place, letters, 8) == letters("three fo")["input_ids"]
     assert openings_of(ids[:0], 8, ([], []), tokenizer, 5).shape == (0, 8)
