@@ -114,7 +114,17 @@ def export_line(seen: dict[str, Any]) -> str:
     if seen["form"] == "onnx":
         operators = ", ".join(seen["operators"])
         return f"ONNX graph, differs by {seen['difference']:.1e} in onnxruntime; operators {operators}"
+    if seen["form"] == "gguf":
+        return f"{seen['file']}, {seen['bytes']:,} bytes; {_in_engine(seen)}"
     return f"{seen['form']} form, reloaded in a fresh process, difference {seen['difference']:.1e}"
+
+
+def _in_engine(seen: dict[str, Any]) -> str:
+    if seen["engine"] is None:
+        return f"read back, relative error {seen['difference']:.1e} (not run: pip install xllamacpp)"
+    text = "the same greedy text" if seen["same_text"] else "another greedy text"
+    tokens = "" if seen["same_tokens"] else "; transformers cuts text into other tokens than llama.cpp"
+    return f"{text} in {seen['engine']}, log-probabilities differ by {seen['difference']:.1e}{tokens}"
 
 
 def evaluation_plan(planned: EvalSettings, processes: int) -> str:

@@ -19,7 +19,7 @@ from surgery.models import delta, modeling_polynomial, quantised
 from surgery.models.architecture import Architecture, class_by_weights, general_class, named_class
 from surgery.models.companions import Companions, companions, has_tokenizer
 from surgery.models.in_memory import unwrapped
-from surgery.models.refusals import ADAPTER, adapter_on_the_hub, is_adapter, unreadable
+from surgery.models.refusals import ADAPTER, adapter_on_the_hub, is_adapter, refuse_export, unreadable
 from surgery.runtime import processes, weights_on_disk
 from surgery.runtime.freed_memory import give_memory_back
 from surgery.runtime.precision import fast_bf16
@@ -89,14 +89,17 @@ def locate(name: str) -> tuple[str, dict[str, str], str]:
     """(path or Hub id, extra from_pretrained arguments, kind)."""
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
+        refuse_export(path)
         return str(path.parent), {"gguf_file": path.name}, "gguf"
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
         if (path / "config.json").is_file():
             if (path / ADAPTER).is_file():
                 raise is_adapter(name)
+            refuse_export(path)
             return str(path), {}, "folder"
         if len(ggufs) == 1:
+            refuse_export(ggufs[0])
             return str(path), {"gguf_file": ggufs[0].name}, "gguf"
         if (path / ADAPTER).is_file():
             raise is_adapter(name)

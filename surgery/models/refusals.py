@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from surgery.errors import ModelError, first_line
 
@@ -19,6 +22,33 @@ def is_adapter(name: str) -> ModelError:
         "    from peft import AutoPeftModelForCausalLM\n"
         f"    AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained('merged')",
     )
+
+
+GGUF_MARK = "polysurgery.degree"
+"""A field that is near the beginning of every GGUF file of a twin."""
+BEGINNING = 1 << 16  # bytes
+
+
+def refuse_export(path: Path) -> None:
+    """Raises ModelError for a twin's GGUF file or ONNX graph, and for the folder of one.
+
+    transformers reads GGUF's Llama without the biases of its feed-forward maps, and says nothing.
+    """
+    form, made_from = "", ""
+    if path.is_dir():
+        report: dict[str, Any] = {}
+        with suppress(OSError, ValueError):
+            report = json.loads((path / "surgery.json").read_text(encoding="utf-8"))
+        form, made_from = report.get("form", ""), report.get("exported_from", "")
+    else:
+        with path.open("rb") as file:
+            form = "gguf" if GGUF_MARK.encode() in file.read(BEGINNING) else ""
+    if form in ("gguf", "onnx"):
+        raise ModelError(
+            f"a twin's {form.upper()} form is not for transformers",
+            where=path.name,
+            fix=f"name the twin that it was exported from{f' ({made_from})' if made_from else ''}",
+        )
 
 
 def adapter_on_the_hub(name: str, revision: str | None) -> bool:

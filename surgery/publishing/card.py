@@ -94,7 +94,8 @@ def render_card(folder: Path, base_model: str | None = None, license: str | None
             texts_plot=pictures[0] if pictures else None,
             variable="processor" if reader in ("AutoProcessor", "AutoImageProcessor") else "tokenizer",
             generates=reader == "AutoTokenizer" and name == "AutoModelForCausalLM",
-            checkpoint=_checkpoint_row(report, config),
+            checkpoint=_checkpoint_row(report, config), check=_check_row(report["verification"], report["form"]),
+            engine=report["verification"].get("engine"),
             refinement=report.get("refinement"),
             quadratic=_degrees(report) == [2], degrees=" or ".join(map(str, _degrees(report))),
             kept=[path for path, degree in (report.get("budget") or {}).get("degrees", {}).items() if degree == 0],
@@ -135,8 +136,20 @@ def _checkpoint_row(report: dict[str, Any], config: dict[str, Any]) -> str:
         "native": f"native: stock `{architecture}`{kin}",
         "silu": f"stock `{architecture}`, every block a SwiGLU of twice the width",
         "onnx": "ONNX graph",
+        "gguf": f"GGUF, `{report['verification'].get('file')}`, every block a SwiGLU of twice the width",
         "delta": f"delta of {config.get('polynomial_delta', {}).get('base')}: what the twin adds to it",
     }.get(report["form"], f"custom code, `modeling_polynomial.py` (format {report['format']})")
+
+
+def _check_row(seen: dict[str, Any], form: str) -> str:
+    """How the checkpoint was compared with the twin, and what that saw."""
+    difference = f"{seen['difference']:.1e}"
+    in_engine = f"log-probabilities in llama.cpp differ by {difference}"
+    return {
+        "delta": "applied to the original it gives every bit of the twin",
+        "onnx": f"outputs in onnxruntime differ by {difference} (relative)",
+        "gguf": in_engine if seen.get("engine") else f"read back: a tensor differs by {difference} (relative)",
+    }.get(form, f"outputs of a fresh process differ by {difference} (relative)")
 
 
 def _front_matter(report: dict[str, Any], config: dict[str, Any], base: str | None, license: str | None) -> str:

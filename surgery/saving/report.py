@@ -67,7 +67,7 @@ def read_report(folder: str | Path) -> dict[str, Any]:
 
 def write_report(folder: Path, report: Mapping[str, Any], seen: Mapping[str, Any]) -> None:
     """`surgery.json`, with what the verification saw, and of which weights. It names no place on this machine."""
-    files = [*folder.glob("*.safetensors"), *folder.glob("*.onnx*")]
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.onnx*"), *folder.glob("*.gguf")]
     weights = {file.name: sha256(file) for file in sorted(files)}
     write_json(folder / REPORT, public({**report, "verification": {**seen, "weights": weights}}))
 
