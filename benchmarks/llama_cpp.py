@@ -1,4 +1,4 @@
-"""A twin's GGUF file in llama.cpp: its perplexity beside the twin's in transformers, and its speed beside the original's.
+"""A twin's GGUF file in llama.cpp: its perplexity beside transformers', and its speed beside the original's file.
 
     python benchmarks/llama_cpp.py TWIN FILE.gguf --original MODEL.gguf [--text python] [--tokens 4096]
 
@@ -75,7 +75,8 @@ def main() -> None:
         nats += float(torch.nn.functional.cross_entropy(logits[:-1], row[1:], reduction="sum"))
     here = nats / (len(windows) * (WINDOW - 1))
     del engine
-    print(f"nats a token on {windows.numel():,} tokens: transformers {there:.4f}, llama.cpp {here:.4f} ({here - there:+.4f})")
+    both = f"transformers {there:.4f}, llama.cpp {here:.4f} ({here - there:+.4f})"
+    print(f"nats a token on {windows.numel():,} tokens: {both}")
     engines = {"twin": Engine(options.file), "original": Engine(options.original)}
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
     for _ in range(TIMES):
