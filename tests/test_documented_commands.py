@@ -38,6 +38,8 @@ NOT_RUN = {
     r"pip install .*": "it installs",
     r"make \w+": "`.ci/run` runs `make test`; `make demo` fetches a model",
     r"python recipes/blimp\.py .*": "the data are not there",
+    r"python recipes/encrypted\.py .*": "tests/whole/test_real.py runs it",
+    r"surgery export .*--form gguf.*": "tests/publishing/test_gguf.py exports models whose tokenizer GGUF knows",
     r"python benchmarks/.*": "they take minutes",
     r"surgery eval .*--tasks .*": "lm-eval's tasks need a network; tests/evals/test_harness.py runs local ones",
     r"surgery (refine|eval) .*--nproc .*": "tests/refining/test_sharding.py and tests/evals run several processes",

@@ -39,9 +39,11 @@ def card(twin: str, base_model: str | None, license: str | None, as_json: bool) 
 @click.command(cls=options.Command, short_help="Write a twin in another form.")
 @click.argument("twin")
 @options.output("Folder for the export.", required=True)
-@click.option("--form", metavar="NAME", help="silu, gguf, onnx, delta or full.  [default: silu]")
+@click.option("--form", metavar="NAME", help="silu, gguf, onnx, encrypted, delta or full.  [default: silu]")
 @options.original()
 @click.option("--weights", metavar="TYPE", help="Of a GGUF file: f32, bf16, f16 or q8_0.  [default: as stored]")
+@options.text("Text that encrypted units' ranges are measured on.", "python")
+@options.tokens("Of it to calibrate them on, and as many to test them on", "8k")
 @options.overwrite()
 @options.as_json()
 def export(twin: str, output: str, as_json: bool, **settings: Any) -> None:
@@ -51,12 +53,13 @@ def export(twin: str, output: str, as_json: bool, **settings: Any) -> None:
     silu   an ordinary SwiGLU network of twice the width, for engines that know only SiLU (native twins)
     gguf   the same as a file for llama.cpp, run there where xllamacpp is installed
     onnx   a graph for onnxruntime and other readers of ONNX, compared there
+    encrypted  blocks of degree 2 for CKKS: scaled weights, parameters, ranges on unseen text (extra encrypted)
     delta  only what the twin adds to its original: a few numbers per unit where the readout was kept
     full   the whole twin again, from a delta
     """
     from surgery.publishing.export import export as run
 
-    seen = run(twin, output, **options.given(settings))
+    seen = run(twin, output, quiet=as_json, **options.given(settings))
     terminal.echo(json.dumps(seen, indent=2) if as_json else f"{output}: {terminal.export_line(seen)}")
 
 

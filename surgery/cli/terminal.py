@@ -114,9 +114,25 @@ def export_line(seen: dict[str, Any]) -> str:
     if seen["form"] == "onnx":
         operators = ", ".join(seen["operators"])
         return f"ONNX graph, differs by {seen['difference']:.1e} in onnxruntime; operators {operators}"
+    if seen["form"] == "encrypted":
+        return _when_encrypted(seen)
     if seen["form"] == "gguf":
         return f"{seen['file']}, {seen['bytes']:,} bytes; {_in_engine(seen)}"
     return f"{seen['form']} form, reloaded in a fresh process, difference {seen['difference']:.1e}"
+
+
+def _when_encrypted(seen: dict[str, Any]) -> str:
+    ranges = f"at most {seen['values_out']:.2%} of a block's values beyond their range on unseen text"
+    room = f"the largest has room for {seen['margin']:,.0f} times more"
+    if seen["engine"] is None:
+        how = f"scaled, relative error {seen['difference']:.1e} (not run encrypted: pip install tenseal)"
+    else:
+        sizes = ", ".join(f"{name} {size:,}" for name, size in seen["bytes"].items())
+        how = (
+            f"{seen['worst']} encrypted by {seen['engine']}: relative error {seen['difference']:.1e}, "
+            f"{seen['seconds']['compute']:.1f} s a token; bytes: {sizes}"
+        )
+    return f"{seen['blocks']} blocks; {ranges}, {room}; {how}"
 
 
 def _in_engine(seen: dict[str, Any]) -> str:

@@ -27,10 +27,11 @@ def is_adapter(name: str) -> ModelError:
 GGUF_MARK = "polysurgery.degree"
 """A field that is near the beginning of every GGUF file of a twin."""
 BEGINNING = 1 << 16  # bytes
+EXPORTS = {"gguf": "GGUF file", "onnx": "ONNX graph", "encrypted": "encrypted form"}
 
 
 def refuse_export(path: Path) -> None:
-    """Raises ModelError for a twin's GGUF file or ONNX graph, and for the folder of one.
+    """Raises ModelError for a twin's GGUF file, and for the folder of a form that no transformers model is.
 
     transformers reads GGUF's Llama without the biases of its feed-forward maps, and says nothing.
     """
@@ -43,9 +44,9 @@ def refuse_export(path: Path) -> None:
     else:
         with path.open("rb") as file:
             form = "gguf" if GGUF_MARK.encode() in file.read(BEGINNING) else ""
-    if form in ("gguf", "onnx"):
+    if form in EXPORTS:
         raise ModelError(
-            f"a twin's {form.upper()} form is not for transformers",
+            f"a twin's {EXPORTS[form]} is not for transformers",
             where=path.name,
             fix=f"name the twin that it was exported from{f' ({made_from})' if made_from else ''}",
         )

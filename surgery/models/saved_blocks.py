@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from surgery.blocks.find import survey
 from surgery.blocks.parts import attribute
 from surgery.closed_form.block_polynomial import BlockPolynomial
 from surgery.closed_form.forms import Affine, balanced, bilinear
@@ -240,6 +241,18 @@ def saved_block(entry: Mapping[str, Any]) -> SavedBlock:
 def saved_blocks(model: Any) -> list[SavedBlock]:
     """Of a twin with custom code; none of any other model."""
     return [saved_block(entry) for entry in getattr(model.config, "polynomial_blocks", None) or ()]
+
+
+def twin_blocks(model: Any) -> list[SavedBlock]:
+    """A twin's polynomial blocks; of a native one, as it would describe them."""
+    if getattr(model.config, "model_type", None) == modeling_polynomial.MODEL_TYPE:
+        return saved_blocks(model)
+    loaded = {b.path for b in survey(model).blocks if b.takes_native_form and b.activation == "linear"}
+    return [
+        saved_block({"path": path, "kind": "bilinear", "degree": 2})
+        for path, module in model.named_modules()
+        if path in loaded or isinstance(module, modeling_polynomial.BilinearGLU)  # the latter just after its conversion
+    ]
 
 
 def _inside(modules: Mapping[str, nn.Module], path: str) -> Any:

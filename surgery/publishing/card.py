@@ -136,6 +136,7 @@ def _checkpoint_row(report: dict[str, Any], config: dict[str, Any]) -> str:
         "native": f"native: stock `{architecture}`{kin}",
         "silu": f"stock `{architecture}`, every block a SwiGLU of twice the width",
         "onnx": "ONNX graph",
+        "encrypted": "scaled blocks for CKKS, `blocks.safetensors`",
         "gguf": f"GGUF, `{report['verification'].get('file')}`, every block a SwiGLU of twice the width",
         "delta": f"delta of {config.get('polynomial_delta', {}).get('base')}: what the twin adds to it",
     }.get(report["form"], f"custom code, `modeling_polynomial.py` (format {report['format']})")
@@ -148,6 +149,9 @@ def _check_row(seen: dict[str, Any], form: str) -> str:
     return {
         "delta": "applied to the original it gives every bit of the twin",
         "onnx": f"outputs in onnxruntime differ by {difference} (relative)",
+        "encrypted": f"one block computed on encrypted numbers differs by {difference} (relative)"
+        if seen.get("engine")
+        else f"scaled blocks differ by {difference} (relative)",
         "gguf": in_engine if seen.get("engine") else f"read back: a tensor differs by {difference} (relative)",
     }.get(form, f"outputs of a fresh process differ by {difference} (relative)")
 

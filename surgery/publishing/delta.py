@@ -19,16 +19,16 @@ from surgery.saving.reload import probe_ids
 from surgery.saving.report import read_verified_report, write_report
 
 
-def export_delta(folder: Path, out: Path, base: str | None = None, overwrite: bool = False) -> dict[str, Any]:
+def export_delta(folder: Path, out: Path, original: str | None = None, overwrite: bool = False) -> dict[str, Any]:
     """Saves what a twin adds to its original, verified bit by bit; sizes in bytes of the delta and of the twin.
 
     Args:
-        base: the original: Hub id, folder or .gguf; by default as the twin's report names it.
+        original: Hub id, folder or .gguf; by default as the twin's report names it.
     """
     report = read_verified_report(folder)
     out = check_target(out, overwrite)
     source = report["source"]
-    if base is None and source["kind"] != "hub":
+    if original is None and source["kind"] != "hub":
         raise ModelError(
             f"the twin was made from {source['name']!r}, which is not on the Hub",
             where=str(folder),
@@ -36,18 +36,18 @@ def export_delta(folder: Path, out: Path, base: str | None = None, overwrite: bo
         )
     twin = loading.loaded(str(folder), dtype="auto")
     stored = twin.source.dtype
-    original = loading.loaded(base or source["name"], None if base else source["revision"], stored)
+    base = loading.loaded(original or source["name"], None if original else source["revision"], stored)
     network: Any = twin.model
-    found = delta.difference(network, original.model)
+    found = delta.difference(network, base.model)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    origin = {"base": original.source.name, "kind": original.source.kind, "revision": original.source.revision}
-    weights = {"sha256": delta.weights_sha256(original.model), "dtype": stored, "derived": found.derived}
+    origin = {"base": base.source.name, "kind": base.source.kind, "revision": base.source.revision}
+    weights = {"sha256": delta.weights_sha256(base.model), "dtype": stored, "derived": found.derived}
     config[delta.KEY] = {"format": delta.FORMAT, **origin, **weights}
     with whole_folder(out) as place:
         save_file(found.tensors, place / delta.WEIGHTS)
         write_json(place / "config.json", config)
         shutil.copy(folder / "modeling_polynomial.py", place)
-        again: Any = loading.loaded(str(place), dtype="auto", base=base).model
+        again: Any = loading.loaded(str(place), dtype="auto", base=original).model
         ours, theirs = network.state_dict(), again.state_dict()
         if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
             raise ModelError("the delta does not give the twin back", where=str(folder))
@@ -57,13 +57,13 @@ def export_delta(folder: Path, out: Path, base: str | None = None, overwrite: bo
     return {**seen, "bytes": found.size, "twin_bytes": whole}
 
 
-def export_full(folder: Path, out: Path, base: str | None = None, overwrite: bool = False) -> dict[str, Any]:
+def export_full(folder: Path, out: Path, original: str | None = None, overwrite: bool = False) -> dict[str, Any]:
     """Saves the whole twin a delta stands for, verified in a fresh process; what the verification saw."""
     report = read_verified_report(folder)
     if report["form"] != "delta":
         raise ModelError("not a delta", where=str(folder), cause="it is a whole twin already")
     out = check_target(out, overwrite)
-    loaded = loading.loaded(str(folder), dtype="auto", base=base)
+    loaded = loading.loaded(str(folder), dtype="auto", base=original)
     probe = probe_ids(loaded.model)
     described = {key: value for key, value in report.items() if key != "exported_from"} | {"form": "custom"}
     how: dict[str, Any] = {"dtype": loaded.source.dtype, "companions": loaded.companions}

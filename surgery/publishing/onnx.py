@@ -37,7 +37,7 @@ class _Outputs(nn.Module):
         return main_output(self.model(input_ids=input_ids, **self.options))
 
 
-def export_onnx(folder: Path, out: Path, base: str | None = None, overwrite: bool = False) -> dict[str, Any]:
+def export_onnx(folder: Path, out: Path, original: str | None = None, overwrite: bool = False) -> dict[str, Any]:
     """Saves the graph; the difference seen in onnxruntime and the operators in it.
 
     Raises:
@@ -52,7 +52,7 @@ def export_onnx(folder: Path, out: Path, base: str | None = None, overwrite: boo
         raise SurgeryError(f"{error.name} is not installed", fix="pip install 'polysurgery[onnx]'") from error
     report = read_verified_report(folder)
     out = check_target(out, overwrite)
-    loaded = loading.loaded(str(folder), base=base)
+    loaded = loading.loaded(str(folder), base=original)
     model: Any = loaded.model
     if getattr(model.config, "is_encoder_decoder", False) or model.main_input_name != "input_ids":
         raise ModelError("only models that read one text have an ONNX form here", where=str(folder))

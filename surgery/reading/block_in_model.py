@@ -15,8 +15,7 @@ from surgery.blocks.find import survey
 from surgery.blocks.parts import is_norm, norms_around
 from surgery.closed_form.block_polynomial import BlockPolynomial
 from surgery.errors import ModelError, RecipeError
-from surgery.models import modeling_polynomial
-from surgery.models.saved_blocks import SavedBlock, SavedExperts, saved_block, saved_blocks
+from surgery.models.saved_blocks import SavedExperts, twin_blocks
 from surgery.runtime.hooks import hooked
 from surgery.runtime.progress import progress
 
@@ -97,18 +96,6 @@ def find_block(model: Any, index: int, expert: int | None = None) -> BlockInMode
         )
     own = partial(saved.routed_to, model, expert)
     return BlockInModel(index, path, first, last, saved.read_expert(model, expert), expert=expert, routed_to=own)
-
-
-def twin_blocks(model: Any) -> list[SavedBlock]:
-    """A twin's polynomial blocks; of a native one, as it would describe them."""
-    if getattr(model.config, "model_type", None) == modeling_polynomial.MODEL_TYPE:
-        return saved_blocks(model)
-    loaded = {b.path for b in survey(model).blocks if b.takes_native_form and b.activation == "linear"}
-    return [
-        saved_block({"path": path, "kind": "bilinear", "degree": 2})
-        for path, module in model.named_modules()
-        if path in loaded or isinstance(module, modeling_polynomial.BilinearGLU)  # the latter just after its conversion
-    ]
 
 
 def surroundings(model: Any, block: BlockInModel, probe: Mapping[str, Tensor]) -> BlockInModel:

@@ -95,7 +95,7 @@ class RefineSettings:
 def check_refinement(settings: RefineSettings) -> None:
     """Raises SurgeryError for what can be wrong before a model is loaded."""
     report = read_verified_report(Path(settings.twin))
-    if report["form"] in ("silu", "gguf", "onnx"):
+    if report["form"] in ("silu", "gguf", "onnx", "encrypted"):
         raise RecipeError(f"the {report['form']} form cannot be refined", where=settings.twin, fix="refine its twin")
     loading.placed(settings.device)
     loading.load_config(settings.original, settings.original_revision)

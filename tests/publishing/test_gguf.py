@@ -221,7 +221,7 @@ def test_what_has_no_such_form_is_refused_before_anything_is_written(twin, expor
         (exported / "custom", {}, "SiLU form"),
         (exported / "native", {}, "way to cut text into words"),
         (twin, {"weights": "q4_0"}, "no type 'q4_0'"),
-        (twin, {"form": "silu", "weights": "f16"}, "only a GGUF file"),
+        (twin, {"form": "silu", "weights": "f16"}, "takes no weights"),
     ]
     for folder, settings, said in refusals:
         with pytest.raises(SurgeryError, match=said):
@@ -232,10 +232,10 @@ def test_what_has_no_such_form_is_refused_before_anything_is_written(twin, expor
     done = commands.surgery("eval", tmp_path / "file", "--original", twin, "--tokens", "512")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert "GGUF form is not for transformers" in done.stderr
+    assert "GGUF file is not for transformers" in done.stderr
     assert "exported from (twin)" in done.stderr
     (file,) = (tmp_path / "file").glob("*.gguf")
-    with pytest.raises(ModelError, match="GGUF form is not for transformers"):
+    with pytest.raises(ModelError, match="GGUF file is not for transformers"):
         surgery.load(str(file))
 
 

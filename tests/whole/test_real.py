@@ -1,11 +1,14 @@
 """A real pretrained model, end to end. `make slow` fetches it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import surgery
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "build" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -66,3 +69,43 @@ def test_antiberty_is_a_masked_model_and_keeps_its_predictions(tmp_path):
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert abs(row["nats"]) < 0.05
     assert min(block["r2_held"] for block in row["blocks"]) > 0.8
+
+
+@pytest.fixture(scope="module")
+def quadratic(tmp_path_factory):
+    """A quadratic twin of SmolLM2, of few tokens and the closed form alone."""
+    place = tmp_path_factory.mktemp("quadratic")
+    command = [sys.executable, "-m", "surgery", "convert", MODEL, "-o", place / "twin", "--epochs", 0]
+    command += ["--tokens", 8192, "--measure", 2048, "--text", "python"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return place / "twin"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("weights", "most"), [("f32", 1e-3), ("f16", 2e-3), ("q8_0", 0.02)])
+def test_llama_cpp_loses_no_more_than_the_twin(quadratic, weights, most, tmp_path):
+    pytest.importorskip("xllamacpp")
+    out = tmp_path / "gguf"
+    seen = surgery.export(quadratic, out, form="gguf", weights=weights, original=str(MODEL))
+    assert seen["same_tokens"]
+    command = ["benchmarks/llama_cpp.py", quadratic, out / seen["file"], "--original", MODEL, "--tokens", 2048]
+    done = subprocess.run(
+        [sys.executable, *(str(part) for part in command)], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    here, there = (float(re.search(rf"{name} ([\d.]+)", done.stdout)[1]) for name in ("llama.cpp", "transformers"))
+    assert abs(here - there) < most
+
+
+@pytest.mark.slow
+def test_a_real_block_computes_on_encrypted_numbers(quadratic, tmp_path):
+    pytest.importorskip("tenseal")
+    seen = surgery.export(quadratic, tmp_path / "encrypted", form="encrypted", tokens=4096)
+    assert seen["difference"] < 1e-3
+    assert seen["margin"] > 10
+    command = [sys.executable, "recipes/encrypted.py", tmp_path / "encrypted", quadratic, "--block", "8"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "model.layers.8.mlp" in done.stdout
+    assert float(re.search(r"relative error (\S+)", done.stdout)[1]) < 1e-3
