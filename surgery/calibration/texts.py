@@ -41,6 +41,13 @@ def documents(source: str, chat: Chat = plain_chat) -> Iterator[str]:
         yield from hub_file_texts(source, chat)
     elif source.startswith("hub:"):
         yield from _hub_texts(source, chat)
+    elif source in (AUTO, SAMPLES, BROAD):
+        raise CalibrationError(
+            "this is not one text that can be read here",
+            where=source,
+            cause="samples are drawn from a model, and broad is a mixture; `convert` and `refine` take them",
+            fix="give python, code, hub:NAME or a text file",
+        )
     else:
         path = Path(source).expanduser()
         if not path.is_file():

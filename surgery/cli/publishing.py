@@ -50,12 +50,12 @@ def export(twin: str, output: str, as_json: bool, **settings: Any) -> None:
     """Write TWIN in another form.
 
     \b
-    silu   an ordinary SwiGLU network of twice the width, for engines that know only SiLU (native twins)
-    gguf   the same as a file for llama.cpp, run there where xllamacpp is installed
-    onnx   a graph for onnxruntime and other readers of ONNX, compared there
-    encrypted  blocks of degree 2 for CKKS: scaled weights, parameters, ranges on unseen text (extra encrypted)
-    delta  only what the twin adds to its original: a few numbers per unit where the readout was kept
-    full   the whole twin again, from a delta
+    silu       an ordinary SwiGLU network of twice the width, for engines that know only SiLU (native twins)
+    gguf       the same as a file for llama.cpp, run there where xllamacpp is installed
+    onnx       a graph for onnxruntime and other readers of ONNX, compared there
+    encrypted  blocks of degree 2 for CKKS: scaled weights, parameters, ranges on unseen text
+    delta      only what the twin adds to its original: a few numbers per unit where the readout was kept
+    full       the whole twin again, from a delta
     """
     from surgery.publishing.export import export as run
 

@@ -229,6 +229,7 @@ def test_what_has_no_encrypted_form_is_refused_before_anything_is_written(export
     refusals = [
         (exported / "custom", {}, "degree 3 has no form"),
         (exported / "native", {"text": "nowhere.txt"}, "nowhere.txt"),
+        (exported / "native", {"text": "samples"}, "not one text"),
         (exported / "native", {"tokens": 100}, "fewer than"),
         (exported / "native", {"weights": "f16"}, "takes no weights"),
     ]
