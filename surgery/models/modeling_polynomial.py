@@ -16,6 +16,7 @@ missing weights.
 
 import copy
 import os
+import re
 import shutil
 
 import torch
@@ -251,13 +252,32 @@ class PolynomialConfig(PreTrainedConfig):
             return super().from_dict(config_dict, **kwargs)
         if config_dict.get("polynomial_format", 0) > FORMAT:
             raise ValueError(f"this twin has format {config_dict['polynomial_format']}; this file reads up to {FORMAT}")
-        return config_class_for(base_type).from_dict(config_dict, **kwargs)
+        found = config_class_for(base_type).from_dict(config_dict, **kwargs)
+        leave_blocks_whole(found[0] if isinstance(found, tuple) else found)
+        return found
 
     def __reduce__(self):
         base_type = getattr(self, "base_model_type", None)
         if base_type is None:
             return super().__reduce__()
         return restored_config, (base_type, self.__dict__)
+
+
+def leave_blocks_whole(config) -> None:
+    """Takes blocks with coefficients out of the base architecture's plan for tensor parallelism.
+
+    The plan divides a block's units among processes; coefficients, which it does not know, stay those of all units. So
+    every process computes such a block whole. Bilinear blocks have none, and are divided as the plan says.
+    """
+    plan, blocks = getattr(config, "base_model_tp_plan", None), getattr(config, "polynomial_blocks", None)
+    if plan and blocks:
+        paths = [block[name] for block in blocks if block["kind"] != "bilinear" for name in PATHS if block.get(name)]
+        places = {re.sub(r"\.\d+\b", ".*", str(path)).split(".", place)[-1] for path in paths for place in (0, 1)}
+        config.base_model_tp_plan = {
+            name: style
+            for name, style in plan.items()
+            if not any(f"{name}.".startswith(f"{place}.") or f"{place}.".startswith(f"{name}.") for place in places)
+        }
 
 
 def restored_config(base_model_type: str, values: dict):
@@ -334,6 +354,7 @@ def model_class(name: str, base_model_type: str) -> type:
         base = getattr(transformers, name)
 
         def __init__(self, config, *args, **kwargs):
+            leave_blocks_whole(config)
             elsewhere = config.base_architecture != name
             config = copy.deepcopy(config) if elsewhere else config
             as_stock(base, self, config, *args, **kwargs)
