@@ -7,6 +7,7 @@ was read back.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +47,23 @@ def export_gguf(
         raise SurgeryError("gguf is not installed", fix="pip install 'polysurgery[gguf]'") from error
     if weights is not None and weights not in STORED:
         raise RecipeError(f"no type {weights!r}{did_you_mean(weights, STORED)}", fix=f"one of {', '.join(STORED)}")
+    if original is not None and not (original.endswith(".gguf") and Path(original).is_file()):
+        raise RecipeError("not a GGUF file", where="--original", fix="name one, or leave it: the twin has a tokenizer")
     report = read_verified_report(folder)
     out = check_target(out, overwrite)
     loaded = loading.loaded(str(folder))
     network = as_silu(loaded.model)
     kind = weights or OF_PRECISION[loaded.source.dtype]
-    source = Path(original) if original and original.endswith(".gguf") else None
     words = (
         gguf_tokenizer.fields_of(loaded.tokenizer, network.config.vocab_size)
-        if source is None
-        else gguf_tokenizer.fields_of_file(source, network.config.vocab_size)
+        if original is None
+        else gguf_tokenizer.fields_of_file(Path(original), network.config.vocab_size)
     )
     fields = [*_described(report), *_numbers(gguf_network.settings(network)), *words]
     with whole_folder(out) as place:
         file = place / f"{folder.resolve().name}-{kind.upper()}.gguf"
         _write(file, fields, network, kind)
-        seen = _checked(file, network, loaded.tokenizer, kind, source is not None)
+        seen = _checked(file, network, loaded.tokenizer, kind, foreign=original is not None)
         network.config.save_pretrained(place)
         seen = {"verified": True, "form": "gguf", "file": file.name, "weights": kind, **seen}
         write_report(place, {**report, "form": "gguf", "exported_from": folder.name}, seen)
@@ -72,8 +74,8 @@ def _described(report: dict[str, Any]) -> list[gguf_tokenizer.Field]:
     """What the file is: whose twin, of which degree, and what it lost."""
     source, degree = report["source"], report["recipe"]["degree"]
     name = source["name"].rsplit("/", 1)[-1].removesuffix(".gguf")
-    loss = report.get("perplexity")
-    cost = f" It loses {loss['nats']:+.4f} nats a token on {loss['text']}." if loss else ""
+    lost, text = _loss(report)
+    cost = "" if lost is None else f" It loses {lost:+.4f} nats a token on {text}."
     told = f"Polynomial twin of {name}: every feed-forward block is a polynomial of degree {degree}.{cost}"
     texts = {
         "general.name": f"{name} polynomial twin",
@@ -89,7 +91,16 @@ def _described(report: dict[str, Any]) -> list[gguf_tokenizer.Field]:
         gguf_tokenizer.Field("general.tags", ["polynomial", f"degree-{degree}"], "ARRAY", "STRING"),
         gguf_tokenizer.Field(GGUF_MARK, degree, "UINT32"),
     ]
-    return fields + ([gguf_tokenizer.Field("polysurgery.nats_lost", loss["nats"], "FLOAT32")] if loss else [])
+    return fields + ([] if lost is None else [gguf_tokenizer.Field("polysurgery.nats_lost", lost, "FLOAT32")])
+
+
+def _loss(report: dict[str, Any]) -> tuple[float | None, str]:
+    """Nats lost as the twin is now, and on what; None where nobody measured."""
+    if "refinement" in report:
+        refined = report["refinement"]
+        return refined["lost_after"], f"{refined['held_out_tokens']:,} held-out tokens of what it was refined on"
+    measured = report.get("perplexity")
+    return (measured["nats"], measured["text"]) if measured else (None, "")
 
 
 def _numbers(settings: dict[str, int | float]) -> list[gguf_tokenizer.Field]:
@@ -104,6 +115,7 @@ def _numbers(settings: dict[str, int | float]) -> list[gguf_tokenizer.Field]:
 def _write(file: Path, fields: list[gguf_tokenizer.Field], network: Any, kind: str) -> None:
     """Header, fields and tensors; one tensor at a time is converted."""
     import gguf
+    import numpy
 
     writer = gguf.GGUFWriter(file, gguf_network.ARCHITECTURE)
     writer.add_file_type({"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}[kind])
@@ -120,12 +132,7 @@ def _write(file: Path, fields: list[gguf_tokenizer.Field], network: Any, kind: s
                 fix="--weights bf16 or f32",
             )
         shape = gguf.quant_shape_to_byte_shape(value.shape, stored)
-        size = 1
-        for length in shape:
-            size *= length
-        import numpy as np
-
-        writer.add_tensor_info(name, shape, np.dtype(np.uint8), size, stored)
+        writer.add_tensor_info(name, shape, numpy.dtype(numpy.uint8), math.prod(shape), stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

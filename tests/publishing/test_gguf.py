@@ -168,6 +168,16 @@ def test_the_file_says_what_it_is(twin, tmp_path, no_engine):
     assert str(tmp_path) not in str(found)
 
 
+def test_a_refined_twin_says_what_it_loses_now():
+    before = {"perplexity": {"nats": 0.3, "text": "python"}}
+    after = before | {"refinement": {"lost_after": 0.1, "held_out_tokens": 8192}}
+    assert gguf._loss(before) == (0.3, "python")
+    lost, text = gguf._loss(after)
+    assert lost == 0.1
+    assert "8,192 held-out tokens" in text
+    assert gguf._loss({"perplexity": None}) == (None, "")
+
+
 def test_a_pretrained_tokenizer_is_taken_field_by_field(twin, tmp_path, no_engine):
     first = surgery.export(twin, tmp_path / "first", form="gguf")
     source = tmp_path / "first" / first["file"]
@@ -221,6 +231,8 @@ def test_what_has_no_such_form_is_refused_before_anything_is_written(twin, expor
         (exported / "custom", {}, "SiLU form"),
         (exported / "native", {}, "way to cut text into words"),
         (twin, {"weights": "q4_0"}, "no type 'q4_0'"),
+        (twin, {"original": str(exported / "base")}, "not a GGUF file"),
+        (twin, {"original": "nowhere.gguf"}, "not a GGUF file"),
         (twin, {"form": "silu", "weights": "f16"}, "takes no weights"),
     ]
     for folder, settings, said in refusals:
