@@ -21,6 +21,7 @@ from surgery.calibration.mixtures import Mixture
 from surgery.calibration.texts import AUTO, SAMPLES
 from surgery.closed_form.moments import GaussianMixture
 from surgery.conversion.measures import shared_perplexity
+from surgery.conversion.memory import check_memory
 from surgery.conversion.partial_run import kept_samples, model_identity
 from surgery.conversion.recipe import Recipe
 from surgery.conversion.selection import check_hooks, check_repeated, chosen_blocks, form_of
@@ -75,6 +76,9 @@ def prepared(
         raise RecipeError("a budget is in nats, which only a causal language model has", fix="leave --budget out")
     form_of(plan, native)  # whatever can be wrong is said before samples are drawn
     named = text is None or is_named(text)
+    like = torch.empty(0, dtype=network.dtype, device=weights_on_disk.device_of(network))
+    if named:
+        check_memory(blocks, plan, like)
     plan, note = processes.looked_up(lambda: _chosen_source(plan, loaded)) if named else (plan, "")
     known = model_identity(loaded, plan.model, given)
     data = processes.looked_up(lambda: _inputs(plan.text if named else text, loaded, plan, known))
@@ -88,6 +92,8 @@ def prepared(
     probe = _probe(network, data)
     blocks, others = _seen_to_run(network, blocks, probe, plan)
     check_repeated(blocks, plan)
+    if named:  # now it is known whether the original's stream runs too
+        check_memory(blocks, plan, like)
     form = form_of(plan, native and not others)
     first_token = first_token_size(network, probe, blocks) if is_causal(network) else 0.0
     task = ConversionTask(network, blocks, data, plan, given, first_token, quiet)
