@@ -158,5 +158,4 @@ def test_bilinear_blocks_are_divided_as_the_plan_says(tmp_path):
     surgery.convert(str(tmp_path / "base"), text=text, output=tmp_path / "twin", degree=2, measure=0, epochs=0)
     number, difference, said = divided_among_two(tmp_path / "twin")
     assert difference < 1e-5, said
-    base, _, _ = divided_among_two(tmp_path / "base")
-    assert number >= base > 0
+    assert number >= 10 * tiny.LAYERS  # of attention four, of a block three weights and their biases
