@@ -50,12 +50,13 @@ def sentence_pieces():
     return T.PreTrainedTokenizerFast(tokenizer_object=again, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-def made(folder, tokenizer=None, **more):
-    """A quadratic twin of a tiny Llama, all of whose weights matter."""
+def made(folder, tokenizer=None, kind=(T.LlamaConfig, T.LlamaForCausalLM), **more):
+    """A quadratic twin of a tiny Llama (or of another `kind`), all of whose weights matter."""
     shape = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
     torch.manual_seed(0)
-    model = T.LlamaForCausalLM(T.LlamaConfig(**shape, **heads, **more))
+    config, network = kind
+    model = network(config(**shape, **heads, **more))
     with torch.no_grad():
         for value in model.parameters():
             value.copy_(4 * value if value.dim() == 2 else value + 0.1 * torch.randn_like(value))
@@ -111,6 +112,23 @@ SHAPES = {
 def test_every_shape_of_a_llama(shape, tmp_path):
     pytest.importorskip("xllamacpp")
     seen = surgery.export(made(tmp_path, **SHAPES[shape]), tmp_path / "out", form="gguf")
+    assert seen["difference"] < 0.01
+    assert seen["same_text"]
+
+
+OTHER_NAMES = {
+    "qwen2": (T.Qwen2Config, T.Qwen2ForCausalLM, {}),
+    "mistral": (T.MistralConfig, T.MistralForCausalLM, {"sliding_window": None}),
+    "gemma": (T.GemmaConfig, T.GemmaForCausalLM, {"head_dim": 16}),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_a_llama_under_another_name(name, tmp_path):
+    """Its native twin is written as the Llama it is: with biases of attention, or norms that scale by 1 + w."""
+    pytest.importorskip("xllamacpp")
+    config, model, more = OTHER_NAMES[name]
+    seen = surgery.export(made(tmp_path, kind=(config, model), **more), tmp_path / "out", form="gguf")
     assert seen["difference"] < 0.01
     assert seen["same_text"]
 
