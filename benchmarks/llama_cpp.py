@@ -11,6 +11,7 @@ import json
 import statistics
 import urllib.request
 
+import gguf
 import torch
 import xllamacpp
 
@@ -57,6 +58,13 @@ class Engine:
         return done["timings"]["prompt_per_second"], done["timings"]["predicted_per_second"]
 
 
+def head_of(file: str) -> torch.Tensor:
+    """The unembedding as the file stores it, (vocabulary, d); the embedding's where they are one."""
+    held = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    stored = held.get("output.weight", held["token_embd.weight"])
+    return torch.tensor(gguf.quants.dequantize(stored.data, stored.tensor_type))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("twin")
@@ -69,7 +77,7 @@ def main() -> None:
     ids = tokens_of(options.text, loading.loaded(options.twin).tokenizer, options.tokens)
     windows = sequences(ids, WINDOW)
     there = perplexity(twin, [{"input_ids": rows} for rows in windows.split(4)]).nats
-    engine, head, nats = Engine(options.file, states=True), twin.get_output_embeddings().weight.detach(), 0.0
+    engine, head, nats = Engine(options.file, states=True), head_of(options.file), 0.0
     for row in windows:
         logits = engine.hidden(row.tolist()) @ head.T
         nats += float(torch.nn.functional.cross_entropy(logits[:-1], row[1:], reduction="sum"))

@@ -15,6 +15,7 @@ from surgery.calibration.mixtures import Mixture
 from surgery.calibration.texts import AUTO
 from surgery.errors import ModelError, RecipeError, did_you_mean
 from surgery.models import loading
+from surgery.models.refusals import EXPORTS
 from surgery.models.saved_blocks import saved_blocks
 from surgery.refining.parameters import SETS
 from surgery.runtime.precision import fast_bf16
@@ -95,7 +96,7 @@ class RefineSettings:
 def check_refinement(settings: RefineSettings) -> None:
     """Raises SurgeryError for what can be wrong before a model is loaded."""
     report = read_verified_report(Path(settings.twin))
-    if report["form"] in ("silu", "gguf", "onnx", "encrypted"):
+    if report["form"] in ("silu", *EXPORTS):
         raise RecipeError(f"the {report['form']} form cannot be refined", where=settings.twin, fix="refine its twin")
     loading.placed(settings.device)
     loading.load_config(settings.original, settings.original_revision)
