@@ -16,8 +16,8 @@ from surgery.cli import options, terminal
 @click.option("--expert", type=options.COUNT, help="Which expert of it, where the block is a mixture.")
 @click.option(
     "--direction",
-    help="Direction of the block's output: token:TEXT, neuron:BLOCK.UNIT, coordinate:I, class:I, file:PATH, linear:K "
-    "or quadratic:K.  [default: list the block's own]",
+    help="Direction of the block's output: token:TEXT, neuron:BLOCK.UNIT, coordinate:I, class:I, file:PATH, linear:K, "
+    "quadratic:K or feature:I.  [default: list the block's own]",
 )
 @click.option("--minus", help="A direction to subtract, as in the difference of two logits.")
 @click.option("--pairs", type=options.COUNT, help="Eigenpairs to show.  [default: 6]")
@@ -26,6 +26,20 @@ from surgery.cli import options, terminal
     metavar="NAME",
     help="raw: eigenpairs of Γ itself; data: of Σ^½ Γ Σ^½, with shares of variance.  [default: raw]",
 )
+@click.option("--features", metavar="PATH", help="Sparse dictionary (SAE) of the block's input, to read it in.")
+@click.option("--output-features", metavar="PATH", help="One of its output (SAE or transcoder), for feature:I.")
+@click.option(
+    "--features-at",
+    metavar="NAME",
+    help="What the first describes: input of the block, or stream before its norm.  [default: auto]",
+)
+@click.option(
+    "--upstream",
+    metavar="BLOCK=PATH",
+    help="An earlier block and a dictionary of its output: which of its features write into what is read.",
+)
+@click.option("--terms", type=options.COUNT, help="Features and pairs of features to show.  [default: 12]")
+@click.option("--rank", metavar="NAME", help="Strongest by text, or by weights alone.  [default: text]")
 @options.text("Text that drives the block.", "python")
 @options.tokens("Tokens of it", "4096")
 @options.window(256)

@@ -136,6 +136,25 @@ class _BlockReached(Exception):  # noqa: N818 - no error
     """Ends a forward pass after the block that was asked for."""
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """A block over a text, on the CPU.
+
+    Attributes:
+        x, y: its inputs, (tokens, d), and its outputs, (tokens, out); NaN where a token does not go to this expert.
+        stream: the residual stream before its norm, (tokens, d); x itself where no norm stands before the block.
+    """
+
+    x: Tensor
+    y: Tensor
+    stream: Tensor
+
+    @property
+    def size(self) -> Tensor:
+        """The larger of the norms of the stream and of the output, (tokens,): massive at attention sinks, NaN as y."""
+        return torch.maximum(self.stream.float().norm(dim=-1), self.y.float().norm(dim=-1))
+
+
 @contextmanager
 def _recorded(block: BlockInModel, rows: list[tuple[Tensor, Tensor, Tensor]]) -> Iterator[None]:
     entered: dict[str, Tensor] = {}
@@ -145,8 +164,7 @@ def _recorded(block: BlockInModel, rows: list[tuple[Tensor, Tensor, Tensor]]) ->
         if block.routed_to is not None:
             x = block.routed_to(*args, *kwargs.values())
             written = block.polynomial(x.double()).to(x)
-        stream = entered.get("stream", x).float().norm(dim=-1)
-        rows.append((x, written, torch.maximum(stream, written.float().norm(dim=-1))))
+        rows.append((x, written, entered.get("stream", x)))
         raise _BlockReached
 
     def note(name: str) -> Any:
@@ -164,10 +182,8 @@ def _recorded(block: BlockInModel, rows: list[tuple[Tensor, Tensor, Tensor]]) ->
 
 def recorded_activity(
     model: Any, block: BlockInModel, batches: Sequence[Mapping[str, Tensor]], quiet: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The block over all tokens of `batches`: inputs (tokens, d), outputs (tokens, out), and the larger of the norms of
-    the residual stream before it and of its output, (tokens,): massive at attention sinks. All NaN where a token does
-    not go to this expert.
+) -> Recorded:
+    """The block over all tokens of `batches`.
 
     Every forward pass ends at the block: the layers after it cost nothing.
     """
@@ -182,5 +198,4 @@ def recorded_activity(
                 continue
             if len(rows) == before:
                 raise ModelError("the forward pass never reached this block", where=block.path)
-    x, y, size = (torch.cat(parts) for parts in zip(*rows, strict=True))
-    return x, y, size
+    return Recorded(*(torch.cat(parts).cpu() for parts in zip(*rows, strict=True)))

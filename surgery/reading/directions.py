@@ -8,6 +8,8 @@
     file:PATH         a vector from a .safetensors, .npy or .pt file
     linear:K          the K-th left singular vector of the block's own linear part
     quadratic:K       the K-th of its quadratic part (`Expansion.output_gram`)
+    feature:I         a feature of the dictionary of the block's output: what its encoder counts (of a transcoder: what
+                      it writes)
 
 A norm divides by a scale that depends on the token and multiplies by γ (LayerNorm takes the mean away first). A
 direction e that is read after it, e·norm(r), is read off the stream r by Pᵀ(γ ⊙ e) up to that positive scale.
@@ -28,7 +30,7 @@ from surgery.closed_form.block_polynomial import Expansion
 from surgery.errors import RecipeError, SurgeryError, did_you_mean
 from surgery.reading.block_in_model import BlockInModel, find_block, surroundings
 
-KINDS = ("token", "neuron", "coordinate", "class", "file", "linear", "quadratic")
+KINDS = ("token", "neuron", "coordinate", "class", "file", "linear", "quadratic", "feature")
 CHUNK = 4096  # rows of the embedding looked at together
 
 
@@ -67,6 +69,13 @@ class NormScale:
         scale = torch.where(signs != 0, (one - origin) * signs, (two - origin) * shifted) * size
         return NormScale(scale.double(), torch.allclose(moved, one, atol=1e-3 * float(one.abs().max())))
 
+    def of_stream(self, vectors: Tensor) -> Tensor:
+        """What vectors of the stream become, up to the positive scale that the norm divides by, (…, d): γ ⊙ P r."""
+        if self.scale is None:
+            return vectors
+        held = vectors - vectors.mean(-1, keepdim=True) if self.centres else vectors
+        return held * self.scale.to(vectors)
+
     def before(self, directions: Tensor) -> Tensor:
         """Directions of the stream before the norm that are read after it as `directions`, (…, d): Pᵀ(γ ⊙ e)."""
         if self.scale is None:
@@ -81,13 +90,16 @@ def check_direction(spec: str) -> tuple[str, str]:
     if kind not in KINDS or not separator:
         raise RecipeError(
             f"no output direction {spec!r}{did_you_mean(kind, KINDS)}",
-            fix="one of token:TEXT, neuron:BLOCK.UNIT, coordinate:I, class:I, file:PATH, linear:K, quadratic:K",
+            fix="one of token:TEXT, neuron:BLOCK.UNIT, coordinate:I, class:I, file:PATH, linear:K, quadratic:K, "
+            "feature:I",
         )
     return kind, rest
 
 
-def named_direction(spec: str, model: Any, tokenizer: Any, block: BlockInModel, expansion: Expansion) -> Direction:
-    """The direction a user named.
+def named_direction(
+    spec: str, model: Any, tokenizer: Any, block: BlockInModel, expansion: Expansion, features: Tensor | None = None
+) -> Direction:
+    """The direction a user named; `features`, (n, out), is what a dictionary of the output counts.
 
     Raises:
         RecipeError: an unknown kind, an unknown token, a number out of range, a vector of the wrong width.
@@ -101,6 +113,7 @@ def named_direction(spec: str, model: Any, tokenizer: Any, block: BlockInModel, 
         "file": lambda: _from_file(Path(rest).expanduser()),
         "linear": lambda: _own(rest, torch.linalg.svd(expansion.jacobian(), full_matrices=False)[0]),
         "quadratic": lambda: _own(rest, torch.linalg.eigh(expansion.output_gram())[1].flip(-1)),
+        "feature": lambda: _feature(rest, features),
     }
     vector = makers[kind]().detach().double().cpu()
     if vector.shape != (block.polynomial.out,):
@@ -121,6 +134,12 @@ def _number(text: str, limit: int, what: str) -> int:
 
 def _one_hot(index: int, block: BlockInModel) -> Tensor:
     return nn.functional.one_hot(torch.tensor(index), block.polynomial.out).double()
+
+
+def _feature(text: str, rows: Tensor | None) -> Tensor:
+    if rows is None:
+        raise RecipeError("feature:I is a feature of a dictionary of the output", fix="name one by --output-features")
+    return rows[_number(text.strip(), len(rows), "features")]
 
 
 def _own(text: str, columns: Tensor) -> Tensor:

@@ -18,8 +18,10 @@ from surgery.models import loading
 from surgery.reading.activity import Activity, examples
 from surgery.reading.block_in_model import BlockInModel, NotATwinError, find_block, recorded_activity, surroundings
 from surgery.reading.directions import KINDS, Direction, Vocabulary, check_direction, named_direction
+from surgery.reading.features import Dictionaries, FeatureReader
 from surgery.reading.page import write_explanation
 from surgery.reading.spectrum import Spectrum, spectrum
+from surgery.reading.upstream import Upstream, Writers
 from surgery.runtime.settings import at_least, checked_settings
 from surgery.runtime.vocabulary import understands_former_names
 
@@ -43,6 +45,14 @@ class ExplainSettings:
         text, tokens, window: what drives them: a text source, how much of it, in windows of how many tokens.
         words, contexts: tokens and contexts to show for each.
         fit: fit the block now, where it is not a polynomial yet, at this degree; None: do not.
+        features, output_features: sparse dictionaries of the block's input and output to read it in (see
+            :mod:`surgery.reading.dictionary`).
+        features_at: what the first describes: the block's `input` or the `stream` before its norm; auto: what it
+            explains more of.
+        upstream: BLOCK=PATH, an earlier block and a dictionary of its output: which of its features write into what
+            this block reads along the direction.
+        terms: features and pairs of features to show.
+        rank: what makes them strong: what they write over the `text`, or their `weights` alone.
     """
 
     twin: str
@@ -58,6 +68,12 @@ class ExplainSettings:
     contexts: int = at_least(0, 4)
     fit: int | None = at_least(2, None)
     expert: int | None = at_least(0, None)
+    features: str | None = None
+    output_features: str | None = None
+    features_at: str = "auto"
+    upstream: str | None = None
+    terms: int = at_least(1, 12)
+    rank: str = "text"
     revision: str | None = None
     dtype: str = "float32"
     device: str = "auto"
@@ -108,17 +124,29 @@ def explained(settings: ExplainSettings, quiet: bool = True) -> dict[str, Any]:
         check_direction(named)
     if settings.coordinates not in COORDINATES:
         raise RecipeError(f"no coordinates {settings.coordinates!r}", fix=f"one of {', '.join(COORDINATES)}")
+    asked = Dictionaries.read(
+        settings.features, settings.output_features, settings.features_at, settings.rank, settings.terms
+    )
+    upstream = Upstream.read(settings.upstream, settings.block)
+    if upstream and not settings.direction:
+        raise RecipeError("--upstream needs a --direction, whose readers it follows back")
     loaded = loading.loaded(settings.twin, settings.revision, settings.dtype)
     block, inputs = _block(settings, loaded, quiet)
     model: Any = loaded.model
     if not all("input_ids" in batch for batch in inputs.batches):
         raise SurgeryError("only models that read tokens are explained with text", where=settings.twin)
     ids = torch.cat([batch["input_ids"] for batch in inputs.batches])
-    block = surroundings(model, block, {name: value[:1, :8] for name, value in inputs.batches[0].items()})
+    probe = {name: value[:1, :8] for name, value in inputs.batches[0].items()}
+    block = surroundings(model, block, probe)
     model.to(loading.placed(settings.device))
-    x, _, size = recorded_activity(model, block, inputs.batches, quiet)
+    recorded = recorded_activity(model, block, inputs.batches, quiet)
+    seen = Activity.of(ids, recorded.x, recorded.size)
+    writers = None
+    if upstream is not None:
+        earlier = surroundings(model, find_block(model, upstream.block), probe)
+        wrote = recorded_activity(model, earlier, inputs.batches, quiet)
+        writers = Writers.of(upstream, earlier, wrote, block, recorded, seen)
     model.to("cpu")
-    seen = Activity.of(ids, x.cpu(), size.cpu())
     expansion = block.polynomial.expand(seen.mean)
     vocabulary = Vocabulary.of(model, loaded.tokenizer, block)
     report: dict[str, Any] = {
@@ -133,14 +161,16 @@ def explained(settings: ExplainSettings, quiet: bool = True) -> dict[str, Any]:
         "notes": _notes(block, settings),
     }  # fmt: skip
     reader = _Reader(settings, seen, expansion, vocabulary, loaded.tokenizer)
+    features = FeatureReader.of(asked, block, recorded, seen, vocabulary, loaded.tokenizer, writers)
     if settings.direction is None:
-        report |= reader.own_directions()
+        report |= reader.own_directions() | features.survey()
     else:
-        direction = named_direction(settings.direction, model, loaded.tokenizer, block, expansion)
+        rows = None if features.outputs is None else features.outputs.rows
+        direction = named_direction(settings.direction, model, loaded.tokenizer, block, expansion, rows)
         if settings.minus:
-            less = named_direction(settings.minus, model, loaded.tokenizer, block, expansion)
+            less = named_direction(settings.minus, model, loaded.tokenizer, block, expansion, rows)
             direction = Direction(f"{direction.name} − {less.name}", direction.vector - less.vector)
-        report |= reader.direction(direction)
+        report |= reader.direction(direction, writers) | features.direction(direction)
     return report | {"seconds": round(time.monotonic() - started, 2)}
 
 
@@ -172,8 +202,9 @@ def _block(settings: ExplainSettings, loaded: loading.LoadedModel, quiet: bool) 
 
 def _public(settings: ExplainSettings) -> dict[str, str]:
     """Local paths by their last part: a page is for showing."""
-    names = {"twin": settings.twin, "text": settings.text}
-    return {key: Path(name).name if Path(name).expanduser().exists() else name for key, name in names.items()}
+    names = {key: getattr(settings, key) for key in ("twin", "text", "features", "output_features", "upstream")}
+    given = {key: name for key, name in names.items() if name is not None}
+    return {key: Path(name).name if Path(name).expanduser().exists() else name for key, name in given.items()}
 
 
 def _notes(block: BlockInModel, settings: ExplainSettings) -> list[str]:
@@ -200,8 +231,8 @@ class _Reader:
     vocabulary: Vocabulary | None
     tokenizer: Any
 
-    def direction(self, direction: Direction) -> dict[str, Any]:
-        """One output direction: parts, spectrum, eigenpairs."""
+    def direction(self, direction: Direction, writers: Writers | None = None) -> dict[str, Any]:
+        """One output direction: parts, spectrum, eigenpairs, and who writes into these."""
         w = direction.vector / direction.vector.norm()
         linear, quadratic, higher = self.expansion.parts(w, self.seen.x)
         whole = linear + quadratic + higher
@@ -222,7 +253,7 @@ class _Reader:
                 "trace": found.trace,
                 "explained": float(found.shares.sum()),
             },
-            "eigenpairs": [self._pair(found, inverse, number) for number in range(len(found.values))],
+            "eigenpairs": [self._pair(found, inverse, number, writers) for number in range(len(found.values))],
         }
 
     def _shares(self, *parts: Tensor) -> dict[str, Any]:
@@ -240,7 +271,7 @@ class _Reader:
             "contexts": examples(self.seen, values, self.tokenizer, 1)
         }
 
-    def _pair(self, found: Spectrum, inverse: Tensor | None, number: int) -> dict[str, Any]:
+    def _pair(self, found: Spectrum, inverse: Tensor | None, number: int, writers: Writers | None) -> dict[str, Any]:
         vector, value = found.vectors[:, number], found.values[number]
         covector = vector if inverse is None else inverse @ vector
         position = (self.seen.x - self.seen.mean) @ covector
@@ -258,6 +289,7 @@ class _Reader:
                 "positive": examples(self.seen, position, self.tokenizer, self.settings.contexts),
                 "negative": examples(self.seen, -position, self.tokenizer, self.settings.contexts),
             },
+            **({} if writers is None else {"upstream": writers.into(covector, self.tokenizer)}),
         }
 
     def _tokens(self, covector: Tensor) -> dict[str, Any]:

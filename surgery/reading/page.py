@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import SurgeryError
+from surgery.reading.feature_lines import feature_lines, writer_line
+from surgery.reading.feature_plot import NEGATIVE, POSITIVE, feature_plot, label
 from surgery.runtime.files import not_written, write_bytes
 
-JSON, PAGE, PLOT = "explanation.json", "explanation.html", "spectrum.png"
-POSITIVE, NEGATIVE = "#1f6feb", "#d1242f"
+JSON, PAGE, PLOT, FEATURES = "explanation.json", "explanation.html", "spectrum.png", "features.png"
 
 
 def files_of(report: dict[str, Any]) -> list[str]:
     """Names of what :func:`write_explanation` writes."""
-    return [JSON, PAGE, *([PLOT] if "eigenpairs" in report else [])]
+    plots = [PLOT] if "eigenpairs" in report else []
+    return [JSON, PAGE, *plots, *([FEATURES] if "curve" in report.get("features", {}) else [])]
 
 
 def write_explanation(report: dict[str, Any], folder: Path) -> None:
@@ -26,11 +28,13 @@ def write_explanation(report: dict[str, Any], folder: Path) -> None:
     Raises:
         SurgeryError: the folder cannot be written, or matplotlib is missing.
     """
-    plot = spectrum_plot(report) if "eigenpairs" in report else None
+    names = files_of(report)
     files: dict[str, bytes] = {JSON: (json.dumps(report, indent=2, allow_nan=False) + "\n").encode()}
-    files[PAGE] = page(report, plot).encode()
-    if plot:
-        files[PLOT] = plot
+    if PLOT in names:
+        files[PLOT] = spectrum_plot(report)
+    if FEATURES in names:
+        files[FEATURES] = feature_plot(report["features"])
+    files[PAGE] = page(report, files.get(PLOT), files.get(FEATURES)).encode()
     try:
         for name, content in files.items():
             write_bytes(folder / name, content)
@@ -64,18 +68,20 @@ def spectrum_plot(report: dict[str, Any]) -> bytes:
     return out.getvalue()
 
 
-def page(report: dict[str, Any], plot: bytes | None) -> str:
+def page(report: dict[str, Any], plot: bytes | None, features: bytes | None = None) -> str:
     """explanation.html: no scripts, nothing loaded from elsewhere."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["ink"] = _ink
     environment.filters["shown"] = _shown
+    environment.filters["named"] = label
     template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8"))
     return template.render(
         report=report,
         title=title(report),
         plot=None if plot is None else base64.b64encode(plot).decode(),
+        features=None if features is None else base64.b64encode(features).decode(),
         details=json.dumps(
             {key: report[key] for key in ("settings", "model", "block", "text", "spectrum") if key in report}, indent=2
         ),
@@ -100,7 +106,7 @@ def lines(report: dict[str, Any]) -> list[str]:
             ]
             for row in report["own"][kind]:
                 out.append(f"  {row['name']:13} {row['share']:6.1%}  {_words(row['promotes'])}")
-        return out
+        return out + (feature_lines(report["features"]) if "features" in report else [])
     parts = report["parts"]
     out.append(
         f"variance over the text: linear {parts['linear']:.1%}, quadratic {parts['quadratic']:.1%}, higher "
@@ -111,12 +117,14 @@ def lines(report: dict[str, Any]) -> list[str]:
         out.append(f"\n{number}  λ = {pair['value']:+.4g} ({pair['share']:.1%} of the spectrum)")
         out.append(f"   embeddings   {_words(pair['embedding'])}")
         out.append(f"   unembeddings {_words(pair['unembedding'])}")
+        if "upstream" in pair:
+            out.append(f"   written into by {writer_line(pair['upstream'])}")
         for sign, end in (("+", "positive"), ("−", "negative")):
             for example in pair["contexts"][end][:2]:
                 at = example["peak"]
                 text = "".join(example["tokens"][:at]) + "⟦" + example["tokens"][at] + "⟧"
                 out.append(f"   {sign} {example['value']:6.2f}  …{text[-90:]!r}")
-    return out
+    return out + (feature_lines(report["features"]) if "features" in report else [])
 
 
 def _words(ends: dict[str, list[dict[str, Any]]] | None) -> str:

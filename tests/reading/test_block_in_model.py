@@ -19,9 +19,9 @@ def twin_of(name, ids, degree=2):
 def test_the_polynomial_read_is_the_block_that_runs(name, degree, ids):
     model = twin_of(name, ids, degree)
     place = find_block(model, 1)
-    x, y, _ = recorded_activity(model, place, [{"input_ids": ids[:4]}])
+    recorded = recorded_activity(model, place, [{"input_ids": ids[:4]}])
     assert place.polynomial.degree == degree
-    torch.testing.assert_close(place.polynomial(x.double()).float(), y, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(place.polynomial(recorded.x.double()).float(), recorded.y, rtol=1e-4, atol=1e-5)
 
 
 def test_stopping_at_the_block_changes_nothing_it_sees(ids):
@@ -31,8 +31,8 @@ def test_stopping_at_the_block_changes_nothing_it_sees(ids):
     with torch.no_grad():
         model(ids[:4])
     handle.remove()
-    x, _, _ = recorded_activity(model, place, [{"input_ids": ids[:2]}, {"input_ids": ids[2:4]}])
-    torch.testing.assert_close(x, seen[0])
+    recorded = recorded_activity(model, place, [{"input_ids": ids[:2]}, {"input_ids": ids[2:4]}])
+    torch.testing.assert_close(recorded.x, seen[0])
 
 
 @pytest.mark.parametrize(

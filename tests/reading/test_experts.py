@@ -29,8 +29,8 @@ def test_an_expert_is_what_its_module_computes_on_its_tokens(name):
     with torch.no_grad():
         twin(input_ids=IDS[:4])
     handle.remove()
-    x, y, size = recorded_activity(twin, block, [{"input_ids": IDS[:4]}])
-    here = ~size.isnan()
+    recorded = recorded_activity(twin, block, [{"input_ids": IDS[:4]}])
+    x, y, here = recorded.x, recorded.y, ~recorded.size.isnan()
     assert 0 < int(here.sum()) < IDS[:4].numel() == len(x)
     if name != "llama4":
         rows, _ = Routing.of(module, seen["args"], seen["kwargs"]).of_expert(2)

@@ -28,8 +28,8 @@ def test_coordinates_agree_with_dense_linear_algebra(folders, report):
     calibration = calibration_inputs(
         "python", model, loading.loaded(folders["twin"]).tokenizer, tokens=1024, length=32, batch=8
     )
-    x, _, size = recorded_activity(model, place, calibration.batches)
-    seen = Activity.of(torch.cat([batch["input_ids"] for batch in calibration.batches]), x, size)
+    recorded = recorded_activity(model, place, calibration.batches)
+    seen = Activity.of(torch.cat([batch["input_ids"] for batch in calibration.batches]), recorded.x, recorded.size)
     found = torch.tensor([pair["value"] for pair in data["eigenpairs"]], dtype=torch.float64)
     expected = torch.linalg.eigvals(gamma @ seen.covariance).real
     torch.testing.assert_close(found.sort().values, expected.sort().values, rtol=1e-6, atol=1e-9)
