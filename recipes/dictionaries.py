@@ -3,9 +3,9 @@
     python recipes/dictionaries.py TWIN --block 12 -o DICTIONARIES
     surgery explain TWIN --block 12 --features DICTIONARIES/input --output-features DICTIONARIES/output
 
-Needs `pip install 'polysurgery[sae]'`. With the default, 4,096 features on 131,072 tokens of Python's manual and
-library, a few minutes on two cores; small and narrow, as dictionaries go: for trying it out. Attention sinks and the
-first token of a window are left out, as `explain` leaves them out. The folders are SAELens's own.
+Needs SAELens (`make tools`). By default 2,048 features on 131,072 tokens of Python's manual, some five minutes on two
+cores: small and narrow, as dictionaries go, and for trying things out. Attention sinks and the first token of a window
+are left out, as `explain` leaves them out. The folders are SAELens's own.
 """
 
 import argparse
@@ -28,8 +28,6 @@ from surgery.reading.activity import Activity
 from surgery.reading.block_in_model import find_block, recorded_activity, surroundings
 from surgery.reading.dictionary import explained_share, read_dictionary
 from surgery.runtime.settings import whole_number
-
-SITES = ("input", "output")
 
 
 def recorded(options: argparse.Namespace) -> dict[str, Tensor]:
@@ -86,10 +84,10 @@ def main() -> None:
     parser.add_argument("--text", default="python", help="a text source, as of `surgery explain`")
     parser.add_argument("--tokens", type=whole_number, default=131_072)
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--features", type=whole_number, default=4096, help="how many")
+    parser.add_argument("--features", type=whole_number, default=2048, help="how many")
     parser.add_argument("--k", type=int, default=32, help="features that fire on a token")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quiet", action="store_true")
@@ -97,7 +95,9 @@ def main() -> None:
     try:
         import sae_lens as _  # noqa: F401
     except ImportError as error:
-        raise surgery.SurgeryError("training needs SAELens", fix="pip install 'polysurgery[sae]'") from error
+        raise surgery.SurgeryError(
+            "training needs SAELens", fix="`make tools`, or pip install -e '.[sae]' in a clone"
+        ) from error
     for site, rows in recorded(options).items():
         held = len(rows) // 16  # the last windows are for judging
         folder = Path(options.output) / site

@@ -84,10 +84,12 @@ class PolynomialGLU(nn.Module):
         self.coefficients = nn.Parameter(torch.zeros(degree + 1, hidden))
         self.cross_coefficients = nn.Parameter(torch.zeros(degree, hidden))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        u, v = self.gate_proj(x), self.up_proj(x)
+    def units(self, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         own, crossed = horner(self.coefficients, u), horner(self.cross_coefficients, u)
-        return self.down_proj(multiply_add(own, crossed, v, into=own))
+        return multiply_add(own, crossed, v, into=own)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.units(self.gate_proj(x), self.up_proj(x)))
 
 
 class BilinearGLU(nn.Module):
@@ -99,8 +101,11 @@ class BilinearGLU(nn.Module):
         self.up_proj = nn.Linear(width, hidden)
         self.down_proj = nn.Linear(hidden, out)
 
+    def units(self, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return u * v
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.gate_proj(x) * self.up_proj(x))
+        return self.down_proj(self.units(self.gate_proj(x), self.up_proj(x)))
 
 
 class PolynomialExperts(nn.Module):
@@ -388,7 +393,16 @@ def model_class(name: str, base_model_type: str) -> type:
             "_auto_class": None,  # else saving again would write this generated name into auto_map
         }
         _MODELS[name] = type(f"{PREFIX}{name}", (base, PolynomialModel), members)
+        listed_with(name)
     return _MODELS[name]
+
+
+def listed_with(name: str) -> None:
+    """Enters the twin's class wherever transformers lists its original's, for pipelines look up there what they take.
+    The lists go by model type; the twin's class name is none, so that no Auto class finds it by this entry."""
+    for where, names in vars(modeling_auto).items():
+        if where.endswith("_MAPPING_NAMES") and any(name in _classes(entry) for entry in names.values()):
+            names.setdefault(f"{PREFIX}{name}", f"{PREFIX}{name}")
 
 
 def as_stock(base: type, model: nn.Module, config, *args, **kwargs) -> None:

@@ -37,9 +37,7 @@ def folder_of(kind, place):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.skipif(
-    importlib.util.find_spec("sae_lens") is None, reason="needs SAELens: pip install 'polysurgery[sae]'"
-)
+@pytest.mark.skipif(importlib.util.find_spec("sae_lens") is None, reason="needs SAELens: make tools")
 def test_saelens_says_the_same(kind, tmp_path):
     from sae_lens import SAE
 
