@@ -177,13 +177,13 @@ def test_checkpoints_and_degrees_are_checked():
         checked_degrees("1,x")
 
 
-def test_the_digits_recipe_shows_the_shape_of_the_paper(tmp_path):
+@pytest.mark.parametrize("data", ["digits", pytest.param("mnist5k", marks=pytest.mark.slow)])
+def test_the_digits_recipe_shows_the_shape_of_the_paper(data, tmp_path):
     """Short training: quadratic beats linear at every step, and the attacks beat random directions."""
     pytest.importorskip("sklearn")
     recipe = Path(__file__).parents[2] / "recipes" / "digits.py"
-    done = subprocess.run(
-        [sys.executable, str(recipe), "--steps", "64", "-o", str(tmp_path)], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, str(recipe), "--data", data, "--steps", "64", "-o", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "digits.json").read_text())
     for moment in report["history"]:
