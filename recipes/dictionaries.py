@@ -104,7 +104,7 @@ def main() -> None:
         train(rows[:-held], options, folder, f"blocks.{options.block}.mlp.hook_{'in' if site == 'input' else 'out'}")
         found, unseen = read_dictionary(folder), rows[-held:].float()
         encoded = found.encode(unseen)
-        share = explained_share(unseen, found.decode(encoded, unseen))
+        share = explained_share(unseen, found.reconstructed(unseen))
         silent = int((encoded.activations == 0).all(0).sum())
         print(f"{folder}: {found.size:,} features, R² {share:.3f} on {held:,} held-out tokens, {silent:,} silent there")
     print(

@@ -88,8 +88,15 @@ class Dictionary:
 
     def encode(self, x: Tensor) -> Encoded:
         """Vectors (tokens, d) in features, `CHUNK` tokens at a time."""
-        parts = [self._encoded(rows) for rows in x.to(self.encoder).split(CHUNK)]
-        return Encoded(torch.cat([part.activations for part in parts]), torch.cat([part.shift for part in parts]))
+        found = Encoded(self.encoder.new_empty(len(x), self.size), self.encoder.new_empty(len(x), len(self.offset)))
+        for at in torch.arange(len(x)).split(CHUNK):
+            part = self._encoded(x[at].to(self.encoder))
+            found.activations[at], found.shift[at] = part.activations, part.shift
+        return found
+
+    def reconstructed(self, x: Tensor) -> Tensor:
+        """x̂ for vectors (tokens, d), their activations not kept, (tokens, out)."""
+        return torch.cat([self.decode(self.encode(rows), rows) for rows in x.split(CHUNK)])
 
     def decode(self, encoded: Encoded, x: Tensor) -> Tensor:
         """x̂ for the vectors that were encoded, (tokens, out)."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from surgery.errors import RecipeError
 from surgery.reading.block_in_model import BlockInModel, Recorded
-from surgery.reading.dictionary import Dictionary, explained_share
+from surgery.reading.dictionary import CHUNK, Dictionary, explained_share
 from surgery.reading.directions import NormScale
 
 SITES = ("auto", "input", "stream")
@@ -94,7 +94,7 @@ def input_basis(
         norm, origin, held = held_norm(block, recorded)
         activations = activations * held[:, None].float()
         directions, shift = norm.of_stream(directions), norm.of_stream(shift) * held[:, None] + origin
-    found = activations.double() @ directions + shift
+    found = torch.cat([rows.double() @ directions for rows in activations.split(CHUNK)]) + shift
     return InputBasis(dictionary, site, explained, activations, directions, shift[ordinary].mean(0), found)
 
 
@@ -149,7 +149,7 @@ def _chosen(
     explained = {}
     for name, vectors in sites.items():
         rows = vectors[ordinary].float()
-        explained[name] = explained_share(rows, dictionary.decode(dictionary.encode(rows), rows))
+        explained[name] = explained_share(rows, dictionary.reconstructed(rows))
     if at != "auto":
         return at, explained
     site = max(explained, key=lambda name: explained[name])

@@ -99,12 +99,12 @@ class FeatureReader:
         form = FeatureForm.of(self.polynomial.expand(basis.point), w, basis.directions)
         terms = strongest(form, basis.activations[self.fitted], by=self.asked.rank)
         value = self.polynomial(self.seen.x) @ w
-        rows = [(basis.activations[mask], value[mask]) for mask in (self.fitted, self.judged)]
         whole = Agreement.of(value[self.judged], (self.polynomial(basis.found[self.judged]) @ w))
         alone, together = terms.split(self.asked.count)
         together_first = [*_features(together), *_features(alone)]
         drawn = list(dict.fromkeys(together_first))[:DRAWN]
-        ordinary = basis.activations[self.seen.ordinary]
+        told = curve(form, terms, basis.activations, value, self.fitted, self.judged)
+        rows = [_rows(form, part, basis.activations, self.seen.ordinary) for part in (alone, together)]
         found = {
             "input": self._input(basis),
             "output": None if self.outputs is None else self._output(self.outputs, direction.name),
@@ -112,9 +112,9 @@ class FeatureReader:
             "judged_on": int(self.judged.sum()),
             "same_text": bool((self.fitted == self.judged).all()),
             "constant": form.constant,
-            "alone": _rows(form, alone, ordinary),
-            "together": _rows(form, together, ordinary),
-            "curve": [{"terms": number, **asdict(agreement)} for number, agreement in curve(form, terms, *rows)],
+            "alone": rows[0],
+            "together": rows[1],
+            "curve": [{"terms": number, **asdict(agreement)} for number, agreement in told],
             "whole": asdict(whole),
             "described": {str(number): self._described(basis, number) for number in dict.fromkeys(together_first)},
             "map": {"features": drawn, "strength": self._map(form, basis.activations[self.fitted], drawn)},
@@ -129,7 +129,7 @@ class FeatureReader:
             return {"features": found} if found else {}
         outputs = self.outputs
         found["output"] = self._output(outputs, "")
-        fires = (outputs.activations[self.seen.ordinary] > 0).sum(0)
+        fires = ((outputs.activations > 0) & self.seen.ordinary[:, None]).sum(0)
         listed = fires >= LEAST_FIRING
         told: Tensor | None = None
         if self.inputs is not None:
@@ -143,14 +143,14 @@ class FeatureReader:
         return {"features": found}
 
     def _input(self, basis: InputBasis) -> dict[str, Any]:
-        a = basis.activations[self.seen.ordinary] != 0
+        a = (basis.activations != 0) & self.seen.ordinary[:, None]
         return {
             "name": basis.dictionary.name,
             "size": basis.dictionary.size,
             "kind": basis.dictionary.kind,
             "site": basis.site,
             "r2": basis.explained,
-            "firing": float(a.sum(-1).float().mean()),
+            "firing": float(a.sum()) / int(self.seen.ordinary.sum()),
             "silent": int((~a.any(0)).sum()),
         }
 
@@ -210,12 +210,12 @@ def _features(terms: Terms) -> list[int]:
     return [int(number) for number in torch.stack((terms.first, terms.second), 1).flatten()]
 
 
-def _rows(form: FeatureForm, terms: Terms, activations: Tensor) -> list[dict[str, Any]]:
+def _rows(form: FeatureForm, terms: Terms, activations: Tensor, ordinary: Tensor) -> list[dict[str, Any]]:
     """Each with its weight, strength and share; on how many tokens it acts, and what it writes there on average."""
     values = torch.cat([activations.new_zeros(len(activations), 0), *written(form, terms, activations)], -1)
     rows = []
     for place, (i, j) in enumerate(zip(terms.first.tolist(), terms.second.tolist(), strict=True)):
-        acts = (activations[:, i] != 0) & (activations[:, j] != 0)
+        acts = (activations[:, i] != 0) & (activations[:, j] != 0) & ordinary
         row = {"features": [i, j], "weight": float(terms.weight[place])}
         if i == j:
             row = {"features": [i], "linear": float(form.linear[i]), "square": float(terms.weight[place])}

@@ -20,6 +20,7 @@ from surgery.closed_form.block_polynomial import Expansion
 from surgery.reading.spectrum import DENSE_LIMIT
 
 ROWS = 512  # features whose pairs with all others are looked at together
+SPARSE = 0.05  # share of activations other than 0 below which their moments are taken as those of sparse matrices
 KEPT = 5000  # terms that are kept for the curve
 STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 TOGETHER = 256  # terms whose values over the text are held at once
@@ -94,60 +95,74 @@ class Terms:
 def strongest(form: FeatureForm, activations: Tensor, count: int = KEPT, by: str = "text") -> Terms:
     """The `count` terms of largest strength, for activations (tokens, n); features that never fire are left out.
 
-    Cost O(n² (d + tokens)) for n features that fire, memory O(n (d + tokens)).
+    Ranked in float32; weights are float64. Cost O(n² d) for n features that fire, and O(n² · tokens) where activations
+    are not sparse; memory O(n (d + tokens)).
     """
     firing = (activations != 0).any(0).nonzero()[:, 0]
     a = activations[:, firing]
-    usual = (a.square().sum(0) / (a != 0).sum(0)).sqrt().double()
-    linear, square = form.linear[firing], form.square[firing]
+    usual = (a.square().sum(0) / (a != 0).sum(0)).sqrt()
+    linear, square = form.linear[firing].float(), form.square[firing].float()
+    single = linear * usual + square * usual**2
     if by == "text":
-        values = a.double() * linear + a.double().square() * square
-        single = (values - values.mean(0)).square().mean(0).sqrt()
-        single = single.copysign(linear * usual + square * usual**2)
-    else:
-        single = linear * usual + square * usual**2
+        values = (part * one + part.square() * two for part, one, two in _columns(a, linear, square))
+        single = torch.cat([part.std(0, correction=0) for part in values] or [single]).copysign(single)
     best = _Best(count)
-    best.add(firing, firing, square, single)
-    squares, read, directions = a.square(), form.read[firing], form.directions[firing]
+    best.add(firing, firing, single, float(single.double().square().sum()))
+    read, directions = form.read[firing].float(), form.directions[firing].float()
     for start in range(0, len(firing), ROWS):
         rows, columns = slice(start, start + ROWS), slice(start, None)
-        weight = 2 * read[rows] @ directions[columns].T
+        strength = 2 * read[rows] @ directions[columns].T
         if by == "text":
-            mean = a[:, rows].T @ a[:, columns] / len(a)
-            together = (squares[:, rows].T @ squares[:, columns] / len(a) - mean.square()).clamp_min(0).sqrt()
+            strength *= _spread_together(a[:, rows], a[:, columns])
         else:
-            together = usual[rows, None] * usual[columns]
-        strength = torch.triu(weight * together, 1)  # each pair once
-        best.add_matrix(firing[rows], firing[columns], weight, strength)
-    return best.terms()
+            strength *= usual[rows, None] * usual[columns]
+        best.add_matrix(firing[rows], firing[columns], torch.triu(strength, 1))  # each pair once
+    first, second, strength = best.kept
+    alone = first == second
+    weight = form.weights(first, second) * torch.where(alone, 0.5, 1.0)
+    return Terms(first, second, weight, strength.double(), best.total)
+
+
+def _columns(a: Tensor, *vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """`ROWS` features at a time: their activations, and their part of every vector."""
+    for at in torch.arange(a.shape[1]).split(ROWS):
+        if len(at):
+            yield a[:, at], *(vector[at] for vector in vectors)
+
+
+def _spread_together(left: Tensor, right: Tensor) -> Tensor:
+    """Standard deviation of a_i a_j over tokens, for activations (tokens, m) and (tokens, n) → (m, n)."""
+    square, mean = (
+        _sparse(part.T) @ other / len(left) for part, other in ((left.square(), right.square()), (left, right))
+    )
+    return square.sub_(mean.square_()).clamp_min_(0).sqrt_()
+
+
+def _sparse(matrix: Tensor) -> Tensor:
+    dense = matrix.count_nonzero() >= SPARSE * matrix.numel()
+    return matrix if bool(dense) else matrix.to_sparse()
 
 
 class _Best:
-    """The strongest terms so far."""
+    """The strongest terms so far: first and second feature and strength, strongest first, and the sum of squares."""
 
     def __init__(self, count: int) -> None:
         self.count, self.total = count, 0.0
-        self.kept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        none = torch.zeros(0, dtype=torch.long)
+        self.kept = (none, none, torch.zeros(0))
 
-    def add(self, first: Tensor, second: Tensor, weight: Tensor, strength: Tensor) -> None:
-        self.total += float(strength.square().sum())
-        self._keep(first, second, weight, strength)
-
-    def add_matrix(self, first: Tensor, second: Tensor, weight: Tensor, strength: Tensor) -> None:
-        self.total += float(strength.square().sum())
-        place = strength.abs().flatten().topk(min(self.count, strength.numel())).indices
-        place = place[strength.flatten()[place] != 0]
-        row, column = place // strength.shape[1], place % strength.shape[1]
-        self._keep(first[row], second[column], weight[row, column], strength[row, column])
-
-    def _keep(self, *new: Tensor) -> None:
-        parts = [torch.cat(both) for both in zip(*self.kept, new, strict=True)]
+    def add(self, first: Tensor, second: Tensor, strength: Tensor, total: float) -> None:
+        parts = [torch.cat(both) for both in zip(self.kept, (first, second, strength), strict=True)]
         order = parts[-1].abs().argsort(descending=True, stable=True)[: self.count]
-        first, second, weight, strength = (part[order] for part in parts)
-        self.kept = [(first, second, weight, strength)]
+        self.kept = (parts[0][order], parts[1][order], parts[2][order])
+        self.total += total
 
-    def terms(self) -> Terms:
-        return Terms(*self.kept[0], self.total)
+    def add_matrix(self, first: Tensor, second: Tensor, strength: Tensor) -> None:
+        flat = strength.flatten()
+        place = flat.abs().topk(min(self.count, len(flat))).indices
+        place = place[flat[place] != 0]
+        row, column = place // strength.shape[1], place % strength.shape[1]
+        self.add(first[row], second[column], flat[place], float(flat.square().sum(dtype=torch.float64)))
 
 
 def written(form: FeatureForm, terms: Terms, activations: Tensor) -> Iterator[Tensor]:
@@ -177,23 +192,25 @@ class Agreement:
 
 
 def curve(
-    form: FeatureForm, terms: Terms, fitted: tuple[Tensor, Tensor], judged: tuple[Tensor, Tensor]
+    form: FeatureForm, terms: Terms, activations: Tensor, value: Tensor, fitted: Tensor, judged: Tensor
 ) -> list[tuple[int, Agreement]]:
     """How well the strongest terms alone tell w·f, by their number.
 
     Terms that are left out count by their mean.
 
     Args:
-        fitted, judged: (activations (tokens, n), values of w·f (tokens,)): of the text that the terms were ranked on,
-            which gives the means, and of other text, which judges.
+        activations, value: (tokens, n), and w·f (tokens,).
+        fitted, judged: which tokens the terms were ranked on, whose means are taken, and which ones judge, (tokens,),
+            bool.
     """
-    guess = fitted[1].mean().expand(len(judged[1])).clone()
+    wanted = value[judged]
+    guess = value[fitted].mean().expand(len(wanted)).clone()
     found, done = [], 0
-    for here, there in zip(written(form, terms, fitted[0]), written(form, terms, judged[0]), strict=True):
-        steps = [step for step in STEPS if done < step <= done + there.shape[1]]
-        running = (there - here.mean(0)).cumsum(-1)
-        found += [(step, Agreement.of(judged[1], guess + running[:, step - done - 1])) for step in steps]
-        guess, done = guess + running[:, -1], done + there.shape[1]
+    for part in written(form, terms, activations):
+        steps = [step for step in STEPS if done < step <= done + part.shape[1]]
+        running = (part[judged] - part[fitted].mean(0)).cumsum(-1)
+        found += [(step, Agreement.of(wanted, guess + running[:, step - done - 1])) for step in steps]
+        guess, done = guess + running[:, -1], done + part.shape[1]
     if done and (not found or found[-1][0] != done):
-        found.append((done, Agreement.of(judged[1], guess)))
+        found.append((done, Agreement.of(wanted, guess)))
     return found

@@ -90,7 +90,7 @@ def test_planted_interactions_are_found_and_nothing_else(by):
     terms = strongest(form, a, by=by)
     found = {tuple(sorted((int(i), int(j)))) for i, j in zip(terms.first[:3], terms.second[:3], strict=True)}
     assert found == set(PLANTED)
-    assert terms.share[:3].sum() > 1 - 1e-9
+    assert terms.share[:3].sum() > 1 - 1e-6  # strengths are float32
     for i, j, weight in zip(terms.first[:3], terms.second[:3], terms.weight[:3], strict=True):
         assert float(weight) == pytest.approx(PLANTED[tuple(sorted((int(i), int(j))))])
     random = strongest(
@@ -110,10 +110,9 @@ def test_features_that_never_fire_are_left_out():
 
 def test_the_curve_rises_to_all_there_is():
     block, form, a, directions, point, w = case(True, 2)
-    fitted, judged = a[:20], a[20:]
-    values = [block(rows.double() @ directions + point) @ w for rows in (fitted, judged)]
-    terms = strongest(form, fitted, by="weights")
-    found = curve(form, terms, (fitted, values[0]), (judged, values[1]))
+    fitted = torch.arange(len(a)) < 20
+    terms = strongest(form, a[fitted], by="weights")
+    found = curve(form, terms, a, block(a.double() @ directions + point) @ w, fitted, ~fitted)
     assert [number for number, _ in found] == [1, 2, 5, 10, 20, 50, len(terms.first)]
     assert found[-1][1].r2 == pytest.approx(1) and found[-1][1].correlation == pytest.approx(1)
     assert found[0][1].r2 < found[3][1].r2 < 1
