@@ -105,7 +105,7 @@ def main() -> None:
         found, unseen = read_dictionary(folder), rows[-held:].float()
         encoded = found.encode(unseen)
         share = explained_share(unseen, found.reconstructed(unseen))
-        silent = int((encoded.activations == 0).all(0).sum())
+        silent = int((encoded.activations.counts() == 0).sum())
         print(f"{folder}: {found.size:,} features, R² {share:.3f} on {held:,} held-out tokens, {silent:,} silent there")
     print(
         f"surgery explain {options.twin} --block {options.block} --features {options.output}/input "

@@ -12,6 +12,7 @@ with x less b_d first where the dictionary says so. A transcoder reads a block's
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from surgery.errors import RecipeError, first_line
+from surgery.reading.activations import Activations
 
 CHUNK = 1024  # tokens that are encoded at once
 CONFIG = "cfg.json"
@@ -36,11 +38,11 @@ class Encoded:
     """A text in a dictionary: x̂ = activations · decoder + shift.
 
     Attributes:
-        activations: a, (tokens, n), float32; in units of the vectors that were encoded.
+        activations: a, (tokens, n); in units of the vectors that were encoded.
         shift: what does not depend on the features: b_d, scaled back where the dictionary scales, (tokens, out).
     """
 
-    activations: Tensor
+    activations: Activations
     shift: Tensor
 
 
@@ -88,11 +90,16 @@ class Dictionary:
 
     def encode(self, x: Tensor) -> Encoded:
         """Vectors (tokens, d) in features, `CHUNK` tokens at a time."""
-        found = Encoded(self.encoder.new_empty(len(x), self.size), self.encoder.new_empty(len(x), len(self.offset)))
-        for at in torch.arange(len(x)).split(CHUNK):
-            part = self._encoded(x[at].to(self.encoder))
-            found.activations[at], found.shift[at] = part.activations, part.shift
-        return found
+        shifts: list[Tensor] = []
+
+        def parts() -> Iterator[Tensor]:
+            for rows in x.split(CHUNK):
+                a, shift = self._encoded(rows.to(self.encoder))
+                shifts.append(shift)
+                yield a
+
+        activations = Activations.of(parts())
+        return Encoded(activations, torch.cat(shifts))
 
     def reconstructed(self, x: Tensor) -> Tensor:
         """x̂ for vectors (tokens, d), their activations not kept, (tokens, out)."""
@@ -100,10 +107,11 @@ class Dictionary:
 
     def decode(self, encoded: Encoded, x: Tensor) -> Tensor:
         """x̂ for the vectors that were encoded, (tokens, out)."""
-        found = encoded.activations @ self.decoder + encoded.shift
+        found = encoded.activations.times(self.decoder) + encoded.shift
         return found if self.skip is None else found + x.to(self.skip) @ self.skip.T
 
-    def _encoded(self, x: Tensor) -> Encoded:
+    def _encoded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(activations, shift) of some tokens."""
         scale, mean = x.new_ones(len(x), 1), x.new_zeros(len(x), 1)
         if self.scaling == "constant_norm_rescale":
             scale = x.norm(dim=-1, keepdim=True) / x.shape[1] ** 0.5
@@ -113,8 +121,8 @@ class Dictionary:
         inner = (x - mean) / scale - (self.offset if self.centred else 0)
         activations = self._active(inner)
         if self.transcodes:
-            return Encoded(activations, self.offset.expand(len(x), -1))
-        return Encoded(activations * scale, self.offset * scale + mean)
+            return activations, self.offset.expand(len(x), -1)
+        return activations * scale, self.offset * scale + mean
 
     def _active(self, inner: Tensor) -> Tensor:
         z = inner @ self.encoder + self.bias

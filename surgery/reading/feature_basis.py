@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from surgery.errors import RecipeError
+from surgery.reading.activations import Activations
 from surgery.reading.block_in_model import BlockInModel, Recorded
-from surgery.reading.dictionary import CHUNK, Dictionary, explained_share
+from surgery.reading.dictionary import Dictionary, explained_share
 from surgery.reading.directions import NormScale
 
 SITES = ("auto", "input", "stream")
@@ -28,7 +29,7 @@ class InputBasis:
         dictionary: what it was encoded by.
         site: input, or stream before the norm.
         explained: R² of the reconstruction over the text, by site.
-        activations: (tokens, n), float32, of the site divided by the norm's scale.
+        activations: (tokens, n), of the site divided by the norm's scale.
         directions: of the block's input, (n, d), float64.
         point: mean of what does not depend on the features, (d,), float64.
         found: the block's input as reconstructed, (tokens, d), float64.
@@ -37,7 +38,7 @@ class InputBasis:
     dictionary: Dictionary
     site: str
     explained: dict[str, float]
-    activations: Tensor
+    activations: Activations
     directions: Tensor
     point: Tensor
     found: Tensor
@@ -51,7 +52,7 @@ class OutputBasis:
         dictionary: what it was encoded by.
         site: output, or stream after the block.
         explained: R² of the reconstruction over the text, by site.
-        activations: (tokens, n), float32.
+        activations: (tokens, n).
         rows: what of the block's output each feature counts, (n, out): its encoder's column; of a transcoder, which
             reads the input, the direction it writes.
     """
@@ -59,7 +60,7 @@ class OutputBasis:
     dictionary: Dictionary
     site: str
     explained: dict[str, float]
-    activations: Tensor
+    activations: Activations
     rows: Tensor
 
 
@@ -92,9 +93,9 @@ def input_basis(
     activations, shift, directions = encoded.activations, encoded.shift.double(), dictionary.decoder.double()
     if site == "stream":
         norm, origin, held = held_norm(block, recorded)
-        activations = activations * held[:, None].float()
+        activations = activations.scaled(held)
         directions, shift = norm.of_stream(directions), norm.of_stream(shift) * held[:, None] + origin
-    found = torch.cat([rows.double() @ directions for rows in activations.split(CHUNK)]) + shift
+    found = activations.times(directions) + shift
     return InputBasis(dictionary, site, explained, activations, directions, shift[ordinary].mean(0), found)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from surgery.closed_form.block_polynomial import BlockPolynomial
 from surgery.errors import RecipeError
+from surgery.reading.activations import Activations
 from surgery.reading.activity import Activity, examples
 from surgery.reading.block_in_model import BlockInModel, Recorded
 from surgery.reading.dictionary import Dictionary, read_dictionary
@@ -97,7 +98,7 @@ class FeatureReader:
             return {}
         basis, w = self.inputs, direction.vector / direction.vector.norm()
         form = FeatureForm.of(self.polynomial.expand(basis.point), w, basis.directions)
-        terms = strongest(form, basis.activations[self.fitted], by=self.asked.rank)
+        terms = strongest(form, basis.activations, self.fitted, by=self.asked.rank)
         value = self.polynomial(self.seen.x) @ w
         whole = Agreement.of(value[self.judged], (self.polynomial(basis.found[self.judged]) @ w))
         alone, together = terms.split(self.asked.count)
@@ -117,7 +118,7 @@ class FeatureReader:
             "curve": [{"terms": number, **asdict(agreement)} for number, agreement in told],
             "whole": asdict(whole),
             "described": {str(number): self._described(basis, number) for number in dict.fromkeys(together_first)},
-            "map": {"features": drawn, "strength": self._map(form, basis.activations[self.fitted], drawn)},
+            "map": {"features": drawn, "strength": self._map(form, basis.activations.on(self.fitted), drawn)},
         }
         return {"features": found}
 
@@ -129,7 +130,7 @@ class FeatureReader:
             return {"features": found} if found else {}
         outputs = self.outputs
         found["output"] = self._output(outputs, "")
-        fires = ((outputs.activations > 0) & self.seen.ordinary[:, None]).sum(0)
+        fires = outputs.activations.on(self.seen.ordinary).counts()
         listed = fires >= LEAST_FIRING
         told: Tensor | None = None
         if self.inputs is not None:
@@ -143,15 +144,15 @@ class FeatureReader:
         return {"features": found}
 
     def _input(self, basis: InputBasis) -> dict[str, Any]:
-        a = (basis.activations != 0) & self.seen.ordinary[:, None]
+        fires = basis.activations.on(self.seen.ordinary).counts()
         return {
             "name": basis.dictionary.name,
             "size": basis.dictionary.size,
             "kind": basis.dictionary.kind,
             "site": basis.site,
             "r2": basis.explained,
-            "firing": float(a.sum()) / int(self.seen.ordinary.sum()),
-            "silent": int((~a.any(0)).sum()),
+            "firing": float(fires.sum()) / int(self.seen.ordinary.sum()),
+            "silent": int((fires == 0).sum()),
         }
 
     def _output(self, basis: OutputBasis, named: str) -> dict[str, Any]:
@@ -164,7 +165,7 @@ class FeatureReader:
         }
         kind, _, number = named.partition(":")
         if kind == "feature" and number.isdigit():
-            values = basis.activations[:, int(number)].double()
+            values = basis.activations.column(int(number))
             found |= {
                 "feature": int(number),
                 "fires": float((values[self.seen.ordinary] > 0).double().mean()),
@@ -172,17 +173,16 @@ class FeatureReader:
             }
         return found
 
-    def _map(self, form: FeatureForm, activations: Tensor, drawn: list[int]) -> list[list[float]]:
+    def _map(self, form: FeatureForm, activations: Activations, drawn: list[int]) -> list[list[float]]:
         """What two features write together where both fire at their usual strength; alone on the diagonal."""
         at = torch.tensor(drawn, dtype=torch.long)
-        a = activations[:, at].double()
-        usual = (a.square().sum(0) / (a != 0).sum(0).clamp_min(1)).sqrt()
+        usual = activations.usual()[at].double()
         found = 2 * form.read[at] @ form.directions[at].T * usual[:, None] * usual
         alone = form.linear[at] * usual + form.square[at] * usual**2
         return (found - found.diag().diag() + alone.diag()).tolist()
 
     def _described(self, basis: InputBasis, number: int) -> dict[str, Any]:
-        values = basis.activations[:, number].double()
+        values = basis.activations.column(number)
         covector, count = basis.directions[number], 5
         vocabulary = self.vocabulary
         return {
@@ -195,7 +195,7 @@ class FeatureReader:
 
     def _listed(self, basis: OutputBasis, number: int, told: Tensor | None, fires: Tensor) -> dict[str, Any]:
         written_ = basis.dictionary.decoder[number].double()
-        values = basis.activations[:, number].double()
+        values = basis.activations.column(number)
         return {
             "name": f"feature:{number}",
             "fires": float(fires[number]) / max(int(self.seen.ordinary.sum()), 1),
@@ -210,12 +210,13 @@ def _features(terms: Terms) -> list[int]:
     return [int(number) for number in torch.stack((terms.first, terms.second), 1).flatten()]
 
 
-def _rows(form: FeatureForm, terms: Terms, activations: Tensor, ordinary: Tensor) -> list[dict[str, Any]]:
+def _rows(form: FeatureForm, terms: Terms, activations: Activations, ordinary: Tensor) -> list[dict[str, Any]]:
     """Each with its weight, strength and share; on how many tokens it acts, and what it writes there on average."""
-    values = torch.cat([activations.new_zeros(len(activations), 0), *written(form, terms, activations)], -1)
+    values = torch.cat([torch.zeros(activations.tokens, 0), *written(form, terms, activations)], -1)
+    first, second = (activations.columns(part) != 0 for part in (terms.first, terms.second))
     rows = []
     for place, (i, j) in enumerate(zip(terms.first.tolist(), terms.second.tolist(), strict=True)):
-        acts = (activations[:, i] != 0) & (activations[:, j] != 0) & ordinary
+        acts = first[:, place] & second[:, place] & ordinary
         row = {"features": [i, j], "weight": float(terms.weight[place])}
         if i == j:
             row = {"features": [i], "linear": float(form.linear[i]), "square": float(terms.weight[place])}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from surgery.closed_form.block_polynomial import Expansion
+from surgery.reading.activations import Activations
 from surgery.reading.spectrum import DENSE_LIMIT
 
 ROWS = 512  # features whose pairs with all others are looked at together
@@ -92,15 +93,18 @@ class Terms:
         return Terms(self.first[at], self.second[at], self.weight[at], self.strength[at], self.total)
 
 
-def strongest(form: FeatureForm, activations: Tensor, count: int = KEPT, by: str = "text") -> Terms:
-    """The `count` terms of largest strength, for activations (tokens, n); features that never fire are left out.
+def strongest(
+    form: FeatureForm, activations: Activations, fitted: Tensor, count: int = KEPT, by: str = "text"
+) -> Terms:
+    """The `count` terms of largest strength on the tokens `fitted`, (tokens,) bool; features that do not fire there are
+    left out.
 
     Ranked in float32; weights are float64. Cost O(n² d) for n features that fire, and O(n² · tokens) where activations
     are not sparse; memory O(n (d + tokens)).
     """
-    firing = (activations != 0).any(0).nonzero()[:, 0]
-    a = activations[:, firing]
-    usual = (a.square().sum(0) / (a != 0).sum(0)).sqrt()
+    there = activations.on(fitted)
+    firing = there.counts().nonzero()[:, 0]
+    a, usual = there.columns(firing)[fitted], there.usual()[firing]
     linear, square = form.linear[firing].float(), form.square[firing].float()
     single = linear * usual + square * usual**2
     if by == "text":
@@ -165,13 +169,13 @@ class _Best:
         self.add(first[row], second[column], flat[place], float(flat.square().sum(dtype=torch.float64)))
 
 
-def written(form: FeatureForm, terms: Terms, activations: Tensor) -> Iterator[Tensor]:
+def written(form: FeatureForm, terms: Terms, activations: Activations) -> Iterator[Tensor]:
     """What each term writes, (tokens, up to `TOGETHER`) at a time: a_i a_j weight, or a_i β·d_i + a_i² weight."""
     for part in torch.arange(len(terms.first)).split(TOGETHER):
         i, j = terms.first[part], terms.second[part]
-        a = activations[:, i].double()
+        a = activations.columns(i).double()
         alone = (i == j).to(a)
-        yield a * activations[:, j].double() * terms.weight[part] + alone * a * form.linear[i]
+        yield a * activations.columns(j).double() * terms.weight[part] + alone * a * form.linear[i]
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,7 @@ class Agreement:
 
 
 def curve(
-    form: FeatureForm, terms: Terms, activations: Tensor, value: Tensor, fitted: Tensor, judged: Tensor
+    form: FeatureForm, terms: Terms, activations: Activations, value: Tensor, fitted: Tensor, judged: Tensor
 ) -> list[tuple[int, Agreement]]:
     """How well the strongest terms alone tell w·f, by their number.
 

@@ -77,8 +77,7 @@ class Writers:
                 cause="a sandwich norm",
             )
         basis = output_basis(upstream.dictionary, earlier, wrote, seen.ordinary)
-        a = basis.activations[seen.ordinary].double()
-        usual = (a.square().sum(0) / (a != 0).sum(0).clamp_min(1)).sqrt()
+        usual = basis.activations.on(seen.ordinary).usual().double()
         stream = upstream.dictionary.decoder.double() * usual[:, None]
         norm, _, held = held_norm(block, recorded)
         return Writers(basis, norm.of_stream(stream) * held[seen.ordinary].mean(), stream, seen, upstream.block)
@@ -91,14 +90,14 @@ class Writers:
         """The features that move the preactivation of a feature of the later block's input most."""
         encoder = inputs.dictionary.encoder[:, number].double()
         moves = (self.moved if inputs.site == "input" else self.stream) @ encoder
-        return self._strongest(moves, inputs.activations[:, number].double(), tokenizer)
+        return self._strongest(moves, inputs.activations.column(number), tokenizer)
 
     def _strongest(self, moves: Tensor, values: Tensor, tokenizer: Any) -> list[dict[str, Any]]:
         """Each with what it moves, in standard deviations of `values`, and how both go together over the text."""
         rows, spread = self.seen.ordinary, values[self.seen.ordinary].std().clamp_min(1e-300)
         found = []
         for number in moves.abs().topk(min(WRITERS, len(moves))).indices.tolist():
-            a = self.basis.activations[:, number].double()
+            a = self.basis.activations.column(number)
             if not bool((a[rows] != 0).any()):
                 break
             both = torch.stack((a[rows], values[rows]))

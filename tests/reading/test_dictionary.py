@@ -28,6 +28,11 @@ KINDS = {
 }
 
 
+def dense(found, x):
+    """Activations of all features, (tokens, n)."""
+    return found.encode(x).activations.columns(torch.arange(found.size))
+
+
 def folder_of(kind, place):
     more, config = KINDS[kind]
     tensors = random_dictionary(**more)
@@ -47,7 +52,7 @@ def test_saelens_says_the_same(kind, tmp_path):
     encoded = ours.encode(x)
     with torch.no_grad():
         torch.testing.assert_close(ours.decode(encoded, x), theirs(x), rtol=1e-4, atol=1e-5)
-        assert ((theirs.encode(x) != 0) == (encoded.activations != 0)).all()
+        assert ((theirs.encode(x) != 0) == (dense(ours, x) != 0)).all()
 
 
 def test_each_kind_does_what_its_formula_says(tmp_path):
@@ -55,13 +60,13 @@ def test_each_kind_does_what_its_formula_says(tmp_path):
     folder, t = folder_of("topk", tmp_path)
     z = (x - t["b_dec"]) @ t["W_enc"] + t["b_enc"]
     largest = z >= z.sort(-1, descending=True).values[:, 2:3]
-    torch.testing.assert_close(read_dictionary(folder).encode(x).activations, z.relu() * largest)
+    torch.testing.assert_close(dense(read_dictionary(folder), x), z.relu() * largest)
     folder, t = folder_of("jumprelu", tmp_path)
-    torch.testing.assert_close(read_dictionary(folder).encode(x).activations, z.relu() * (z > t["threshold"]))
+    torch.testing.assert_close(dense(read_dictionary(folder), x), z.relu() * (z > t["threshold"]))
     folder, t = folder_of("gated", tmp_path)
     inner = (x - t["b_dec"]) @ t["W_enc"]
     wanted = (inner * t["r_mag"].exp() + t["b_mag"]).relu() * (inner + t["b_gate"] > 0)
-    torch.testing.assert_close(read_dictionary(folder).encode(x).activations, wanted)
+    torch.testing.assert_close(dense(read_dictionary(folder), x), wanted)
     folder, _ = folder_of("layer_norm", tmp_path)
     found, scaled = read_dictionary(folder), 5 * x + 3
     once, more = (found.decode(found.encode(rows), rows) for rows in (x, scaled))
@@ -71,10 +76,11 @@ def test_each_kind_does_what_its_formula_says(tmp_path):
 def test_chunks_change_nothing(tmp_path, monkeypatch):
     found = read_dictionary(folder_of("topk", tmp_path)[0])
     x = draw(10, 8, seed=4)
-    whole = found.encode(x)
+    whole, shift = dense(found, x), found.encode(x).shift
     monkeypatch.setattr(dictionary, "CHUNK", 3)
-    torch.testing.assert_close(found.encode(x).activations, whole.activations)
-    torch.testing.assert_close(found.encode(x).shift, whole.shift)
+    torch.testing.assert_close(dense(found, x), whole)
+    torch.testing.assert_close(found.encode(x).shift, shift)
+    torch.testing.assert_close(found.reconstructed(x), found.decode(found.encode(x), x))
 
 
 def test_an_exact_dictionary_explains_everything_and_a_random_one_nothing(tmp_path):
@@ -86,24 +92,24 @@ def test_an_exact_dictionary_explains_everything_and_a_random_one_nothing(tmp_pa
 
 def test_other_files_hold_the_same(tmp_path):
     tensors, x = random_dictionary(), draw(30, 8, seed=2)
-    lens = read_dictionary(write(tmp_path / "lens", tensors, architecture="topk", k=4)).encode(x).activations
+    lens = dense(read_dictionary(write(tmp_path / "lens", tensors, architecture="topk", k=4)), x)
     old = write(tmp_path / "old", tensors)
     (tmp_path / "old" / "cfg.json").write_text(
         json.dumps({"d_in": 8, "d_sae": N, "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4}})
     )
-    torch.testing.assert_close(read_dictionary(old).encode(x).activations, lens)
+    torch.testing.assert_close(dense(read_dictionary(old), x), lens)
     (tmp_path / "sparsify").mkdir()
     (tmp_path / "sparsify" / "cfg.json").write_text(json.dumps({"activation": "topk", "k": 4, "d_in": 8}))
     named = {"encoder.weight": tensors["W_enc"].T.contiguous(), "encoder.bias": tensors["b_enc"]}
     save_file(named | {key: tensors[key] for key in ("W_dec", "b_dec")}, tmp_path / "sparsify" / "sae.safetensors")
-    torch.testing.assert_close(read_dictionary(tmp_path / "sparsify").encode(x).activations, lens)
-    plain = read_dictionary(write(tmp_path / "relu", tensors)).encode(x).activations
+    torch.testing.assert_close(dense(read_dictionary(tmp_path / "sparsify"), x), lens)
+    plain = dense(read_dictionary(write(tmp_path / "relu", tensors)), x)
     save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "plain.safetensors")
-    torch.testing.assert_close(read_dictionary(tmp_path / "plain.safetensors").encode(x).activations, plain)
+    torch.testing.assert_close(dense(read_dictionary(tmp_path / "plain.safetensors"), x), plain)
     threshold = draw(N, seed=9).abs()
     np.savez(tmp_path / "params.npz", **{key: value.numpy() for key, value in tensors.items()}, threshold=threshold)
     z = x @ tensors["W_enc"] + tensors["b_enc"]  # Gemma Scope's: b_dec is not taken away first
-    found = read_dictionary(tmp_path / "params.npz").encode(x).activations
+    found = dense(read_dictionary(tmp_path / "params.npz"), x)
     torch.testing.assert_close(found, z.relu() * (z > threshold))
 
 

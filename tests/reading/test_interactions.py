@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from surgery.closed_form.block_polynomial import BlockPolynomial
 from surgery.closed_form.forms import Affine
 from surgery.reading import interactions
+from surgery.reading.activations import Activations
 from surgery.reading.interactions import Agreement, FeatureForm, curve, strongest, written
 from tests.closed_form.support import OUT, WIDTH, random_block
 from tests.reading.dictionaries import draw, orthogonal
@@ -15,9 +16,17 @@ from tests.reading.dictionaries import draw, orthogonal
 
 def sparse(tokens, n, seed=0, share=0.4):
     """Activations of which a share is other than 0."""
-    return draw(tokens, n, seed=seed).abs() * (
-        torch.rand(tokens, n, generator=torch.Generator().manual_seed(seed)) < share
-    )
+    kept = torch.rand(tokens, n, generator=torch.Generator().manual_seed(seed)) < share
+    return draw(tokens, n, seed=seed).abs() * kept
+
+
+def ranked(form, a, count=interactions.KEPT, by="text"):
+    """The terms of dense activations, ranked on all tokens."""
+    return strongest(form, Activations.of([a]), torch.ones(len(a), dtype=torch.bool), count, by)
+
+
+def values_of(form, terms, a):
+    return torch.cat(list(written(form, terms, Activations.of([a]))), -1)
 
 
 def case(gated, seed, n=11, tokens=30):
@@ -31,8 +40,8 @@ def case(gated, seed, n=11, tokens=30):
 @given(gated=st.booleans(), seed=st.integers(0, 99), by=st.sampled_from(["text", "weights"]))
 def test_all_terms_together_are_the_block(gated, seed, by):
     block, form, a, directions, point, w = case(gated, seed)
-    terms = strongest(form, a, by=by)
-    total = form.constant + sum(part.sum(-1) for part in written(form, terms, a))
+    terms = ranked(form, a, by=by)
+    total = form.constant + values_of(form, terms, a).sum(-1)
     wanted = block(a.double() @ directions + point) @ w
     torch.testing.assert_close(total, wanted, rtol=1e-9, atol=1e-8)
     assert terms.share.sum() == pytest.approx(1)
@@ -42,10 +51,10 @@ def test_all_terms_together_are_the_block(gated, seed, by):
 def test_terms_are_those_of_the_dense_form(gated, seed):
     block, form, a, directions, point, w = case(gated, seed)
     dense = directions @ block.expand(point).quadratic(w).dense() @ directions.T
-    terms = strongest(form, a)
+    terms = ranked(form, a)
     alone = terms.first == terms.second
     torch.testing.assert_close(terms.weight, dense[terms.first, terms.second] * (2 - alone.double()))
-    values = torch.cat(list(written(form, terms, a)), -1)
+    values = values_of(form, terms, a)
     torch.testing.assert_close(terms.strength.abs(), values.std(0, correction=0), rtol=1e-4, atol=1e-6)
     assert (terms.strength.abs().diff() <= 1e-9).all()
     pairs = {frozenset((int(i), int(j))) for i, j in zip(terms.first, terms.second, strict=True)}
@@ -54,13 +63,13 @@ def test_terms_are_those_of_the_dense_form(gated, seed):
 
 def test_rows_at_a_time_change_nothing(monkeypatch):
     _, form, a, *_ = case(True, 3)
-    whole = {by: strongest(form, a, 20, by) for by in ("text", "weights")}
+    whole = {by: ranked(form, a, 20, by) for by in ("text", "weights")}
     monkeypatch.setattr(interactions, "ROWS", 2)
     monkeypatch.setattr(interactions, "DENSE_LIMIT", 0)
     monkeypatch.setattr(interactions, "TOGETHER", 3)
     _, wide, *_ = case(True, 3)
     for by, terms in whole.items():
-        again = strongest(wide, a, 20, by)
+        again = ranked(wide, a, 20, by)
         torch.testing.assert_close(again.strength, terms.strength)
         assert again.first.tolist() == terms.first.tolist() and again.second.tolist() == terms.second.tolist()
         assert again.total == pytest.approx(terms.total)
@@ -87,32 +96,33 @@ def test_planted_interactions_are_found_and_nothing_else(by):
     w = torch.eye(OUT)[0].double()
     form = FeatureForm.of(block.expand(torch.zeros(len(d)).double()), w, d)
     a = sparse(400, len(d), 1)
-    terms = strongest(form, a, by=by)
+    terms = ranked(form, a, by=by)
     found = {tuple(sorted((int(i), int(j)))) for i, j in zip(terms.first[:3], terms.second[:3], strict=True)}
     assert found == set(PLANTED)
     assert terms.share[:3].sum() > 1 - 1e-6  # strengths are float32
     for i, j, weight in zip(terms.first[:3], terms.second[:3], terms.weight[:3], strict=True):
         assert float(weight) == pytest.approx(PLANTED[tuple(sorted((int(i), int(j))))])
-    random = strongest(
-        FeatureForm.of(block.expand(torch.zeros(len(d)).double()), w, draw(60, len(d)).double()), sparse(400, 60), by=by
-    )
+    other = FeatureForm.of(block.expand(torch.zeros(len(d)).double()), w, draw(60, len(d)).double())
+    random = ranked(other, sparse(400, 60), by=by)
     assert random.share[:3].sum() < 0.1, "a random dictionary: nothing stands out"
 
 
 def test_features_that_never_fire_are_left_out():
     _, form, a, *_ = case(True, 1)
     a[:, 2] = 0
-    terms = strongest(form, a)
+    terms = ranked(form, a)
     assert 2 not in terms.first and 2 not in terms.second
-    silent = strongest(form, torch.zeros_like(a))
+    silent = ranked(form, torch.zeros_like(a))
     assert len(silent.first) == 0 and silent.total == 0
 
 
 def test_the_curve_rises_to_all_there_is():
     block, form, a, directions, point, w = case(True, 2)
     fitted = torch.arange(len(a)) < 20
-    terms = strongest(form, a[fitted], by="weights")
-    found = curve(form, terms, a, block(a.double() @ directions + point) @ w, fitted, ~fitted)
+    terms = strongest(form, Activations.of([a]), fitted, by="weights")
+    found = curve(
+        form, terms, Activations.of([a[:7], a[7:]]), block(a.double() @ directions + point) @ w, fitted, ~fitted
+    )
     assert [number for number, _ in found] == [1, 2, 5, 10, 20, 50, len(terms.first)]
     assert found[-1][1].r2 == pytest.approx(1) and found[-1][1].correlation == pytest.approx(1)
     assert found[0][1].r2 < found[3][1].r2 < 1
@@ -124,3 +134,21 @@ def test_agreement_is_r2_and_correlation():
     assert found.correlation == pytest.approx(float(torch.corrcoef(torch.stack((value, guess)))[0, 1]))
     assert found.r2 == pytest.approx(1 - float((value - guess).square().sum() / (value - value.mean()).square().sum()))
     assert Agreement.of(value, torch.ones(50)).correlation == 0
+
+
+@given(seed=st.integers(0, 99), share=st.sampled_from([0.0, 0.1, 1.0]))
+def test_activations_are_the_dense_matrix(seed, share):
+    dense, mask = sparse(12, 7, seed, share) - 2 * sparse(12, 7, seed + 1, share), torch.arange(12) % 3 > 0
+    held = Activations.of(dense.split(5))
+    assert held.tokens == 12 and held.size == 7
+    torch.testing.assert_close(held.columns(torch.arange(7)), dense)
+    torch.testing.assert_close(held.column(3), dense[:, 3].double())
+    masked = dense * mask[:, None]
+    torch.testing.assert_close(held.on(mask).columns(torch.tensor([6, 0, 6])), masked[:, [6, 0, 6]])
+    assert held.on(mask).counts().tolist() == (masked != 0).sum(0).tolist()
+    factors = draw(12, seed=seed)
+    torch.testing.assert_close(held.scaled(factors).columns(torch.arange(7)), dense * factors[:, None])
+    counts = (dense != 0).sum(0).clamp_min(1)
+    torch.testing.assert_close(held.usual(), (dense.square().sum(0) / counts).sqrt())
+    directions = draw(7, 4, seed=seed).double()
+    torch.testing.assert_close(held.times(directions), dense.double() @ directions)
