@@ -109,3 +109,27 @@ def test_a_real_block_computes_on_encrypted_numbers(quadratic, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "model.layers.8.mlp" in done.stdout
     assert float(re.search(r"relative error (\S+)", done.stdout)[1]) < 1e-3
+
+
+@pytest.mark.slow
+def test_a_block_of_smollm2_is_read_in_dictionaries_trained_on_it(tmp_path):
+    """Small dictionaries on little text: they describe the block, and their features tell its output on other text."""
+    pytest.importorskip("sae_lens")
+    surgery.convert(str(MODEL), output=tmp_path / "twin", text="python", tokens=8192, epochs=0, measure=0)
+    recipe = [sys.executable, ROOT / "recipes" / "dictionaries.py", tmp_path / "twin", "--block", 12]
+    recipe += ["-o", tmp_path / "of", "--tokens", 32768, "--features", 1024, "--quiet"]
+    done = subprocess.run([str(part) for part in recipe], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [float(share) > 0.3 for share in re.findall(r"R² (\S+) on", done.stdout)] == [True, True], done.stdout
+    given = {"features": str(tmp_path / "of" / "input"), "output_features": str(tmp_path / "of" / "output")}
+    listed = surgery.explain(tmp_path / "twin", 12, **given)["features"]
+    assert listed["input"]["site"] == "input" and listed["output"]["site"] == "output"
+    best = listed["list"][0]
+    assert best["r2"] > 0.5
+    found = surgery.explain(tmp_path / "twin", 12, direction=best["name"], output=tmp_path / "page", **given)[
+        "features"
+    ]
+    assert found["whole"]["r2"] > 0.5
+    by_number = {row["terms"]: row["r2"] for row in found["curve"]}
+    assert by_number[1] < by_number[100] < found["whole"]["r2"] + 0.1
+    assert (tmp_path / "page" / "features.png").stat().st_size > 10_000
