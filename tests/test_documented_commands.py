@@ -9,6 +9,7 @@ import pytest
 import surgery
 from tests import tiny
 from tests.commands import surgery as typed
+from tests.reading import dictionaries
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,6 +31,8 @@ WORDS = {
     "token: London": "token:dog",
     "CKPT1": "MODEL",
     "CKPT2": "MODEL",
+    "feature:FEATURE": "feature:3",
+    "17=EARLIER/output": "0=EARLIER/output",
 }
 WORDS |= {"build/SmolLM2-135M-Instruct.Q4_1.gguf": "MODEL", "twin": "TWIN", "build/demo/degree-2": "TWIN"}
 """What stands for another word with a tiny model."""
@@ -38,6 +41,7 @@ NOT_RUN = {
     r"pip install .*": "it installs",
     r"make \w+": "`.ci/run` runs `make test`; `make demo` fetches a model",
     r"python recipes/blimp\.py .*": "the data are not there",
+    r"python recipes/dictionaries\.py .*": "tests/whole/test_real.py runs it",
     r"python recipes/encrypted\.py .*": "tests/whole/test_real.py runs it",
     r"surgery export .*--form gguf.*": "tests/publishing/test_gguf.py exports models whose tokenizer GGUF knows",
     r"python benchmarks/.*": "they take minutes",
@@ -79,6 +83,8 @@ def place(tmp_path_factory):
     paragraph = "the quick brown fox jumps over the lazy dog, and a line follows another. "
     for name in ("alice", "hamlet", "novels", "sentences", "mine"):
         (folder / f"{name}.txt").write_text("\n\n".join([paragraph * 3] * 200))
+    for number, name in enumerate(("DICT", "DICTIONARIES/input", "DICTIONARIES/output", "EARLIER/output")):
+        dictionaries.write(folder / name, dictionaries.exact(dictionaries.orthogonal(tiny.WIDTH, number)))
     return folder
 
 
