@@ -41,7 +41,9 @@ def card(twin: str, base_model: str | None, license: str | None, as_json: bool) 
 @options.output("Folder for the export.", required=True)
 @click.option("--form", metavar="NAME", help="silu, gguf, onnx, encrypted, delta or full.  [default: silu]")
 @options.original()
-@click.option("--weights", metavar="TYPE", help="Of a GGUF file: f32, bf16, f16 or q8_0.  [default: as stored]")
+@click.option(
+    "--weights", metavar="TYPE", help="Of a GGUF file: f32, bf16, f16, q8_0, q5_1 … q4_0.  [default: as stored]"
+)
 @options.text("Text that encrypted units' ranges are measured on.", "python")
 @options.tokens("Of it to calibrate them on, and as many to test them on", "8k")
 @options.overwrite()

@@ -49,7 +49,8 @@ def export(
         original: for `delta`, `full` and what is made of a delta: Hub id, folder or .gguf; by default as the twin's
             report names it. For `gguf`: a .gguf file whose tokenizer is taken as it is; by default the twin's own is
             written.
-        weights: for `gguf`: f32, bf16, f16 or q8_0; by default the precision that the twin is stored in.
+        weights: for `gguf`: f32, bf16, f16, q8_0, q5_1, q5_0, q4_1 or q4_0; by default the precision that the twin is
+            stored in.
         text, tokens: for `encrypted`: what the units' ranges are measured on, see
             :func:`surgery.publishing.encrypted.export_encrypted`.
         overwrite: replace an earlier twin at the output.

@@ -23,8 +23,9 @@ from surgery.saving.folder import check_target, whole_folder
 from surgery.saving.report import read_verified_report, write_report
 from surgery.version import __version__
 
-STORED = {"f32": 1e-7, "bf16": 4e-3, "f16": 1e-3, "q8_0": 2e-2}
+STORED = {"f32": 1e-7, "bf16": 4e-3, "f16": 1e-3, "q8_0": 2e-2, "q5_1": 6e-2, "q5_0": 6e-2, "q4_1": 0.12, "q4_0": 0.12}
 """Types of the weights, and the largest relative error of a matrix stored so. Norms and biases stay in float32."""
+FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32}
 LARGEST = {"f16": 65504.0}
 OF_PRECISION = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
@@ -36,7 +37,7 @@ def export_gguf(
 
     Args:
         original: a GGUF file whose tokenizer is taken as it is; else the twin's own tokenizer is written.
-        weights: f32, bf16, f16 or q8_0; by default the precision that the twin is stored in.
+        weights: f32, bf16, f16, q8_0, q5_1, q5_0, q4_1 or q4_0; by default the precision that the twin is stored in.
     Raises:
         SurgeryError: gguf is not installed, no such type, not a native twin of a Llama, a tokenizer or rotary angles
             that llama.cpp does not know, weights too large for the type, or the engine computes something else.
@@ -118,7 +119,7 @@ def _write(file: Path, fields: list[gguf_tokenizer.Field], network: Any, kind: s
     import numpy
 
     writer = gguf.GGUFWriter(file, gguf_network.ARCHITECTURE)
-    writer.add_file_type({"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}[kind])
+    writer.add_file_type(FILE_TYPES[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     types = gguf.GGUFValueType
     for field in fields:
@@ -148,17 +149,18 @@ def _type_of(value: Tensor, kind: str) -> Any:
     types = gguf.GGMLQuantizationType
     if value.dim() < 2:
         return types.F32
-    return types.F16 if kind == "q8_0" and value.shape[-1] % 32 else types[kind.upper()]
+    return types.F16 if kind.startswith("q") and value.shape[-1] % 32 else types[kind.upper()]
 
 
 def _checked(file: Path, network: Any, tokenizer: Any, kind: str, foreign: bool) -> dict[str, Any]:
-    """What llama.cpp computes, or, without it, what the file holds.
+    """What the file holds, and what llama.cpp computes where it is installed.
 
     Args:
         foreign: the tokenizer is the original file's, which transformers may read otherwise than llama.cpp does.
     """
+    read_back = _read_back(file, network, kind)
     if not llama_cpp.installed():
-        return {"engine": None, "difference": _read_back(file, network, kind)}
+        return {"engine": None, "difference": read_back}
     seen = llama_cpp.seen_in_engine(file, network, tokenizer)
     if not seen.difference < llama_cpp.TOLERANCE[kind]:
         raise ModelError(
