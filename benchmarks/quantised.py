@@ -19,8 +19,8 @@ from surgery.runtime.settings import whole_number
 
 WINDOW = 256
 CONFIGS = {
-    "int8 weights": lambda: ao.Int8WeightOnlyConfig(),
-    "int8 weights and activations": lambda: ao.Int8DynamicActivationInt8WeightConfig(),
+    "int8 weights": ao.Int8WeightOnlyConfig,
+    "int8 weights and activations": ao.Int8DynamicActivationInt8WeightConfig,
 }
 
 

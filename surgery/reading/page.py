@@ -11,15 +11,18 @@ from typing import Any
 from surgery.errors import SurgeryError
 from surgery.reading.feature_lines import feature_lines, writer_line
 from surgery.reading.feature_plot import NEGATIVE, POSITIVE, feature_plot, label
+from surgery.reading.upstream_plot import readers, upstream_plot
 from surgery.runtime.files import not_written, write_bytes
 
-JSON, PAGE, PLOT, FEATURES = "explanation.json", "explanation.html", "spectrum.png", "features.png"
+JSON, PAGE, PLOT = "explanation.json", "explanation.html", "spectrum.png"
+FEATURES, UPSTREAM = "features.png", "upstream.png"
 
 
 def files_of(report: dict[str, Any]) -> list[str]:
     """Names of what :func:`write_explanation` writes."""
     plots = [PLOT] if "eigenpairs" in report else []
-    return [JSON, PAGE, *plots, *([FEATURES] if "curve" in report.get("features", {}) else [])]
+    plots += [FEATURES] if "curve" in report.get("features", {}) else []
+    return [JSON, PAGE, *plots, *([UPSTREAM] if readers(report) else [])]
 
 
 def write_explanation(report: dict[str, Any], folder: Path) -> None:
@@ -34,7 +37,9 @@ def write_explanation(report: dict[str, Any], folder: Path) -> None:
         files[PLOT] = spectrum_plot(report)
     if FEATURES in names:
         files[FEATURES] = feature_plot(report["features"])
-    files[PAGE] = page(report, files.get(PLOT), files.get(FEATURES)).encode()
+    if UPSTREAM in names:
+        files[UPSTREAM] = upstream_plot(report)
+    files[PAGE] = page(report, {name: files[name] for name in (PLOT, FEATURES, UPSTREAM) if name in files}).encode()
     try:
         for name, content in files.items():
             write_bytes(folder / name, content)
@@ -68,8 +73,8 @@ def spectrum_plot(report: dict[str, Any]) -> bytes:
     return out.getvalue()
 
 
-def page(report: dict[str, Any], plot: bytes | None, features: bytes | None = None) -> str:
-    """explanation.html: no scripts, nothing loaded from elsewhere."""
+def page(report: dict[str, Any], plots: dict[str, bytes]) -> str:
+    """explanation.html: no scripts, nothing loaded from elsewhere; plots by their names."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -80,8 +85,7 @@ def page(report: dict[str, Any], plot: bytes | None, features: bytes | None = No
     return template.render(
         report=report,
         title=title(report),
-        plot=None if plot is None else base64.b64encode(plot).decode(),
-        features=None if features is None else base64.b64encode(features).decode(),
+        plots={name.partition(".")[0]: base64.b64encode(plot).decode() for name, plot in plots.items()},
         details=json.dumps(
             {key: report[key] for key in ("settings", "model", "block", "text", "spectrum") if key in report}, indent=2
         ),

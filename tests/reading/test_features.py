@@ -16,7 +16,7 @@ from surgery.reading.block_in_model import find_block, recorded_activity, surrou
 from surgery.reading.dictionary import read_dictionary
 from surgery.reading.feature_basis import input_basis, output_basis
 from surgery.reading.features import Dictionaries, FeatureReader
-from surgery.reading.page import FEATURES, PAGE, lines, write_explanation
+from surgery.reading.page import FEATURES, PAGE, UPSTREAM, lines, write_explanation
 from tests import tiny
 from tests.reading.dictionaries import draw, exact, orthogonal, random_dictionary, write
 from tests.reading.support import TEXT
@@ -134,7 +134,10 @@ def test_who_writes_into_an_eigenvector_is_found(folders, tmp_path):
     assert {first["feature"], second["feature"]} == {0, WIDTH}, "the direction and its opposite"
     assert first["moves"] * second["moves"] < 0
     given = {"features": folder, "features_at": "stream", "output_features": None}
-    both = surgery.explain(folders["twin"], 1, direction="coordinate:3", upstream=f"0={folder}", **given, **TEXT)
+    given |= {"direction": "coordinate:3", "output": tmp_path / "page"}
+    both = surgery.explain(folders["twin"], 1, upstream=f"0={folder}", **given, **TEXT)
+    assert (tmp_path / "page" / UPSTREAM).read_bytes().startswith(b"\x89PNG")
+    assert "Who writes into what it reads" in (tmp_path / "page" / PAGE).read_text()
     described = both["features"]["described"]
     number, one = next(iter(described.items()))
     assert one["upstream"][0]["feature"] % WIDTH == int(number) % WIDTH, "the same dictionary: each writes into itself"
