@@ -12,6 +12,7 @@ from surgery.reading.block_in_model import find_block, recorded_activity
 from surgery.reading.spectrum import spectrum
 from tests import tiny
 from tests.blocks.of_experts import IDS, model_of
+from tests.reading import dictionaries
 
 
 def twin_of(name):
@@ -71,3 +72,16 @@ def test_an_expert_without_tokens_is_said_to_have_none():
     with pytest.raises(CalibrationError, match="1 ordinary tokens") as caught:
         Activity.of(IDS[:4, :16], torch.randn(64, 8), sizes)
     assert "routed to this expert" in str(caught.value)
+
+
+def test_an_expert_is_read_in_features(tmp_path):
+    surgery.convert(model_of("mixtral"), text=IDS, window=24, output=tmp_path / "twin")
+    save_file({"input_ids": IDS}, tmp_path / "ids.safetensors")
+    width = surgery.load(tmp_path / "twin").config.hidden_size
+    folder = dictionaries.write(tmp_path / "exact", dictionaries.exact(dictionaries.orthogonal(width)))
+    given = {"text": str(tmp_path / "ids.safetensors"), "tokens": 512, "window": 16}
+    asked = {"expert": 1, "direction": "coordinate:3", "features": folder, "output_features": folder}
+    found = surgery.explain(tmp_path / "twin", 0, **asked, **given)["features"]
+    assert found["whole"]["r2"] == pytest.approx(1, abs=1e-4)
+    assert found["input"]["site"] == "input" and list(found["output"]["r2"]) == ["output"]
+    assert found["judged_on"] < 400, "tokens that go elsewhere judge nothing"
