@@ -21,7 +21,7 @@ from surgery.reading.directions import KINDS, Direction, Vocabulary, check_direc
 from surgery.reading.features import Dictionaries, FeatureReader
 from surgery.reading.page import write_explanation
 from surgery.reading.spectrum import Spectrum, spectrum
-from surgery.reading.upstream import Upstream, Writers
+from surgery.reading.upstream import Upstream, Writers, carried_to
 from surgery.runtime.settings import at_least, checked_settings
 from surgery.runtime.vocabulary import understands_former_names
 
@@ -145,7 +145,8 @@ def explained(settings: ExplainSettings, quiet: bool = True) -> dict[str, Any]:
     if upstream is not None:
         earlier = surroundings(model, find_block(model, upstream.block), probe)
         wrote = recorded_activity(model, earlier, inputs.batches, quiet)
-        writers = Writers.of(upstream, earlier, wrote, block, recorded, seen)
+        carried = carried_to(model, earlier, block, ids[:8, :16].to(model.device))
+        writers = Writers.of(upstream, earlier, wrote, block, recorded, seen, carried)
     model.to("cpu")
     expansion = block.polynomial.expand(seen.mean)
     vocabulary = Vocabulary.of(model, loaded.tokenizer, block)

@@ -41,11 +41,15 @@ class Dictionaries:
 
     @staticmethod
     def read(features: str | None, output_features: str | None, at: str, rank: str, count: int) -> Dictionaries:
-        """From their files. Raises RecipeError for what cannot be read, and for output features alone."""
+        """From their files. Raises RecipeError for what cannot be read, and for settings that nothing would use."""
         if rank not in RANKS:
             raise RecipeError(f"no rank {rank!r}", where="--rank", fix=f"one of {', '.join(RANKS)}")
         if at not in SITES:
             raise RecipeError(f"no place {at!r}", where="--features-at", fix=f"one of {', '.join(SITES)}")
+        if features is None and (at, rank) != (SITES[0], RANKS[0]):
+            raise RecipeError(
+                "--rank and --features-at are for a dictionary of the input", fix="name one by --features"
+            )
         inputs, outputs = (None if path is None else read_dictionary(path) for path in (features, output_features))
         return Dictionaries(inputs, outputs, at, rank, count)
 
@@ -102,8 +106,8 @@ class FeatureReader:
         value = self.polynomial(self.seen.x) @ w
         whole = Agreement.of(value[self.judged], (self.polynomial(basis.found[self.judged]) @ w))
         alone, together = terms.split(self.asked.count)
-        together_first = [*_features(together), *_features(alone)]
-        drawn = list(dict.fromkeys(together_first))[:DRAWN]
+        shown = list(dict.fromkeys([*_features(together), *_features(alone)]))
+        drawn = shown[:DRAWN]
         told = curve(form, terms, basis.activations, value, self.fitted, self.judged)
         rows = [_rows(form, part, basis.activations, self.seen.ordinary) for part in (alone, together)]
         found = {
@@ -117,7 +121,7 @@ class FeatureReader:
             "together": rows[1],
             "curve": [{"terms": number, **asdict(agreement)} for number, agreement in told],
             "whole": asdict(whole),
-            "described": {str(number): self._described(basis, number) for number in dict.fromkeys(together_first)},
+            "described": {str(number): self._described(basis, number) for number in shown},
             "map": {"features": drawn, "strength": self._map(form, basis.activations.on(self.fitted), drawn)},
         }
         return {"features": found}
@@ -145,33 +149,19 @@ class FeatureReader:
 
     def _input(self, basis: InputBasis) -> dict[str, Any]:
         fires = basis.activations.on(self.seen.ordinary).counts()
-        return {
-            "name": basis.dictionary.name,
-            "size": basis.dictionary.size,
-            "kind": basis.dictionary.kind,
-            "site": basis.site,
-            "r2": basis.explained,
-            "firing": float(fires.sum()) / int(self.seen.ordinary.sum()),
-            "silent": int((fires == 0).sum()),
-        }
+        firing = float(fires.sum()) / int(self.seen.ordinary.sum())
+        return _named(basis) | {"firing": firing, "silent": int((fires == 0).sum())}
 
     def _output(self, basis: OutputBasis, named: str) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            "name": basis.dictionary.name,
-            "size": basis.dictionary.size,
-            "kind": basis.dictionary.kind,
-            "site": basis.site,
-            "r2": basis.explained,
-        }
         kind, _, number = named.partition(":")
-        if kind == "feature" and number.isdigit():
-            values = basis.activations.column(int(number))
-            found |= {
-                "feature": int(number),
-                "fires": float((values[self.seen.ordinary] > 0).double().mean()),
-                "contexts": examples(self.seen, values, self.tokenizer, 4) if bool((values > 0).any()) else [],
-            }
-        return found
+        if kind != "feature" or not number.strip().isdigit():
+            return _named(basis)
+        values = basis.activations.column(int(number))
+        return _named(basis) | {
+            "feature": int(number),
+            "fires": float((values[self.seen.ordinary] > 0).double().mean()),
+            "contexts": examples(self.seen, values, self.tokenizer, 4) if bool((values > 0).any()) else [],
+        }
 
     def _map(self, form: FeatureForm, activations: Activations, drawn: list[int]) -> list[list[float]]:
         """What two features write together where both fire at their usual strength; alone on the diagonal."""
@@ -194,15 +184,21 @@ class FeatureReader:
         }
 
     def _listed(self, basis: OutputBasis, number: int, told: Tensor | None, fires: Tensor) -> dict[str, Any]:
-        written_ = basis.dictionary.decoder[number].double()
+        wrote = basis.dictionary.decoder[number].double()
         values = basis.activations.column(number)
         return {
             "name": f"feature:{number}",
             "fires": float(fires[number]) / max(int(self.seen.ordinary.sum()), 1),
             "r2": None if told is None else float(told[number]),
-            "promotes": None if self.vocabulary is None else self.vocabulary.promoted(written_, 8),
+            "promotes": None if self.vocabulary is None else self.vocabulary.promoted(wrote, 8),
             "contexts": examples(self.seen, values, self.tokenizer, 2),
         }
+
+
+def _named(basis: InputBasis | OutputBasis) -> dict[str, Any]:
+    """Which dictionary, and what it describes how well."""
+    own = basis.dictionary
+    return {"name": own.name, "size": own.size, "kind": own.kind, "site": basis.site, "r2": basis.explained}
 
 
 def _features(terms: Terms) -> list[int]:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers as T
 from click.testing import CliRunner
 
 import surgery
@@ -17,6 +18,8 @@ from surgery.reading.dictionary import read_dictionary
 from surgery.reading.feature_basis import input_basis, output_basis
 from surgery.reading.features import Dictionaries, FeatureReader
 from surgery.reading.page import FEATURES, PAGE, UPSTREAM, lines, write_explanation
+from surgery.reading.upstream import carried_to
+from surgery.runtime.hooks import hooked
 from tests import tiny
 from tests.reading.dictionaries import draw, exact, orthogonal, random_dictionary, write
 from tests.reading.support import TEXT
@@ -144,6 +147,32 @@ def test_who_writes_into_an_eigenvector_is_found(folders, tmp_path):
     assert any("is written into by" in line for line in lines(both))
 
 
+@pytest.mark.parametrize(("name", "low", "high"), [("llama", 0.7, 1.3), ("gpt2", 0.7, 1.3), ("granite", 0.2, 0.4)])
+def test_what_arrives_downstream_is_seen_in_a_run(name, low, high, ids):
+    """Granite scales what blocks add to the stream by 0.3."""
+    model = tiny.make("llama" if name == "granite" else name)
+    if name == "granite":
+        torch.manual_seed(0)
+        model = T.GraniteForCausalLM(
+            T.GraniteConfig(**tiny.COMMON, num_key_value_heads=2, residual_multiplier=0.3)
+        ).eval()
+    twin = surgery.convert(model, text=ids, batch=16)[0]
+    earlier, later = (surroundings(twin, find_block(twin, number), {"input_ids": ids[:1]}) for number in (0, 1))
+    assert low < carried_to(twin, earlier, later, ids[:8, :16]) < high
+
+
+def test_a_stream_with_norms_inside_is_refused(ids, monkeypatch):
+    """The control: where what arrives is turned, nothing is said about who writes."""
+    twin = surgery.convert(tiny.make("llama"), text=ids, batch=16)[0]
+    earlier, later = (surroundings(twin, find_block(twin, number), {"input_ids": ids[:1]}) for number in (0, 1))
+    turn = orthogonal(WIDTH).float()
+    with (
+        hooked([twin.model.layers[0].register_forward_hook(lambda _, __, output: output @ turn)]),
+        pytest.raises(RecipeError, match="does not reach block 1"),
+    ):
+        carried_to(twin, earlier, later, ids[:8, :16])
+
+
 def test_a_transcoder_says_the_output(ids, tmp_path):
     twin = surgery.convert(tiny.make("llama"), text=ids, batch=16)[0]
     block, recorded, seen = at_block(twin)
@@ -168,6 +197,8 @@ def test_a_transcoder_says_the_output(ids, tmp_path):
         ({"features": "transcoder"}, "--output-features"),
         ({"features": "input", "features_at": "middle"}, "one of auto, input, stream"),
         ({"rank": "size"}, "one of text, weights"),
+        ({"rank": "weights"}, "name one by --features"),
+        ({"features_at": "stream", "output_features": "output"}, "name one by --features"),
         ({"direction": "feature:64", "output_features": "output"}, "0 to 63"),
         ({"upstream": "0", "direction": "coordinate:1"}, "BLOCK=PATH"),
         ({"upstream": "1=input", "direction": "coordinate:1"}, "does not come before"),
