@@ -147,8 +147,8 @@ class _Refinement:
         self.teacher = load_teacher(settings, self.twin)
         text, self.note = processes.looked_up(lambda: training_sources(settings, self.loaded.text_tokenizer))
         self.settings = settings = replace(settings, text=text)
-        if self.note and not quiet and accelerator.is_main_process:
-            print(printable(f"text: {', '.join(text)}; {self.note}"), file=sys.stderr)
+        if self.note:
+            self._say(f"text: {', '.join(text)}; {self.note}")
         if not self.sharded or any(part.source == SAMPLES for part in Mixture.of(text).parts):
             self.teacher.to(accelerator.device)
         self.replaced = twin_block_paths(self.twin)
@@ -163,9 +163,17 @@ class _Refinement:
         self.held, self.windows, self.ranges = training_windows(
             settings, self.loaded.tokenizer, report, self.teacher, accelerator, self.place
         )
+        if settings.short and self.windows.positions is None:
+            left_out = "no sentences by themselves (--short): this model does not keep packed documents apart"
+            self.note = "; ".join(filter(None, (self.note, left_out)))
+            self._say(left_out)
         self.schedule = Schedule.of(settings, accelerator.num_processes)
         self.key = run_key(settings, report, self.windows, accelerator.num_processes)
         self.autocast = autocast(settings.dtype, accelerator.device)
+
+    def _say(self, what: str) -> None:
+        if not self.quiet and self.accelerator.is_main_process:
+            print(printable(what), file=sys.stderr)
 
     def train(self) -> tuple[dict[str, Any], Trainee]:
         """Trains the student to the end and puts its best state in place; the record, and what was trained."""

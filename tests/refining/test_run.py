@@ -96,3 +96,13 @@ def test_bad_input_is_a_clear_error(place, tmp_path, change, words):
     for word in words:
         assert word in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_that_sentences_are_left_out_is_said(place, tmp_path, monkeypatch, capsys):
+    """Where packed documents see each other, sentences by themselves would see each other, too."""
+    monkeypatch.setattr("surgery.refining.text.packable", lambda model: False)
+    record = refined(settings_of(place, tmp_path / "out", tokens=1024), quiet=False)
+    assert "no sentences by themselves" in record["note"]
+    assert "no sentences by themselves" in capsys.readouterr().err
+    record = refined(settings_of(place, tmp_path / "none", tokens=1024, short=0.0), quiet=False)
+    assert not record["note"]
