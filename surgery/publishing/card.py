@@ -72,6 +72,8 @@ def render_card(folder: Path, base_model: str | None = None, license: str | None
     else:
         headline, tasks, notes = [], [], []
         missing.append("an evaluation (surgery eval TWIN -o TWIN/evaluation)")
+    if evaluation and report.get("exported_from"):
+        notes = [*notes, f"Measured on {report['exported_from']}, of which this is another form."]
     texts = (evaluation or {}).get("kinds")
     if texts is None and (folder / TEXTS).is_file():
         texts = public(json.loads((folder / TEXTS).read_text(encoding="utf-8")))

@@ -13,6 +13,7 @@ from surgery.publishing.encrypted import export_encrypted
 from surgery.publishing.gguf import export_gguf
 from surgery.publishing.onnx import export_onnx
 from surgery.publishing.silu import export_silu
+from surgery.runtime.files import write_bytes
 from surgery.runtime.vocabulary import understands_former_names
 
 FORMS: dict[str, tuple[Callable[..., dict[str, Any]], tuple[str, ...]]] = {
@@ -24,6 +25,7 @@ FORMS: dict[str, tuple[Callable[..., dict[str, Any]], tuple[str, ...]]] = {
     "full": (export_full, ("original",)),
 }
 """What writes each form, and the settings it takes."""
+MEASURED, SHOWN = "evaluation", (".json", ".md", ".html", ".png")
 
 
 @understands_former_names
@@ -39,7 +41,7 @@ def export(
     overwrite: bool = False,
     quiet: bool = True,
 ) -> dict[str, Any]:
-    """Writes a twin in another form, and believes it only once it computes the same there.
+    """Writes a twin in another form, and believes it only once it computes the same there. Its evaluation goes along.
 
     Args:
         twin: folder of a finished twin; `output`: folder for the export.
@@ -74,4 +76,13 @@ def export(
             raise RecipeError(f"the form {form} takes no {name}", where=f"--{name}", fix=f"it is for --form {fitting}")
     if "quiet" in takes:
         given["quiet"] = quiet
-    return {**run(Path(twin), Path(output), overwrite=overwrite, **given), "form": form}
+    seen = run(Path(twin), Path(output), overwrite=overwrite, **given)
+    _carry_evaluation(Path(twin), Path(output))
+    return {**seen, "form": form}
+
+
+def _carry_evaluation(twin: Path, out: Path) -> None:
+    """What was measured of the twin goes along: the form computes the same, and the card says what was measured."""
+    for file in sorted((twin / MEASURED).glob("*")):
+        if file.is_file() and file.suffix in SHOWN:
+            write_bytes(out / MEASURED / file.name, file.read_bytes())

@@ -57,6 +57,10 @@ def test_the_card_tells_what_the_reports_say(twins, tmp_path):
     from surgery.conversion.recipe import load_recipe
 
     assert load_recipe(None, yaml.safe_load(recipe)).degree == 2
+    surgery.export(folder, tmp_path / "silu")
+    of_export = render_card(tmp_path / "silu", base_model="them/base", license="apache-2.0")
+    assert of_export.missing == () and "Measured on twin, of which this is another form." in of_export.text
+    assert "of which this is another form" not in made.text
 
 
 NASTY = "<script>alert(1)</script> | `x` \x1b[31m\n# heading\n```\n---\n[link](javascript:x)\u202e"
