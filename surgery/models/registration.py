@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -28,7 +29,10 @@ def register() -> None:
 def _register_with_lens() -> None:
     from surgery.models import lens
 
-    lens.register_adapters()
+    try:
+        lens.register_adapters()
+    except (ImportError, AttributeError) as error:  # a version that is built otherwise goes on without twins
+        warnings.warn(f"this version of TransformerLens takes no custom twins: {error}", stacklevel=2)
 
 
 WHEN: dict[str, Callable[[], None]] = {AUTO_MODULE: register, LENS_MODULE: _register_with_lens}

@@ -7,6 +7,7 @@ import torch
 import transformers as T
 
 import surgery
+from surgery.models import registration
 from tests import tiny
 
 NATIVE = {"llama": "llama native", "gemma": "gemma native"}
@@ -68,6 +69,13 @@ def test_without_being_told_transformerlens_takes_linear_for_silu(folders, monke
     model = bridged(folders["llama native"])
     model.enable_compatibility_mode()
     assert (told(model) - told(surgery.load(folders["llama native"]))).abs().max() > 0.1
+
+
+def test_a_transformerlens_built_otherwise_still_imports(monkeypatch):
+    pytest.importorskip("transformer_lens")
+    monkeypatch.setattr("surgery.models.lens.LISTS", "transformer_lens.nowhere")
+    with pytest.warns(UserWarning, match="takes no custom twins"):
+        registration.WHEN[registration.LENS_MODULE]()
 
 
 @pytest.mark.parametrize(
