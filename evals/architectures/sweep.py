@@ -64,11 +64,14 @@ class Row:
 
 
 def types(family: str) -> dict[str, str]:
-    """Model types of a family and their class."""
+    """Model types of a family and their class; twins' own classes, which stand beside them for pipelines, left out."""
     from transformers.models.auto import modeling_auto
 
+    from surgery.models.modeling_polynomial import PREFIX
+
     named = getattr(modeling_auto, FAMILIES[family])
-    return {key: value if isinstance(value, str) else value[0] for key, value in named.items()}
+    found = {key: value if isinstance(value, str) else value[0] for key, value in named.items()}
+    return {key: value for key, value in found.items() if not value.startswith(PREFIX)}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import pytest
 import transformers
 
 from evals.architectures.sweep import FAMILIES, Row, _judged, sweep, types
+from surgery.models import modeling_polynomial
 
 TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
 SAMPLE = (
@@ -38,6 +39,13 @@ def test_the_table_lists_every_type_of_this_transformers():
     for family in FAMILIES:
         for model_type, architecture in types(family).items():
             assert f"| {model_type} | {architecture} |" in text
+
+
+def test_a_twin_is_no_type_of_its_own():
+    before = types("causal")
+    modeling_polynomial.model_class("LlamaForCausalLM", "llama")
+    assert types("causal") == before
+    assert "llama" in before and not any(name.startswith(modeling_polynomial.PREFIX) for name in before)
 
 
 def test_rows_of_the_table_hold(rows):
