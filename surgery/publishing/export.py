@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import RecipeError, did_you_mean
+from surgery.publishing.card import EVALUATION
 from surgery.publishing.delta import export_delta, export_full
 from surgery.publishing.encrypted import export_encrypted
 from surgery.publishing.gguf import export_gguf
@@ -25,7 +26,7 @@ FORMS: dict[str, tuple[Callable[..., dict[str, Any]], tuple[str, ...]]] = {
     "full": (export_full, ("original",)),
 }
 """What writes each form, and the settings it takes."""
-MEASURED, SHOWN = "evaluation", (".json", ".md", ".html", ".png")
+SHOWN = (".json", ".md", ".html", ".png")  # of an evaluation
 
 
 @understands_former_names
@@ -83,6 +84,6 @@ def export(
 
 def _carry_evaluation(twin: Path, out: Path) -> None:
     """What was measured of the twin goes along: the form computes the same, and the card says what was measured."""
-    for file in sorted((twin / MEASURED).glob("*")):
+    for file in sorted((twin / EVALUATION.parent).glob("*")):
         if file.is_file() and file.suffix in SHOWN:
-            write_bytes(out / MEASURED / file.name, file.read_bytes())
+            write_bytes(out / EVALUATION.parent / file.name, file.read_bytes())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from surgery.reading.feature_plot import label
+from surgery.reading.picture import label, name_of, peaks
 
 TOLD = (1, 10, 100, 1000)
 READ = 4  # features of the input whose writers are shown
@@ -15,7 +15,7 @@ def feature_lines(found: dict[str, Any]) -> list[str]:
     out = [""] + [line for key in ("input", "output") for line in _dictionary(key, found.get(key))]
     for row in found.get("list", []):
         told = "" if row["r2"] is None else f", told by the input's features with R² {row['r2']:.2f}"
-        out.append(f"  {row['name']:14} fires on {row['fires']:.2%} of tokens{told}: {_peaks(row)}")
+        out.append(f"  {row['name']:14} fires on {row['fires']:.2%} of tokens{told}: {peaks(row['contexts'])}")
     if "curve" not in found:
         return out
     for key, what in (("together", "pairs of features"), ("alone", "single features")):
@@ -40,7 +40,10 @@ def feature_lines(found: dict[str, Any]) -> list[str]:
 
 def writer_line(writers: list[dict[str, Any]]) -> str:
     """Features of an earlier block, each with what it moves, in standard deviations of what is read."""
-    return "; ".join(f"{row['moves']:+.2f}σ #{row['feature']} {_peaks(row)}" for row in writers) or "none of them"
+    return (
+        "; ".join(f"{row['moves']:+.2f}σ {name_of(row['feature'], row['contexts'])}" for row in writers)
+        or "none of them"
+    )
 
 
 def _dictionary(key: str, found: dict[str, Any] | None) -> list[str]:
@@ -51,10 +54,6 @@ def _dictionary(key: str, found: dict[str, Any] | None) -> list[str]:
     if "firing" in found:
         line += f"; {found['firing']:.1f} fire on a token, {found['silent']:,} on none of this text"
     if "feature" in found:
-        line += f"; feature {found['feature']} fires on {found['fires']:.2%} of tokens: {_peaks(found)}"
+        where = peaks(found["contexts"]) or "(nowhere)"
+        line += f"; feature {found['feature']} fires on {found['fires']:.2%} of tokens: {where}"
     return [line]
-
-
-def _peaks(found: dict[str, Any]) -> str:
-    peaks = dict.fromkeys(context["tokens"][context["peak"]] for context in found["contexts"])
-    return " ".join(repr(token) for token in peaks) or "(nowhere)"

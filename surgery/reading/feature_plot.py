@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
 from typing import Any
 
-from surgery.errors import SurgeryError
+from surgery.reading.picture import NEGATIVE, POSITIVE, as_png, label, new_figure
 
-POSITIVE, NEGATIVE = "#1f6feb", "#d1242f"
 GRAPHED = 10  # pairs in the graph, and half as many single features
-
-
-def label(described: dict[str, Any], number: int) -> str:
-    """`#123 "word"`: a feature by its number and the tokens that it fires on most."""
-    contexts = described.get(str(number), {}).get("contexts", [])
-    peaks = dict.fromkeys(context["tokens"][context["peak"]] for context in contexts)
-    return " ".join([f"#{number}", *(repr(token) for token in list(peaks)[:2])])
 
 
 def feature_plot(found: dict[str, Any]) -> bytes:
@@ -24,18 +15,12 @@ def feature_plot(found: dict[str, Any]) -> bytes:
 
     Raises SurgeryError where matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SurgeryError("plots need matplotlib", fix="pip install 'polysurgery[explain]'") from error
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    figure = new_figure(13, 4.6)
     graph, heat, line = figure.subplots(1, 3, width_ratios=(1.25, 1, 0.9))
     _graph(graph, found)
     _heat(figure, heat, found["map"])
     _curve(line, found)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    return out.getvalue()
+    return as_png(figure)
 
 
 def _graph(axes: Any, found: dict[str, Any]) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import SurgeryError
 from surgery.reading.feature_lines import feature_lines, writer_line
-from surgery.reading.feature_plot import NEGATIVE, POSITIVE, feature_plot, label
+from surgery.reading.feature_plot import feature_plot
+from surgery.reading.picture import NEGATIVE, POSITIVE, as_png, label, new_figure
 from surgery.reading.upstream_plot import readers, upstream_plot
 from surgery.runtime.files import not_written, write_bytes
 
@@ -49,13 +48,8 @@ def write_explanation(report: dict[str, Any], folder: Path) -> None:
 
 def spectrum_plot(report: dict[str, Any]) -> bytes:
     """The leading eigenvalues as bars, PNG."""
-    try:
-        import matplotlib as _  # noqa: F401
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SurgeryError("plots need matplotlib", fix="pip install 'polysurgery[explain]'") from error
     pairs = report["eigenpairs"]
-    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    figure = new_figure(8, 2.6)
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     values = [pair["value"] for pair in pairs]
@@ -68,9 +62,7 @@ def spectrum_plot(report: dict[str, Any]) -> bytes:
     axes.margins(y=0.2)
     axes.set_xticks(range(len(pairs)))
     axes.set(xlabel="eigenpair", ylabel="λ")
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=120)
-    return out.getvalue()
+    return as_png(figure, 120)
 
 
 def page(report: dict[str, Any], plots: dict[str, bytes]) -> str:

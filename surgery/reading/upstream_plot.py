@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
-from surgery.errors import SurgeryError
-from surgery.reading.feature_plot import NEGATIVE, POSITIVE, label
+from surgery.reading.picture import NEGATIVE, POSITIVE, as_png, label, name_of, new_figure
 
 EIGENVECTORS, FEATURES, WRITERS = 3, 5, 3  # how many of each are drawn, the writers of each reader
 COLUMNS = (0.0, 1.0, 2.0)
@@ -31,15 +29,11 @@ def upstream_plot(report: dict[str, Any]) -> bytes:
 
     Raises SurgeryError where matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SurgeryError("plots need matplotlib", fix="pip install 'polysurgery[explain]'") from error
     read = readers(report)
     writers = {row["feature"]: row for _, _, rows in read for row in rows[:WRITERS]}
     heights = [_spread(len(writers)), _spread(len(read)), [0.5]]
     place = dict(zip(writers, heights[0], strict=True))
-    figure = Figure(figsize=(11, 1.2 + 0.34 * max(len(writers), len(read))), layout="constrained")
+    figure = new_figure(11, 1.2 + 0.34 * max(len(writers), len(read)))
     axes = figure.subplots()
     largest = max((abs(row["moves"]) for _, _, rows in read for row in rows[:WRITERS]), default=1.0) or 1.0
     for (name, sign, rows), height in zip(read, heights[1], strict=True):
@@ -51,8 +45,7 @@ def upstream_plot(report: dict[str, Any]) -> bytes:
         axes.plot([COLUMNS[1], COLUMNS[2]], [height, 0.5], color=colour, linewidth=1, alpha=0.6)
         axes.text(COLUMNS[1], height + 0.02, name.replace("$", r"\$"), ha="center", fontsize=7)
     for number, row in writers.items():
-        peaks = dict.fromkeys(context["tokens"][context["peak"]] for context in row["contexts"])
-        words = " ".join([f"#{number}", *(repr(token) for token in list(peaks)[:2])])
+        words = name_of(number, row["contexts"])
         axes.text(COLUMNS[0] - 0.03, place[number], words.replace("$", r"\$"), ha="right", va="center", fontsize=7)
     axes.text(COLUMNS[2] + 0.03, 0.5, report["direction"]["name"].replace("$", r"\$"), va="center", fontsize=8)
     for column, points in zip(COLUMNS, heights, strict=True):
@@ -63,9 +56,7 @@ def upstream_plot(report: dict[str, Any]) -> bytes:
         axes.text(column, 1.08, title, ha="center", fontsize=9, color="#555555")
     axes.set(xlim=(-0.8, 2.6), ylim=(-0.08, 1.15))
     axes.set_axis_off()
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    return out.getvalue()
+    return as_png(figure)
 
 
 def _spread(count: int) -> list[float]:

@@ -12,6 +12,7 @@ from surgery.calibration.inputs import calibration_inputs
 from surgery.cli.main import cli
 from surgery.errors import RecipeError
 from surgery.models import loading
+from surgery.reading import explanation
 from surgery.reading.activity import Activity
 from surgery.reading.block_in_model import find_block, recorded_activity, surroundings
 from surgery.reading.dictionary import read_dictionary
@@ -121,7 +122,7 @@ def test_output_features_are_listed_by_how_well_they_are_told(folders, exact_one
     assert by_firing[0]["r2"] is None and by_firing[0]["fires"] >= by_firing[-1]["fires"] > 0
 
 
-def test_who_writes_into_an_eigenvector_is_found(folders, tmp_path):
+def test_who_writes_into_an_eigenvector_is_found(folders, tmp_path, monkeypatch):
     """A feature of block 0 whose direction, behind the norm, is the eigenvector itself moves it most."""
     model = surgery.load(folders["twin"])
     loaded = loading.loaded(folders["twin"])
@@ -136,6 +137,11 @@ def test_who_writes_into_an_eigenvector_is_found(folders, tmp_path):
     first, second = found["eigenpairs"][0]["upstream"][:2]
     assert {first["feature"], second["feature"]} == {0, WIDTH}, "the direction and its opposite"
     assert first["moves"] * second["moves"] < 0
+    real = explanation.carried_to
+    monkeypatch.setattr(explanation, "carried_to", lambda *given: 2 * real(*given))
+    twice = surgery.explain(folders["twin"], 1, direction="coordinate:3", upstream=f"0={folder}", pairs=1, **TEXT)
+    assert twice["eigenpairs"][0]["upstream"][0]["moves"] == pytest.approx(2 * first["moves"]), "by what arrives"
+    monkeypatch.undo()
     given = {"features": folder, "features_at": "stream", "output_features": None}
     given |= {"direction": "coordinate:3", "output": tmp_path / "page"}
     both = surgery.explain(folders["twin"], 1, upstream=f"0={folder}", **given, **TEXT)
