@@ -56,4 +56,4 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer[0].to(gradient.dtype), None, None
+        return gradient.mul_(outer[0].to(gradient.dtype)), None, None  # in place: a copy is as large as the logits
