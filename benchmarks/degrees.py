@@ -18,7 +18,7 @@ import transformers
 
 import surgery
 from surgery.models import loading
-from surgery.runtime.precision import fast_autocast
+from surgery.runtime.precision import autocast
 from surgery.runtime.settings import whole_number
 
 TOGETHER = 32  # sequences a forward pass
@@ -38,7 +38,7 @@ def drawn(model, tokenizer, sequences, rows, seed):
             places = order[:, : round(REDRAWN * order.shape[1])]
             ids.scatter_(1, places, tokenizer.mask_token_id)
             for some in places.chunk(STEPS, dim=1):
-                with torch.no_grad(), fast_autocast(ids.device):
+                with torch.no_grad(), autocast("auto", ids.device):
                     likely = model(input_ids=ids).logits[..., len(tokenizer.all_special_ids) :].float().softmax(-1)
                 chosen = torch.multinomial(likely.flatten(0, 1), 1, generator=draw).view_as(ids)
                 ids.scatter_(1, some, chosen.gather(1, some) + len(tokenizer.all_special_ids))

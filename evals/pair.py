@@ -15,6 +15,7 @@ from evals.text import MeasuredText
 from surgery.errors import EvaluationError
 from surgery.models import loading
 from surgery.runtime import processes, weights_on_disk
+from surgery.runtime.precision import chosen_dtype
 
 CHUNK_WINDOWS = 64  # windows per kept piece: what a kill can cost
 
@@ -52,7 +53,7 @@ def load_pair(
     """Both models where they are to compute. Raises EvaluationError where their tokenizers differ."""
     place = loading.placed(device)
     spread: Any = weights_on_disk.ON_DISK if device_map == "disk" else device_map
-    dtype = loading.computing_dtype(dtype, place)
+    dtype = chosen_dtype(dtype, place)
     options: dict[str, Any] = {"dtype": dtype, "device_map": spread}
     first = loading.loaded(original, original_revision, **options)
     second = loading.loaded(twin, revision, **options)

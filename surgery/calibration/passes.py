@@ -33,7 +33,8 @@ from surgery.calibration.held_out import fitted_sequences
 from surgery.errors import CalibrationError, ModelError
 from surgery.models.modeling_polynomial import install
 from surgery.runtime import processes
-from surgery.runtime.weights_on_disk import in_file
+from surgery.runtime.precision import autocast
+from surgery.runtime.weights_on_disk import device_of, in_file
 
 
 class _Pass(greenlet):
@@ -124,6 +125,7 @@ class Passes:
         spill: for models larger than memory, a folder for hidden states: waiting passes keep theirs in (deleted) files
             there, which the system writes out when it needs the memory; and new modules leave memory when all passes
             are beyond them.
+        matmul: what matrices are multiplied in on the way from block to block; the probe's keep the model's own.
     With several processes, each gives all batches and runs its own.
     """
 
@@ -136,6 +138,7 @@ class Passes:
         first_is_sink: bool = False,
         probe: Mapping[str, Tensor] | None = None,
         spill: Path | None = None,
+        matmul: str = "float32",
     ) -> None:
         self.model, self.blocks = model, blocks
         self.total = len(batches)
@@ -143,6 +146,7 @@ class Passes:
         self.fitted = fitted_sequences(batches)[self.number :]
         self.follow_original, self.first_is_sink = follow_original, first_is_sink
         self.probe, self.spill, self.outcome = probe, spill, None
+        self.matmul, self.dtype = matmul, next(model.parameters()).dtype  # of what waits
         self._forks: dict[str, _Fork] = {}
         self._hooks: list[Any] = []
         self._passes: list[tuple[_Pass, ...]] = []
@@ -203,7 +207,7 @@ class Passes:
                     self._passes.append(self._start())
                 arrivals = []
                 for forward in self._passes[number]:
-                    x = forward.switch(batch) if index == 0 else forward.switch()
+                    x = self._advance(forward, *([batch] if index == 0 else []))
                     arrivals.append(self._arrival(block, x, forward, number))
                 columns.append(arrivals)
             if self.probe is not None:
@@ -217,6 +221,11 @@ class Passes:
             self.outcome = self._advance_probe()
         for block in self.blocks[-1:]:
             self._leave(block)
+
+    def _advance(self, forward: _Pass, *given: Any) -> Any:
+        """On to the next block: its input."""
+        with autocast(self.matmul, device_of(self.model)):  # left while the pass waits: a context belongs to the thread
+            return forward.switch(*given)
 
     def _advance_probe(self) -> Any:
         if self._probing is None:
@@ -251,7 +260,7 @@ class Passes:
             waiting = (x, base, forward.normed[0] if forward.normed is not None else None)
             for held in {id(part): part for part in waiting if part is not None}.values():
                 in_file(held, self.spill)
-        flat = x.detach().flatten(0, -2)
+        flat = x.detach().flatten(0, -2).to(self.dtype)
         if not bool(torch.isfinite(flat).all()):
             raise CalibrationError(
                 f"the block's input holds NaN or infinite values (calibration batch {number})",
@@ -259,7 +268,7 @@ class Passes:
                 cause="the weights are damaged, or the precision is too low for this model",
                 fix="load it with --dtype float32, or check the checkpoint",
             )
-        residual = None if base is None else base.detach().reshape(-1, base.shape[-1])
+        residual = None if base is None else base.detach().reshape(-1, base.shape[-1]).to(self.dtype)
         forward.normed, forward.base, routing, forward.routing = None, None, forward.routing, None
         size = forward.size if residual is None else residual.norm(dim=-1)
         if size is None or len(size) != len(flat):

@@ -12,7 +12,7 @@ from torch import Tensor
 from surgery.calibration.openings import openings
 from surgery.calibration.texts import special_tokens
 from surgery.errors import CalibrationError
-from surgery.runtime.precision import fast_autocast
+from surgery.runtime.precision import autocast
 from surgery.runtime.weights_on_disk import device_of
 
 SAMPLED_TOGETHER = 64  # sequences
@@ -73,7 +73,7 @@ def _continued(model: Any, prompt: Tensor, length: int) -> Tensor:
     new = length - prompt.shape[1]
     how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": int(prompt[0, 0])}
     mask = torch.ones_like(prompt)
-    with fast_autocast(prompt.device), _no_saved_settings(model):
+    with autocast("auto", prompt.device), _no_saved_settings(model):
         out: Tensor = model.generate(prompt, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, **how)
     return out[:, :length].cpu()
 

@@ -67,6 +67,11 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
 @options.seed("the model's own samples")
 @click.option("--form", metavar="NAME", help="Form of the checkpoint: auto, native or custom.  [default: auto]")
 @options.dtype("float32")
+@click.option(
+    "--matmul",
+    type=options.MATMUL,
+    help="What float32 matrices are multiplied in; auto: bfloat16 where the device is fast at it.  [default: auto]",
+)
 @options.device()
 @click.option(
     "--save-dtype", type=options.DTYPE, help="Precision of the saved weights; auto: as in the source.  [default: auto]"

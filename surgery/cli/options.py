@@ -32,6 +32,7 @@ class _Count(click.ParamType):  # type: ignore[type-arg]
 
 COUNT = _Count()
 DTYPE = click.Choice(["auto", "float32", "bfloat16", "float16"])
+MATMUL = click.Choice(["auto", "float32", "bfloat16"])
 
 
 class Command(click.Command):

@@ -206,7 +206,7 @@ def measured_costs(task: ConversionTask, tokens: Batches) -> tuple[BlockCost, ..
     apart = divergence(model, tokens)
     costs = []
     with (
-        Passes(model, task.batches(), task.blocks, False, task.first_is_sink) as passes,
+        Passes(model, task.batches(), task.blocks, False, task.first_is_sink, matmul=task.plan.matmul) as passes,
         Progress(len(task.blocks), task.quiet or not processes.first(), "costs") as progress,
     ):
         for station in passes:

@@ -89,6 +89,11 @@ class Recipe(BaseModel):
         "auto", description="checkpoint form: stock architecture where possible, or custom code"
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("float32", description="precision to compute in")
+    matmul: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="what float32 matrices are multiplied in: in the forward passes, and while maps are fitted "
+        "together; sums and solutions keep float32 and float64 (auto: bfloat16 where the device is fast at it)",
+    )
     device: str = Field("auto", description="where to compute: cpu, cuda, …; auto: the accelerator, if there is one")
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision of the saved weights (auto: as in the source)"

@@ -45,7 +45,7 @@ def replace_blocks(
     finished = processes.from_first(partial.finished(blocks))
     passed = [] if len(finished) == len(blocks) else task.batches()  # nothing is left to calibrate, so nothing runs
     with (
-        Passes(model, passed, once, follow, task.first_is_sink, probe, spill) as passes,
+        Passes(model, passed, once, follow, task.first_is_sink, probe, spill, task.plan.matmul) as passes,
         Progress(len(blocks), task.quiet or not processes.first()) as progress,
     ):
         unfinished = [block for block in repeated if follow and block.path not in finished]

@@ -58,6 +58,7 @@ class ConversionTask:
             units=plan.units,
             epochs=plan.epochs_at(degree),
             sink_limit=sinks.limit_of(self.first_token),
+            matmul=plan.matmul,
         )
 
     def batches(self) -> list[dict[str, Any]]:

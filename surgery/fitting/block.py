@@ -55,6 +55,7 @@ class FitSettings:
     units: float = 1.0
     epochs: int = 0
     sink_limit: float = sinks.MASSIVE
+    matmul: str = "float32"
 
     @property
     def unit_tokens(self) -> int:
@@ -154,7 +155,7 @@ def fit_block(
         return HiddenPolynomial.of(original, at, units).with_sink_units(pointing)
 
     if settings.refit:
-        objective = Objective.of(original, target, sample, writer=extra > 0)
+        objective = Objective.of(original, target, sample, writer=extra > 0, matmul=settings.matmul)
         hidden, readout = _solved(closed_form, objective, extra, settings, cache_bytes)
     else:
         hidden = closed_form()
@@ -216,7 +217,7 @@ def _solved(
     hidden = closed_form() if readout.kept is None else closed_form().keep_units(readout.kept[:-1])
     if not epochs:
         return hidden, readout
-    better = reconstructed(hidden, readout.choice.weight, station, aim_of, sink_units, epochs)
+    better = reconstructed(hidden, readout.choice.weight, station, aim_of, sink_units, epochs, settings.matmul)
     if better is None:
         return hidden, readout
     del hidden, readout

@@ -22,7 +22,7 @@ from surgery.closed_form.least_squares import UnitPolynomials
 from surgery.fitting.features import HiddenPolynomial
 from surgery.fitting.objective import Aim, mistaken
 from surgery.runtime import processes
-from surgery.runtime.precision import fast_autocast
+from surgery.runtime.precision import autocast
 
 ROWS, FEWEST_ROWS = 1024, 512  # tokens a step
 STEPS = 14  # of an epoch, where that leaves a step its fewest rows
@@ -132,6 +132,7 @@ def reconstructed(
     aim_of: Callable[[int], Aim],
     sink_units: int,
     epochs: int,
+    matmul: str = "float32",
 ) -> Reconstruction | None:
     """A block's units and readout after descent from a first solution; None where held-out tokens gain nothing.
 
@@ -143,6 +144,7 @@ def reconstructed(
         readout: the solution for them, (p, out).
         aim_of: what each batch is fitted to, by its number.
         epochs: how often every token is seen.
+        matmul: what maps are multiplied in.
     """
     own = len(hidden.units.a) - sink_units
     pointing = hidden.gate.rows(torch.arange(own, own + sink_units)).to(readout.dtype)
@@ -150,7 +152,7 @@ def reconstructed(
     begin, down = _as_product(plain, Affine(readout[:own].T.contiguous(), readout[-1]))
     batches = list(_batches(station, aim_of, pointing, readout[own : own + sink_units]))
     network = _Network(begin, down).to(readout.device)
-    if not _descend(network, batches, epochs):
+    if not _descend(network, batches, epochs, matmul):
         return None
     found, last = network.result()
     solution = torch.cat([last.weight.T.double(), readout[own : own + sink_units], last.bias[None].double()])
@@ -195,7 +197,7 @@ def _error(network: _Network, batches: list[_Batch]) -> float:
     return processes.sum_number(total)
 
 
-def _descend(network: _Network, batches: list[_Batch], epochs: int) -> bool:
+def _descend(network: _Network, batches: list[_Batch], epochs: int, matmul: str) -> bool:
     """Adam, its rate falling to nearly nothing; leaves the epoch that was best on held-out tokens, if one gained."""
     rows = processes.sum_number(sum(len(batch.fitted) for batch in batches))
     steps = max(1, round(rows / min(ROWS, max(FEWEST_ROWS, rows / STEPS))))
@@ -213,7 +215,8 @@ def _descend(network: _Network, batches: list[_Batch], epochs: int) -> bool:
             share = min(1.0, (done + 1) / WARM) * (LAST + (1 - LAST) * (1 - done / (epochs * steps)))
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * share
-            _gradients(network, [batch.at(part[step]) for batch, part in zip(batches, parts, strict=True)], scale)
+            drawn = [batch.at(part[step]) for batch, part in zip(batches, parts, strict=True)]
+            _gradients(network, drawn, scale, matmul)
             optimizer.step()
         error = _error(network, batches)
         if error < least:
@@ -223,12 +226,12 @@ def _descend(network: _Network, batches: list[_Batch], epochs: int) -> bool:
     return best is not None
 
 
-def _gradients(network: _Network, parts: list[tuple[Tensor, Tensor, Tensor]], scale: float) -> None:
+def _gradients(network: _Network, parts: list[tuple[Tensor, Tensor, Tensor]], scale: float, matmul: str) -> None:
     """Of Σ w ‖t − f‖² over the tokens of all processes, as a share of `scale`."""
     x, wanted, root = (torch.cat(column) for column in zip(*parts, strict=True))
     network.zero_grad()
     with torch.enable_grad():
-        with fast_autocast(x.device):
+        with autocast(matmul, x.device):
             found = network(x.float())
         loss = ((found.float() - wanted) * root).square().sum() / scale
         loss.backward()

@@ -22,7 +22,6 @@ from surgery.models.in_memory import unwrapped
 from surgery.models.refusals import ADAPTER, adapter_on_the_hub, is_adapter, refuse_export, unreadable
 from surgery.runtime import processes, weights_on_disk
 from surgery.runtime.freed_memory import give_memory_back
-from surgery.runtime.precision import fast_bf16
 from surgery.runtime.trust import trusted
 from surgery.runtime.vocabulary import understands_former_names
 
@@ -310,11 +309,6 @@ def placed(device: str) -> Any:
             fix="cpu, cuda, cuda:1, …, or auto",
         ) from error
     return torch.device(device)
-
-
-def computing_dtype(dtype: str, device: torch.device) -> str:
-    """`auto` spelled out: bfloat16 where this device multiplies it faster than float32."""
-    return dtype if dtype != "auto" else "bfloat16" if fast_bf16(device) else "float32"
 
 
 def public_name(name: str, kind: str) -> str:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from surgery.calibration.mixtures import Mixture
 from surgery.calibration.texts import AUTO
@@ -18,10 +13,10 @@ from surgery.models import loading
 from surgery.models.refusals import EXPORTS
 from surgery.models.saved_blocks import saved_blocks
 from surgery.refining.parameters import SETS
-from surgery.runtime.precision import fast_bf16
+from surgery.runtime.precision import MATMUL
 from surgery.saving.report import read_verified_report
 
-OBJECTIVES, DTYPES = ("kl", "local"), ("auto", "bfloat16", "float32")
+OBJECTIVES = ("kl", "local")
 LORA = "lora"
 SHORTEST = 8  # tokens of a window
 COUNTS = ("tokens", "window", "batch", "accumulate", "validate_tokens", "validate_every", "lora_rank")
@@ -139,7 +134,7 @@ def _check_values(settings: RefineSettings) -> None:
     for name in ("anchor", "match", "patience"):
         if getattr(settings, name) < 0:
             raise RecipeError(f"{getattr(settings, name)} is below 0", where=f"--{name}")
-    for name, known in {"train": (*SETS, LORA), "objective": OBJECTIVES, "dtype": DTYPES}.items():
+    for name, known in {"train": (*SETS, LORA), "objective": OBJECTIVES, "dtype": MATMUL}.items():
         value = getattr(settings, name)
         if value not in known:
             raise RecipeError(f"no {name} {value!r}{did_you_mean(value, known)}", fix=f"one of {', '.join(known)}")
@@ -156,9 +151,3 @@ def _check_trackers(settings: RefineSettings) -> None:
             names = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
             fix = f"pip install {tracker}" if tracker in LOGGER_TYPE_TO_CLASS else f"one of {names}"
             raise RecipeError(f"the tracker {tracker!r} is not installed", where="--report-to", fix=fix)
-
-
-def autocast(dtype: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """bf16 where the processor multiplies it faster than float32, weights in float32 all the same."""
-    wanted = dtype if dtype != "auto" else ("bfloat16" if fast_bf16(device) else "float32")
-    return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=wanted == "bfloat16")

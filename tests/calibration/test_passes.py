@@ -64,6 +64,24 @@ def test_later_blocks_see_earlier_replacements_and_the_original_stream_does_not(
     assert type(model.model.layers[1].mlp).__name__ == "LlamaMLP"
 
 
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt_neox", "bert"])
+def test_products_in_bfloat16_end_where_a_pass_waits(name, ids):
+    """What arrives is float32 and near the exact pass's; what is fitted in between is multiplied exactly."""
+    model, blocks = prepared(name, ids)
+    batches = [{"input_ids": part} for part in ids.split(32)]
+    with Passes(model, batches, blocks, follow_original=True) as stream:
+        exact = [station.twin[1].x.clone() for station in stream]
+    with Passes(model, batches, blocks, follow_original=True, matmul="bfloat16") as stream:
+        for station, expected in zip(stream, exact, strict=True):
+            assert not torch.is_autocast_enabled("cpu")
+            for arrival in (station.twin[1], station.original[1]):
+                assert arrival.x.dtype == torch.float32
+                assert arrival.residual is None or arrival.residual.dtype == torch.float32
+                assert float((arrival.x - expected).norm() / expected.norm()) < 0.02
+    assert float((station.twin[1].x - exact[-1]).norm()) > 0, "it was not rounded at all"
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def test_gradients_are_on_again_afterwards(ids):
     """Finished, interrupted or failed: the passes are dropped in the middle of a forward pass."""
     model, blocks = prepared("llama", ids)

@@ -37,6 +37,27 @@ def test_the_stream_target_and_the_refit_both_help(ids):
     assert error(target="stream") < kept
 
 
+@pytest.mark.parametrize("degree", [2, 3])
+def test_products_in_bfloat16_change_little_and_are_recorded(ids, degree):
+    model = tiny.make("llama")
+    before = outputs(model, "llama", ids)
+    found = {}
+    for matmul in ("float32", "bfloat16"):
+        twin, report = surgery.convert(copy.deepcopy(model), text=ids, degree=degree, matmul=matmul)
+        assert report.recipe["matmul"] == matmul
+        assert {p.dtype for p in twin.parameters()} == {torch.float32}
+        found[matmul] = outputs(twin, "llama", ids)
+    lost = (found["float32"] - before).norm()
+    apart = (found["bfloat16"] - found["float32"]).norm()
+    assert 0 < apart < 0.3 * lost
+    assert (found["bfloat16"] - before).norm() < 1.1 * lost
+
+
+def test_weights_in_bfloat16_are_multiplied_as_they_are(ids):
+    _, report = surgery.convert(tiny.make("llama").to(torch.bfloat16), text=ids, degree=1)
+    assert report.recipe["matmul"] == "bfloat16"
+
+
 def test_a_relative_output_folder_works(ids, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     surgery.convert(tiny.make("llama"), text=ids, output="build/twin")
