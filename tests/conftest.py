@@ -10,17 +10,12 @@ from hypothesis import HealthCheck, settings
 
 from surgery.errors import CheckpointError
 from surgery.models import loading
-from surgery.runtime import precision
 from surgery.saving import reload
 
 # The same examples in every run: a test that fails does so for everybody. A busy machine is no failure.
 settings.register_profile("steady", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")
 torch.set_num_threads(1)
-
-
-# The same products on every machine, so that exact solutions are found exactly; tests of bfloat16 ask for it.
-precision.fast_bf16 = lambda device: False
 
 
 def verified_here(folder, probe, expected, dtype, form, on_disk=False):

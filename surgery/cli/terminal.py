@@ -169,7 +169,9 @@ def source_name(given: Any) -> str:
 
 def plan_text(planned: dict[str, Any]) -> str:
     """`surgery convert --dry-run`."""
-    recipe = planned["recipe"]
+    from surgery.runs.estimate import sized, spoken
+
+    recipe, cost = planned["recipe"], planned["cost"]
     short = "a part" if recipe["short"] is None else f"{recipe['short']:.0%}"
     lines = [
         f"model         {planned['model']} ({planned['architecture']})",
@@ -183,6 +185,8 @@ def plan_text(planned: dict[str, Any]) -> str:
         f"{short} of them in short ones, {recipe['random_tokens']:.0%} replaced by random ones",
         f"form          {planned['form']}",
         f"output        {recipe['output'] or '(none)'}",
+        f"takes         {spoken(cost['seconds'])} in one process here, and {sized(cost['memory'])} of memory, "
+        f"counted from shapes; {sized(cost['disk'])} on disk",
     ]
     if recipe["units"] < 1:
         lines.insert(3, f"units         {recipe['units']:.0%} of each block's, the most useful ones")

@@ -8,10 +8,12 @@ from typing import Any
 
 from surgery.blocks.block import Block
 from surgery.blocks.find import Survey, survey
+from surgery.conversion.cost import ConversionCost
 from surgery.conversion.recipe import Recipe
 from surgery.conversion.selection import check_conversion, chosen_blocks, form_of
 from surgery.models import loading
 from surgery.models.as_llama import llama_config
+from surgery.runtime.speed import Speed
 from surgery.saving.folder import check_target
 from surgery.saving.forms import native_config
 
@@ -62,11 +64,12 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
 def plan_conversion(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
     """What a conversion would do: `--dry-run`. Loads no weights. Raises SurgeryError for what it would refuse."""
     check_conversion(recipe)
-    loading.placed(recipe.device)
+    place = loading.placed(recipe.device)
     if recipe.output:
         check_target(Path(recipe.output), overwrite)
     seen = inspect(recipe.model, revision=recipe.revision)
     blocks = chosen_blocks(seen.survey, recipe)
+    cost = ConversionCost.of(loading.load_meta(recipe.model, recipe.revision)[0], blocks, recipe)
     form = form_of(recipe, seen.native and len(blocks) == len(seen.survey.blocks))
     return {
         **seen.as_dict(),
@@ -74,4 +77,10 @@ def plan_conversion(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
         "convert": [block.path for block in blocks],
         "form": form,
         "coefficients_per_unit": blocks[0].coefficients(recipe.degree),
+        "cost": {
+            "seconds": cost.seconds(Speed.of(place, recipe.matmul)),
+            "memory": cost.memory,
+            "disk": cost.disk,
+            "operations": {"products": cost.products, "exact": cost.exact, "double": cost.double},
+        },
     }

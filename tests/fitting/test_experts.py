@@ -23,7 +23,7 @@ def test_what_is_quadratic_already_is_recovered_exactly(name):
                     setattr(part, attribute, torch.nn.Identity())  # gate ⊙ up: bilinear
     with torch.no_grad():
         before = model(IDS[:4]).logits
-    twin, report = surgery.convert(model, text=IDS, degree=2, window=24)
+    twin, report = surgery.convert(model, text=IDS, degree=2, window=24, matmul="float32")
     with torch.no_grad():
         after = twin(IDS[:4]).logits
     assert all(row["starved"] == [] for row in report.blocks if row["kind"] == "experts")
@@ -58,7 +58,7 @@ def test_each_expert_is_fitted_on_its_own_tokens():
         model(IDS)
     handle.remove()
     expected = [len(seen["routing"].of_expert(number)[0]) for number in range(4)]
-    _, report = surgery.convert(model, text=IDS, window=24, batch=64)
+    _, report = surgery.convert(model, text=IDS, window=24, batch=64, matmul="float32")
     assert list(report.blocks[0]["tokens_by_expert"]) == expected
     assert sum(expected) == 2 * IDS.numel()
 

@@ -1,6 +1,3 @@
-import importlib.util
-import sys
-
 import pytest
 import torch
 
@@ -10,26 +7,26 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def fresh(monkeypatch):
-    """The module as it is; the tests' own copy never finds bfloat16 fast."""
-    spec = importlib.util.spec_from_file_location("fresh_precision", precision.__file__)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "fresh_precision", module)
-    spec.loader.exec_module(module)
-    return module
+def clock(monkeypatch):
+    """Sets what the clock says of float32 and bfloat16; what was found before is forgotten, and so is this."""
+    precision.fast_bf16.cache_clear()
+    yield lambda exact, rounded: monkeypatch.setattr(
+        precision, "_seconds", {torch.float32: exact, torch.bfloat16: rounded}.get
+    )
+    precision.fast_bf16.cache_clear()
 
 
 @pytest.mark.parametrize(("seconds", "fast"), [(0.3, True), (0.9, False), (5.0, False)])
-def test_bfloat16_is_chosen_where_it_is_faster_by_the_clock(fresh, monkeypatch, seconds, fast):
-    monkeypatch.setattr(fresh, "_seconds", {torch.float32: 1.0, torch.bfloat16: seconds}.get)
-    assert fresh.fast_bf16(CPU) is fast
-    assert fresh.chosen_dtype("auto", CPU) == ("bfloat16" if fast else "float32")
-    assert fresh.chosen_dtype("float32", CPU) == "float32"  # what is asked for is done
+def test_bfloat16_is_chosen_where_it_is_faster_by_the_clock(clock, seconds, fast):
+    clock(1.0, seconds)
+    assert precision.fast_bf16(CPU) is fast
+    assert precision.chosen_dtype("auto", CPU) == ("bfloat16" if fast else "float32")
+    assert precision.chosen_dtype("float32", CPU) == "float32"  # what is asked for is done
 
 
-def test_the_clock_runs(fresh):
-    assert 0 < fresh._seconds(torch.float32) < 5
-    assert fresh.fast_bf16(torch.device("meta")) is False
+def test_the_clock_runs():
+    assert 0 < precision._seconds(torch.float32) < 5
+    assert precision.fast_bf16(torch.device("meta")) is False
 
 
 def test_products_are_rounded_and_weights_are_not():

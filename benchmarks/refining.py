@@ -1,0 +1,99 @@
+"""A step of refinement against a plain fine-tuning step of the original, on the same batches: tokens a second.
+
+    python benchmarks/refining.py TWIN --original MODEL [--rounds 7]
+
+Rounds alternate; ratios are taken within rounds. The plain step trains all of the original's weights on the text's next
+token, with the same optimiser and precision. Without a teacher's forward pass, distilling would take as long.
+"""
+
+import argparse
+import json
+from functools import partial
+from statistics import median
+
+import torch
+from accelerate import Accelerator
+from torch.utils.benchmark import Timer
+
+from surgery.models import loading
+from surgery.refining.objectives import EndToEnd, NextToken
+from surgery.refining.packing import PackedWindows
+from surgery.refining.parameters import named_trainable, twin_block_paths
+from surgery.refining.run import refine_settings
+from surgery.refining.student import load_teacher, ready_student
+from surgery.runtime.freed_memory import keep_freed_memory
+from surgery.runtime.precision import autocast
+
+DONE = 2  # steps that warm up
+
+
+def distillation(settings, accelerator, train: str):
+    """One batch forward and backward, and the optimiser, of a twin whose parameters `train` are trained."""
+    twin = loading.loaded(settings.twin).model
+    teacher = load_teacher(settings, twin)
+    blocks = twin_block_paths(twin)
+    trainee = ready_student(settings, accelerator, (twin, twin, teacher), set(named_trainable(twin, train)), blocks)
+    precision = partial(autocast, settings.dtype, accelerator.device)
+    paths = [path for path, _ in blocks]
+    return EndToEnd(accelerator, trainee.network, teacher, precision, twin, paths), trainee
+
+
+def fine_tuning(settings, accelerator):
+    """The same of the original, all of whose weights are trained."""
+    original = loading.loaded(settings.original).model
+    still = loading.loaded(settings.original).model
+    trainee = ready_student(
+        settings, accelerator, (original, original, still), set(named_trainable(original, "all")), ()
+    )
+    return NextToken(accelerator, trainee.network, partial(autocast, settings.dtype, accelerator.device)), trainee
+
+
+def step_of(objective, trainee, part: PackedWindows) -> None:
+    objective(part)
+    trainee.optimizer.step()
+    trainee.optimizer.zero_grad()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("twin")
+    parser.add_argument("--original", required=True)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    settings = refine_settings(options.twin, options.original, "nothing is written")
+    accelerator = Accelerator()
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    steps = {
+        "fine-tuning, all weights of the original": fine_tuning(settings, accelerator),
+        "refinement, blocks (the default)": distillation(settings, accelerator, "block"),
+        "refinement, readouts": distillation(settings, accelerator, "readout"),
+    }
+    words = steps["refinement, readouts"][1].network.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    shape = (settings.batch, settings.window)
+    part = PackedWindows(torch.randint(0, words, shape, generator=generator), None)
+    timers = {
+        name: Timer(
+            "step(objective, trainee, part)",
+            globals={"step": step_of, "objective": objective, "trainee": trainee, "part": part},
+            num_threads=torch.get_num_threads(),
+        )
+        for name, (objective, trainee) in steps.items()
+    }
+    for timer in timers.values():
+        timer.timeit(DONE)
+    seen = [{name: timer.timeit(1).mean for name, timer in timers.items()} for _ in range(options.rounds)]
+    plain = next(iter(timers))
+    rows = []
+    print(f"{settings.batch} windows of {settings.window} tokens a step, {options.rounds} rounds")
+    for name in timers:
+        ratios = sorted(row[name] / row[plain] for row in seen)
+        rate = settings.batch * settings.window / median(row[name] for row in seen)
+        rows.append({"step": name, "tokens_per_second": rate, "time_over_fine_tuning": ratios})
+        print(f"{name:42}{rate:8.0f} tokens/s   {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) × the time")
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
