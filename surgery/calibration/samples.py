@@ -12,7 +12,7 @@ from torch import Tensor
 from surgery.calibration.openings import openings
 from surgery.calibration.texts import special_tokens
 from surgery.errors import CalibrationError
-from surgery.runtime.precision import autocast
+from surgery.runtime.precision import autocast, usable_dtype
 from surgery.runtime.weights_on_disk import device_of
 
 SAMPLED_TOGETHER = 64  # sequences
@@ -49,6 +49,8 @@ def sample(
         raise CalibrationError("this model cannot generate text of its own", fix="give a text file with --text")
     from tqdm import tqdm
 
+    alone = torch.tensor([start], device=device_of(model))
+    matmul = usable_dtype("auto", alone.device, lambda: model(input_ids=alone))
     begun = openings(tokenizer) if knows_english(tokenizer) else []
     begun = begun if begun and len(begun[0]) < length - len(start) - 1 else []
     opened = rows // 2 if begun else 0
@@ -62,18 +64,18 @@ def sample(
         for drawn, wanted in zip((plain, others), prompts, strict=True):
             for first in range(0, len(wanted), batch):
                 part = torch.tensor(wanted[first : first + batch], device=device_of(model))
-                drawn.extend(_continued(model, part, length))
+                drawn.extend(_continued(model, part, length, matmul))
                 bar.update(len(part))
     later = others[::-1]  # two of each in turn, so that both begin in every way windows begin
     return torch.stack([later.pop() if later and (n % 4 >= 2 or not plain) else plain.pop(0) for n in range(rows)])
 
 
-def _continued(model: Any, prompt: Tensor, length: int) -> Tensor:
+def _continued(model: Any, prompt: Tensor, length: int, matmul: str) -> Tensor:
     """Texts of `length` ids that go on from equally long prompts, (rows, ids)."""
     new = length - prompt.shape[1]
     how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": int(prompt[0, 0])}
     mask = torch.ones_like(prompt)
-    with autocast("auto", prompt.device), _no_saved_settings(model):
+    with autocast(matmul, prompt.device), _no_saved_settings(model):
         out: Tensor = model.generate(prompt, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, **how)
     return out[:, :length].cpu()
 

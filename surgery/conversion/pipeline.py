@@ -85,7 +85,6 @@ def convert(
     torch.manual_seed(plan.seed)
     with watch.timing("load"):
         loaded = _loaded(plan, target, place) if named else loading.from_memory(model, tokenizer)
-    plan = plan.model_copy(update={"matmul": _products(loaded.model, plan, place)})
     if target is not None:
         check_room(target, loaded.model, _stored(loaded, plan))
     on_disk = weights_on_disk.read_when_used(loaded.source.name) if plan.offload else nullcontext()
@@ -169,12 +168,6 @@ def _make(ready: Preparation, partial: PartialRun) -> _Made:
     else:
         finish_custom(task.model, done.entries)
     return _Made(done, form, account)
-
-
-def _products(model: Any, plan: Recipe, place: torch.device) -> str:
-    """What matrices are multiplied in: as the recipe has it, where the weights are in float32, else their precision."""
-    kept = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return chosen_dtype(plan.matmul, place) if kept == "float32" else kept
 
 
 def _reported(loaded: loading.LoadedModel, ready: Preparation, made: _Made, watch: Stopwatch) -> Report:

@@ -32,6 +32,7 @@ from surgery.models import loading, modeling_polynomial
 from surgery.models.as_llama import as_llama
 from surgery.models.loading import is_causal
 from surgery.runtime import processes, weights_on_disk
+from surgery.runtime.precision import runs_in_bfloat16, usable_dtype
 from surgery.runtime.public import printable
 from surgery.saving.forms import native_config
 from surgery.saving.reload import probe_inputs
@@ -92,6 +93,7 @@ def prepared(
     probe = _probe(network, data)
     blocks, others = _seen_to_run(network, blocks, probe, plan)
     check_repeated(blocks, plan)
+    plan = plan.model_copy(update={"matmul": processes.looked_up(lambda: _products(network, plan, probe))})
     if named:  # now it is known whether the original's stream runs too
         check_memory(blocks, plan, like)
     form = form_of(plan, native and not others)
@@ -180,6 +182,25 @@ def _once(model: Any, probe: Mapping[str, Tensor]) -> None:
     cache = {"use_cache": False} if model.can_generate() else {}  # layers are run twice, which a cache would remember
     with torch.no_grad():
         model(**probe, **cache)
+
+
+def _products(model: Any, plan: Recipe, probe: Mapping[str, Tensor]) -> str:
+    """What matrices are multiplied in: where weights are in float32, what the recipe says, else what they are in.
+
+    Raises ModelError if the recipe says bfloat16 and the model does not run so.
+    """
+    kept = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if kept != "float32":
+        return kept
+    device = weights_on_disk.device_of(model)
+    if plan.matmul == "bfloat16" and not runs_in_bfloat16(device, lambda: _once(model, probe)):
+        raise ModelError(
+            "this model does not run with products in bfloat16",
+            where="--matmul",
+            cause="its own code mixes precisions",
+            fix="--matmul auto, or float32",
+        )
+    return usable_dtype(plan.matmul, device, lambda: _once(model, probe))
 
 
 def _moments_file(plan: Recipe, blocks: Sequence[Block]) -> dict[str, GaussianMixture]:

@@ -33,7 +33,7 @@ from surgery.refining.parameters import named_trainable, twin_block_paths
 from surgery.refining.plot import plot_refinement
 from surgery.refining.record import record_of, run_key
 from surgery.refining.schedule import Schedule
-from surgery.refining.settings import LORA, RefineSettings, check_refinement
+from surgery.refining.settings import LORA, SHORTEST, RefineSettings, check_refinement
 from surgery.refining.student import (
     Trainee,
     checkpoint_activations,
@@ -46,7 +46,7 @@ from surgery.refining.text import training_sources, training_windows
 from surgery.refining.training import Training
 from surgery.runtime import processes
 from surgery.runtime.freed_memory import keep_freed_memory
-from surgery.runtime.precision import autocast
+from surgery.runtime.precision import autocast, usable_dtype
 from surgery.runtime.public import printable
 from surgery.runtime.settings import checked_settings
 from surgery.runtime.vocabulary import understands_former_names
@@ -171,7 +171,9 @@ class _Refinement:
             self._say(left_out)
         self.schedule = Schedule.of(settings, accelerator.num_processes)
         self.key = run_key(settings, report, self.windows, accelerator.num_processes)
-        self.autocast = partial(autocast, settings.dtype, accelerator.device)
+        few = self.windows.ids[:1, :SHORTEST].to(self.teacher.device).long()
+        matmul = usable_dtype(settings.dtype, self.teacher.device, lambda: self.teacher(input_ids=few, use_cache=False))
+        self.autocast = partial(autocast, matmul, accelerator.device)
 
     def _say(self, what: str) -> None:
         if not self.quiet and self.accelerator.is_main_process:

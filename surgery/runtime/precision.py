@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
@@ -22,6 +23,23 @@ def autocast(dtype: str, device: torch.device) -> AbstractContextManager[Any]:
 def chosen_dtype(dtype: str, device: torch.device) -> str:
     """`auto` spelled out: bfloat16 where this device multiplies it faster than float32."""
     return dtype if dtype != "auto" else "bfloat16" if fast_bf16(device) else "float32"
+
+
+def usable_dtype(dtype: str, device: torch.device, run: Callable[[], Any]) -> str:
+    """`auto` spelled out for a model: bfloat16 where the device multiplies it faster and `run` goes through so."""
+    if dtype == "auto" and fast_bf16(device):
+        return "bfloat16" if runs_in_bfloat16(device, run) else "float32"
+    return chosen_dtype(dtype, device)
+
+
+def runs_in_bfloat16(device: torch.device, run: Callable[[], Any]) -> bool:
+    """Whether a forward pass does: some models add what was rounded to what was not, which torch refuses."""
+    try:
+        with torch.no_grad(), autocast("bfloat16", device):
+            run()
+    except RuntimeError:
+        return False
+    return True
 
 
 @cache

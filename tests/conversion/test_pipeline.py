@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 import surgery
 from surgery.closed_form.moments import GaussianMixture
 from surgery.errors import CalibrationError, ModelError, RecipeError, SurgeryError
+from surgery.runtime import precision
 from tests import tiny
 from tests.conversion.support import outputs
 
@@ -51,6 +52,19 @@ def test_products_in_bfloat16_change_little_and_are_recorded(ids, degree):
     apart = (found["bfloat16"] - found["float32"]).norm()
     assert 0 < apart < 0.3 * lost
     assert (found["bfloat16"] - before).norm() < 1.1 * lost
+
+
+def test_a_model_that_mixes_precisions_is_multiplied_in_float32(monkeypatch):
+    """DBRX adds what its experts write to a tensor of its input's precision."""
+    from tests.blocks.of_experts import IDS, model_of
+
+    monkeypatch.setattr(precision, "fast_bf16", lambda device: True)
+    _, report = surgery.convert(model_of("dbrx"), text=IDS, window=24, degree=1)
+    assert report.recipe["matmul"] == "float32"
+    with pytest.raises(ModelError, match="does not run with products in bfloat16"):
+        surgery.convert(model_of("dbrx"), text=IDS, window=24, degree=1, matmul="bfloat16")
+    _, report = surgery.convert(model_of("mixtral"), text=IDS, window=24, degree=1)
+    assert report.recipe["matmul"] == "bfloat16"
 
 
 def test_weights_in_bfloat16_are_multiplied_as_they_are(ids):
