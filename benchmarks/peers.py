@@ -10,8 +10,9 @@ every block on them by itself with `torch.linalg.lstsq`, which is what a page of
                      networks are made ready for encrypted inference; 1 + its degree is the degree of a gated block
     … and readout    the last map solved again for the units so changed
 
-Every route runs in a process of its own; memory is the peak above a plain forward pass. The dense route over all
-monomials is in benchmarks/coefficients.py: at these widths it has no answer.
+Every route runs in a process of its own, on the same windows, in float32 (`--matmul auto` for ours as it is by default);
+memory is the peak above that of the model. The dense route over all monomials is in benchmarks/coefficients.py: at
+these widths it has no answer.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from surgery.runtime.settings import whole_number
 
 WINDOW, BATCH = 512, 8
 ROUTES = {
+    "original": ("nothing", None),
     "linear map, lstsq": ("linear", 1),
     "degree 1, closed form": ("surgery", {"degree": 1}),
     "one polynomial, degree 2": ("polynomial", 1),
@@ -65,7 +67,9 @@ class OnePolynomial(nn.Module):
 
     def hidden(self, x):
         y, z = self.weights.preactivations(x)
-        value = powers(y, len(self.coefficients) - 1) @ self.coefficients
+        value = torch.zeros_like(y)
+        for coefficient in self.coefficients.flip(0):
+            value = torch.addcmul(coefficient, value, y)
         return value if z is None else value * z
 
     def forward(self, x):
@@ -84,7 +88,8 @@ def with_one(x):
 
 
 def replaced_simply(model, ids, kind: str, degree: int) -> None:
-    blocks = [block for block in survey(model).blocks if block.whole]
+    blocks = survey(model).blocks
+    assert blocks and all(block.whole for block in blocks), "only models whose blocks are modules of their own"
     inputs, outputs = ({block.path: [] for block in blocks} for _ in range(2))
 
     def store(path):
@@ -96,7 +101,7 @@ def replaced_simply(model, ids, kind: str, degree: int) -> None:
 
     hooks = [model.get_submodule(block.path).register_forward_hook(store(block.path)) for block in blocks]
     for part in ids.split(BATCH):
-        model(input_ids=part, use_cache=False)
+        model.base_model(input_ids=part, use_cache=False)
     for hook in hooks:
         hook.remove()
     for block in blocks:
@@ -114,24 +119,23 @@ def replaced_simply(model, ids, kind: str, degree: int) -> None:
         install(model, block.path, module)
 
 
-def measure(name: str, text: str, tokens: int, unseen_tokens: int, route: str) -> dict:
+def measure(name: str, text: str, tokens: int, unseen_tokens: int, matmul: str, route: str) -> dict:
     """One route; run in a fresh process, since a process's peak memory never falls."""
     loaded = loading.loaded(name)
     model, (kind, how) = loaded.model, ROUTES[route]
     ids = tokens_of(text, loaded.text_tokenizer, tokens + unseen_tokens)
     ids, unseen = (part.view(-1, WINDOW) for part in (ids[:tokens], ids[tokens:]))
     batches = [{"input_ids": part} for part in unseen.split(BATCH)]
-    before = perplexity(model, batches).nats
     memory, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     with torch.no_grad():
         if kind == "surgery":
-            model = surgery.convert(model, text=ids, window=WINDOW, batch=BATCH, measure=0, **how)[0]
-        else:
+            model = surgery.convert(model, text=ids, window=WINDOW, batch=BATCH, measure=0, matmul=matmul, **how)[0]
+        elif kind != "nothing":
             replaced_simply(model, ids, kind, how)
     seconds = time.perf_counter() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
-    lost = perplexity(model, batches).nats - before
-    return {"route": route, "seconds": seconds, "gib": peak * KIB / 2**20, "nats_lost": lost}
+    nats = perplexity(model, batches).nats
+    return {"route": route, "seconds": seconds, "gib": peak * KIB / 2**20, "nats": nats}
 
 
 def main() -> None:
@@ -140,14 +144,15 @@ def main() -> None:
     parser.add_argument("--text", default="python")
     parser.add_argument("--tokens", type=whole_number, default=16384)
     parser.add_argument("--measure", type=whole_number, default=8192)
+    parser.add_argument("--matmul", default="float32", help="of ours, as for `surgery convert`")
     options = parser.parse_args()
     rows = []
     print(f"{'':28}{'seconds':>9}{'GiB':>7}{'nats lost':>11}")
     for route in ROUTES:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            given = options.model, options.text, options.tokens, options.measure, route
-            row = pool.apply(measure, given)
-        rows.append(row)
+            given = options.model, options.text, options.tokens, options.measure, options.matmul, route
+            rows.append(row := pool.apply(measure, given))
+        row["nats_lost"] = row["nats"] - rows[0]["nats"]
         print(f"{route:28}{row['seconds']:9.1f}{row['gib']:7.2f}{row['nats_lost']:+11.3f}", flush=True)
     print(json.dumps(rows))
 

@@ -53,7 +53,7 @@ def load_pair(
     """Both models where they are to compute. Raises EvaluationError where their tokenizers differ."""
     place = loading.placed(device)
     spread: Any = weights_on_disk.ON_DISK if device_map == "disk" else device_map
-    dtype = chosen_dtype(dtype, place)
+    dtype = processes.looked_up(lambda: chosen_dtype(dtype, place))
     options: dict[str, Any] = {"dtype": dtype, "device_map": spread}
     first = loading.loaded(original, original_revision, **options)
     second = loading.loaded(twin, revision, **options)

@@ -146,7 +146,8 @@ class Passes:
         self.fitted = fitted_sequences(batches)[self.number :]
         self.follow_original, self.first_is_sink = follow_original, first_is_sink
         self.probe, self.spill, self.outcome = probe, spill, None
-        self.matmul, self.dtype = matmul, next(model.parameters()).dtype  # of what waits
+        self.dtype = next(model.parameters()).dtype  # of what a block is fitted on
+        self.matmul = matmul if self.dtype == torch.float32 else "float32"
         self._forks: dict[str, _Fork] = {}
         self._hooks: list[Any] = []
         self._passes: list[tuple[_Pass, ...]] = []

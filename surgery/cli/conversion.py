@@ -70,7 +70,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
 @click.option(
     "--matmul",
     type=options.MATMUL,
-    help="What float32 matrices are multiplied in; auto: bfloat16 where the device is fast at it.  [default: auto]",
+    help="What float32 matrices are multiplied in; auto: bfloat16 where that is faster.  [default: auto]",
 )
 @options.device()
 @click.option(

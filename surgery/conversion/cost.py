@@ -1,9 +1,9 @@
 """What a conversion takes, counted from the shapes of a model: operations, memory, disk.
 
 For every calibration token: the layers but for their blocks once per stream; what the original's block writes; and for
-each time a readout is solved the twin's hidden vector and output, and the Gram matrix, of which 10 of 16 tiles are
-computed. With descent a forward and a backward pass of the block for every epoch. For every block: Cholesky factors in
-float64.
+each time a readout is solved the twin's hidden vector, and the Gram matrix, of which 10 of 16 tiles are computed. With
+descent a forward and a backward pass of the block for every epoch. For every block: Cholesky factors in float64. Where
+hidden vectors are too many to be kept, and where passes wait inside a block, the block's outputs are computed again.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from surgery.blocks.block import Block
 from surgery.calibration.mixtures import Mixture
-from surgery.calibration.texts import AUTO, SAMPLES
+from surgery.calibration.texts import SAMPLES
 from surgery.conversion.recipe import Recipe
 from surgery.fitting.block import FitSettings
 from surgery.fitting.either import CACHE_BYTES
@@ -27,8 +29,9 @@ STRENGTHS = 4  # of the ridge that are tried
 HELD = 1 / 8  # of the tokens
 WAITING = 3  # hidden states of a token in each stream
 COPIES = 5  # of a block's maps while they descend: themselves, gradient, two moments and the best
-DRAWING = 2  # forward passes that drawing a token takes
+DRAWING = 4  # forward passes that drawing a token takes: one new token at a time, attention reads all earlier ones
 BUDGET = 4  # conversions that a budget takes
+CHOSEN = ("num_experts_per_tok", "moe_top_k", "top_k_experts", "num_selected_experts")
 
 
 @dataclass(frozen=True)
@@ -51,30 +54,28 @@ class ConversionCost:
     @staticmethod
     def of(network: Any, blocks: Sequence[Block], plan: Recipe) -> ConversionCost:
         """Of a model without weights (on the meta device); `blocks` are those to convert."""
-        config = network.config.get_text_config()
         parameters = sum(value.numel() for value in network.parameters())
-        embeddings = {id(part.weight): part.weight.numel() for part in _embeddings(network)}
-        rest = parameters - sum(block.parameters for block in blocks) - sum(embeddings.values())
-        streams = 2 if plan.refit and plan.target == "stream" else 1
-        epochs, tokens = plan.epochs_at(plan.degree), plan.tokens
-        chosen = getattr(config, "num_experts_per_tok", None) or 1
-        products, exact, double = 2.0 * streams * rest * tokens, 0.0, 0.0
-        for block in blocks:
-            seen = tokens * (min(chosen, block.experts) if block.experts > 1 else 1)
-            one = _Fit.of(block, plan, epochs)
-            products += one.products * seen
-            exact += one.exact * seen + one.sample * block.experts
-            double += one.double * block.experts
-        drawn = sum(part.share for part in Mixture.of(plan.text).parts if part.source in (SAMPLES, AUTO))
-        times = 1 if plan.budget is None else BUDGET
-        exact = times * exact + 2.0 * parameters * (DRAWING * drawn * tokens + 2 * plan.measure)
-        stored = (
-            loading.stored_dtype(Path(plan.model), network.config) if plan.save_dtype == "auto" else plan.save_dtype
-        )
-        waiting = WAITING * streams * tokens * max((block.width for block in blocks), default=0)
-        fits = max((_memory(block, plan, epochs) for block in blocks), default=0)
-        memory = 4 * waiting + fits + (0 if plan.offload else 4 * parameters)
-        return ConversionCost(times * products, exact, times * double, memory, parameters * _bytes(stored))
+        rest = parameters - sum(block.parameters for block in blocks) - _embeddings(network)
+        fits = [_Fit(block, plan) for block in blocks]
+        times, chosen = 1 if plan.budget is None else BUDGET, _chosen(network.config.get_text_config())
+        products, exact, double = 2.0 * _streams(plan) * rest * plan.tokens, 0.0, 0.0
+        for fit in fits:
+            seen = plan.tokens * min(chosen, fit.block.experts)
+            products += (fit.products() + fit.passed() * (fit is not fits[-1])) * seen  # calibration ends at the last
+            exact += fit.exact() * seen + fit.sample() * fit.block.experts
+            double += fit.double() * fit.block.experts
+        drawn = sum(part.share for part in Mixture.of(plan.text).parts if part.source == SAMPLES)
+        products = times * products + 2.0 * parameters * DRAWING * drawn * plan.tokens
+        exact = times * exact + 2.0 * parameters * 2 * plan.measure
+        source = loading.stored_dtype(Path(plan.model), network.config)
+        stored = source if plan.save_dtype == "auto" else plan.save_dtype
+        kept = 0  # with offloading weights and hidden states are in files
+        if not plan.offload:
+            waiting = WAITING * _streams(plan) * plan.tokens * max((block.width for block in blocks), default=0)
+            kept = _bytes("float32" if plan.dtype == "auto" else plan.dtype) * (parameters + waiting)
+        memory = kept + max((fit.memory() for fit in fits), default=0)
+        twin = parameters + sum(fit.parameters() - fit.block.parameters for fit in fits)
+        return ConversionCost(products, exact, times * double, memory, twin * _bytes(stored))
 
     def seconds(self, speed: Speed) -> float:
         """On a machine of this speed, in one process."""
@@ -83,42 +84,105 @@ class ConversionCost:
 
 @dataclass(frozen=True)
 class _Fit:
-    """Operations of one block: a token's, those of the sample that its units are solved on, and those of the block."""
+    """One block's, or one expert's."""
 
-    products: float
-    exact: float
-    sample: float
-    double: float
+    block: Block
+    plan: Recipe
 
-    @staticmethod
-    def of(block: Block, plan: Recipe, epochs: int) -> _Fit:
-        maps, width = block.parameters // block.experts, block.out
-        features = block.width if plan.degree == 1 else block.hidden
-        solved = (2 if epochs else 1) if plan.refit else 0
-        computed = 0 if plan.degree == 1 else maps - block.hidden * width
-        gram = TILES * features**2 + features * width
-        token = 2.0 * (solved * (computed + gram) + features * width + epochs * HELD * maps)
-        sample = 4.0 * maps * min(plan.tokens, FitSettings(plan.degree).unit_tokens)
-        factors = solved * (STRENGTHS * features**3 / 3 + 2.0 * features**2 * width)
-        return _Fit(2.0 * maps * (solved > 0) + 6.0 * epochs * maps, token, sample, factors)
+    @property
+    def maps(self) -> int:
+        """Parameters of the original's maps."""
+        return self.block.parameters // self.block.experts
+
+    @property
+    def features(self) -> int:
+        return self.block.width if self.plan.degree == 1 else self.block.hidden
+
+    @property
+    def epochs(self) -> int:
+        return self.plan.epochs_at(self.plan.degree)
+
+    @property
+    def solved(self) -> int:
+        """How often the readout is."""
+        return (2 if self.epochs else 1) if self.plan.refit else 0
+
+    @property
+    def first(self) -> int:
+        """Parameters of the maps that hidden vectors take; none at degree 1."""
+        return 0 if self.plan.degree == 1 else self.maps - self.block.hidden * self.block.out
+
+    @property
+    def hidden_kept(self) -> bool:
+        """Hidden vectors are, so that the block's outputs come of them."""
+        fits = 4 * self.plan.tokens * self.features <= CACHE_BYTES
+        return bool(self.solved) and self.block.whole and not self.block.routed and fits
+
+    def products(self) -> float:
+        """A token's operations in what `matmul` says: what the original writes, and descent."""
+        descent = 4 * self.first + 6 * self.block.hidden * self.block.out  # inputs need no gradient
+        return 2.0 * self.maps * bool(self.solved) + (1 - HELD) * self.epochs * descent
+
+    def passed(self) -> float:
+        """A token's operations in the same where passes run the block themselves on their way to the next."""
+        answered = self.block.whole and not self.block.routed and bool(self.solved)
+        twin = 0 if self.hidden_kept else 2.0 * (self.first + self.features * self.block.out)
+        return twin + (0 if answered else 2.0 * self.maps * (_streams(self.plan) - 1))
+
+    def exact(self) -> float:
+        """A token's operations in float32: hidden vectors, sums, outputs, looks, and what experts should add."""
+        sums = TILES * self.features**2 + self.features * self.block.out
+        outputs = self.features * self.block.out * self.hidden_kept
+        looks = HELD * (self.epochs + 1) * self.maps * bool(self.epochs)
+        corrections = 2 * self.maps * (self.block.routed and _streams(self.plan) > 1)
+        return 2.0 * (self.solved * (self.first + sums) + outputs + looks + corrections)
+
+    def sample(self) -> float:
+        """Operations on the tokens that units are solved on, and that R² is measured on."""
+        return 4.0 * self.maps * min(self.plan.tokens, FitSettings(self.plan.degree).unit_tokens)
+
+    def double(self) -> float:
+        """Operations in float64: factors of the normal equations, solutions, and the spread of each unit."""
+        factors = STRENGTHS * self.features**3 / 3 + 4.0 * self.features**2 * self.block.out
+        return self.solved * factors + 2.0 * self.first * self.block.width
+
+    def memory(self) -> int:
+        """Bytes: two matrices in float64, held-out rows, what is kept of a token, maps that descend."""
+        features, tokens, out = self.features, self.plan.tokens, self.block.out
+        matrices = 16 * features**2 + 4 * min(2 * features, int(HELD * tokens)) * (features + out)
+        kept = 8 * tokens * out * (2 if self.epochs else 1) + 4 * tokens * features * self.hidden_kept
+        return matrices + kept + 4 * COPIES * self.maps * bool(self.epochs)
+
+    def parameters(self) -> int:
+        """Of the polynomial, or of all experts'; its coefficients and sink units, which are few, are left out."""
+        one = self.block.width * self.block.out + self.block.out if self.plan.degree == 1 else self.maps
+        return round(one * (self.plan.units if self.plan.degree > 1 else 1)) * self.block.experts
 
 
-def _memory(block: Block, plan: Recipe, epochs: int) -> int:
-    """Bytes of a block's fit: two matrices in float64, held-out rows, what is kept of a token, maps that descend."""
-    features, tokens = block.width if plan.degree == 1 else block.hidden, plan.tokens
-    matrices = 16 * features**2 + 4 * min(2 * features, int(HELD * tokens)) * (features + block.out)
-    hidden = 4 * tokens * features
-    kept = 8 * tokens * block.out * (2 if epochs else 1) + (hidden if hidden <= CACHE_BYTES else 0)
-    return matrices + kept + (4 * COPIES * block.parameters // block.experts if epochs else 0)
+def _streams(plan: Recipe) -> int:
+    """Sets of passes, where the blocks' layers are of a known structure."""
+    return 2 if plan.refit and plan.target == "stream" else 1
 
 
-def _embeddings(network: Any) -> list[Any]:
-    found = (getattr(network, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings"))
-    return [part for part in found if getattr(part, "weight", None) is not None]
+def _chosen(config: Any) -> int:
+    """Experts that a token goes to."""
+    return next((number for name in CHOSEN if isinstance(number := getattr(config, name, None), int)), 1)
+
+
+def _embeddings(network: Any) -> int:
+    """Parameters of the embeddings and the head, once where they are shared; no pass multiplies by the former, and
+    calibration ends before the latter."""
+    found = {}
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            weight = getattr(getattr(network, name)(), "weight", None)
+        except (AttributeError, NotImplementedError):
+            continue
+        if weight is not None:
+            found[id(weight)] = weight.numel()
+    return sum(found.values())
 
 
 def _bytes(dtype: str) -> int:
-    import torch
-
     size: int = getattr(torch, dtype).itemsize
     return size

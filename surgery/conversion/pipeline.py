@@ -81,7 +81,8 @@ def convert(
     if target is not None:
         plan = plan.model_copy(update={"output": str(target)})
     place = loading.placed(plan.device)
-    plan = plan.model_copy(update={"dtype": chosen_dtype(plan.dtype, place)})
+    dtype = processes.looked_up(lambda: chosen_dtype(plan.dtype, place))
+    plan, matmul = plan.model_copy(update={"dtype": dtype}), plan.matmul
     torch.manual_seed(plan.seed)
     with watch.timing("load"):
         loaded = _loaded(plan, target, place) if named else loading.from_memory(model, tokenizer)
@@ -91,7 +92,8 @@ def convert(
     with watch.timing("prepare"), on_disk:
         ready = prepared(loaded, plan, moments, text, quiet)
     task, plan = ready.task, ready.task.plan
-    partial = processes.looked_up(lambda: PartialRun.open(target, plan, ready.identity, task.data))
+    asked = plan.model_copy(update={"matmul": matmul})  # `auto` may be found otherwise when a run is gone on with
+    partial = processes.looked_up(lambda: PartialRun.open(target, asked, ready.identity, task.data))
     with unchanged_on_error(task) if loaded.source.kind == "memory" else nullcontext():
         with watch.timing("convert"):
             made = _make(ready, partial)

@@ -32,7 +32,7 @@ from surgery.models import loading, modeling_polynomial
 from surgery.models.as_llama import as_llama
 from surgery.models.loading import is_causal
 from surgery.runtime import processes, weights_on_disk
-from surgery.runtime.precision import runs_in_bfloat16, usable_dtype
+from surgery.runtime.precision import chosen_dtype, runs_in_bfloat16, usable_dtype
 from surgery.runtime.public import printable
 from surgery.saving.forms import native_config
 from surgery.saving.reload import probe_inputs
@@ -185,14 +185,10 @@ def _once(model: Any, probe: Mapping[str, Tensor]) -> None:
 
 
 def _products(model: Any, plan: Recipe, probe: Mapping[str, Tensor]) -> str:
-    """What matrices are multiplied in: where weights are in float32, what the recipe says, else what they are in.
-
-    Raises ModelError if the recipe says bfloat16 and the model does not run so.
-    """
-    kept = str(next(model.parameters()).dtype).removeprefix("torch.")
-    if kept != "float32":
-        return kept
+    """What float32 matrices are multiplied in. Raises ModelError if bfloat16 is asked for and the model runs not so."""
     device = weights_on_disk.device_of(model)
+    if model.dtype != torch.float32:  # its passes keep their precision, and what is fitted is float32 all the same
+        return chosen_dtype(plan.matmul, device)
     if plan.matmul == "bfloat16" and not runs_in_bfloat16(device, lambda: _once(model, probe)):
         raise ModelError(
             "this model does not run with products in bfloat16",

@@ -100,7 +100,7 @@ class Objective:
 
     def _output(self, x: Tensor) -> Tensor:
         """What the original writes, (tokens, out), in the precision of its input."""
-        with autocast(self.matmul, x.device):
+        with autocast(self.matmul if x.dtype == torch.float32 else "float32", x.device):
             return self.original(x).to(x.dtype)
 
 

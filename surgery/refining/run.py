@@ -46,7 +46,7 @@ from surgery.refining.text import training_sources, training_windows
 from surgery.refining.training import Training
 from surgery.runtime import processes
 from surgery.runtime.freed_memory import keep_freed_memory
-from surgery.runtime.precision import autocast, usable_dtype
+from surgery.runtime.precision import autocast, chosen_dtype, usable_dtype
 from surgery.runtime.public import printable
 from surgery.runtime.settings import checked_settings
 from surgery.runtime.vocabulary import understands_former_names
@@ -171,9 +171,14 @@ class _Refinement:
             self._say(left_out)
         self.schedule = Schedule.of(settings, accelerator.num_processes)
         self.key = run_key(settings, report, self.windows, accelerator.num_processes)
-        few = self.windows.ids[:1, :SHORTEST].to(self.teacher.device).long()
-        matmul = usable_dtype(settings.dtype, self.teacher.device, lambda: self.teacher(input_ids=few, use_cache=False))
-        self.autocast = partial(autocast, matmul, accelerator.device)
+        self.autocast = partial(autocast, processes.looked_up(self._matmul), accelerator.device, cached=True)
+
+    def _matmul(self) -> str:
+        """What training multiplies matrices in."""
+        device, few = self.accelerator.device, self.windows.ids[:1, :SHORTEST].to(self.accelerator.device).long()
+        if self.sharded:  # the teacher is not where it will run
+            return chosen_dtype(self.settings.dtype, device)
+        return usable_dtype(self.settings.dtype, device, lambda: self.teacher(input_ids=few, use_cache=False))
 
     def _say(self, what: str) -> None:
         if not self.quiet and self.accelerator.is_main_process:

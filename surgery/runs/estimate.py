@@ -36,7 +36,8 @@ class Estimate:
         self.costs = {plan.output: self._cost(model, plan) for plan in recipe.conversions}
         self.bytes = self.costs[first.output].disk
         self.memory = max(cost.memory for cost in self.costs.values())
-        self.speed = Speed.of(loading.placed(recipe.device), first.matmul)
+        self.device = loading.placed(recipe.device)
+        self.speed = Speed.of(self.device, first.matmul)
 
     def seconds(self, stage: Stage, recipe: RunRecipe) -> float | None:
         """None for what depends on a network or on tasks."""
@@ -45,12 +46,8 @@ class Estimate:
         if stage.kind == "refine":
             settings = recipe.refinement()
             looks = settings.tokens / (settings.window * settings.batch * settings.accumulate) / settings.validate_every
-            return (
-                SETTING_UP
-                + (TRAINING * settings.tokens + looks * settings.validate_tokens)
-                * self._forward()
-                / self.speed.products
-            )
+            passes = TRAINING * settings.tokens + looks * settings.validate_tokens
+            return SETTING_UP + passes * self._forward() / Speed.of(self.device, settings.dtype).products
         if stage.kind == "eval":
             settings_of = evaluation_settings(stage.twin, **({"skip": 0} | recipe.evaluation(stage.twin)))
             tokens = settings_of.tokens + len(settings_of.kind) * settings_of.kind_tokens + 2 * settings_of.block_tokens

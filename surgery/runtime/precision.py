@@ -15,9 +15,14 @@ FASTER = 1.4  # times as fast, to be worth its rounding
 SIDE, ROUNDS = 512, 4
 
 
-def autocast(dtype: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Inside, float32 matrices are multiplied in `dtype`, one of :data:`MATMUL`, and what is kept stays float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=chosen_dtype(dtype, device) == "bfloat16")
+def autocast(dtype: str, device: torch.device, cached: bool = False) -> AbstractContextManager[Any]:
+    """Inside, float32 matrices are multiplied in `dtype`, one of :data:`MATMUL`; weights stay as they are.
+
+    Args:
+        cached: keep each weight's rounded copy until the end, for those that are used many times.
+    """
+    rounded = chosen_dtype(dtype, device) == "bfloat16"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=rounded, cache_enabled=cached)
 
 
 def chosen_dtype(dtype: str, device: torch.device) -> str:
@@ -37,6 +42,8 @@ def runs_in_bfloat16(device: torch.device, run: Callable[[], Any]) -> bool:
     try:
         with torch.no_grad(), autocast("bfloat16", device):
             run()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         return False
     return True

@@ -67,9 +67,45 @@ def test_a_model_that_mixes_precisions_is_multiplied_in_float32(monkeypatch):
     assert report.recipe["matmul"] == "bfloat16"
 
 
-def test_weights_in_bfloat16_are_multiplied_as_they_are(ids):
-    _, report = surgery.convert(tiny.make("llama").to(torch.bfloat16), text=ids, degree=1)
-    assert report.recipe["matmul"] == "bfloat16"
+def test_passes_of_other_precisions_stay_as_they_are(ids, monkeypatch):
+    """What is fitted is float32 whatever the weights are in."""
+    seen = []
+
+    def noted(dtype, device, cached=False):
+        seen.append(dtype)
+        return torch.autocast(device.type, enabled=False)
+
+    monkeypatch.setattr("surgery.calibration.passes.autocast", noted)
+    monkeypatch.setattr("surgery.fitting.objective.autocast", noted)
+    for dtype, expected in ((torch.bfloat16, {"float32"}), (torch.float32, {"bfloat16"})):
+        _, report = surgery.convert(tiny.make("llama").to(dtype), text=ids, degree=1, matmul="bfloat16")
+        assert set(seen) == expected
+        assert report.recipe["matmul"] == "bfloat16"
+        seen.clear()
+
+
+def test_an_interrupted_run_goes_on_whatever_is_faster_now(ids, tmp_path, monkeypatch):
+    from surgery.conversion import replacement
+
+    fit = replacement.fit
+    monkeypatch.setattr(precision, "fast_bf16", lambda device: True)
+    done = []
+
+    def first_alone(*given):
+        if done:
+            raise KeyboardInterrupt
+        done.append(fit(*given))
+        return done[0]
+
+    monkeypatch.setattr(replacement, "fit", first_alone)
+    with pytest.raises(KeyboardInterrupt):
+        surgery.convert(tiny.make("llama"), text=ids, output=tmp_path / "twin")
+    monkeypatch.setattr(replacement, "fit", fit)
+    monkeypatch.setattr(precision, "fast_bf16", lambda device: False)
+    with pytest.raises(SurgeryError, match="with other settings"):
+        surgery.convert(tiny.make("llama"), text=ids, output=tmp_path / "twin", matmul="bfloat16")
+    _, report = surgery.convert(tiny.make("llama"), text=ids, output=tmp_path / "twin")
+    assert report.recipe["matmul"] == "float32"
 
 
 def test_a_relative_output_folder_works(ids, tmp_path, monkeypatch):
