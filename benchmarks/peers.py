@@ -10,7 +10,7 @@ every block on them by itself with `torch.linalg.lstsq`, which is what a page of
                      networks are made ready for encrypted inference; 1 + its degree is the degree of a gated block
     … and readout    the last map solved again for the units so changed
 
-Every route runs in a process of its own, on the same windows, in float32 (`--matmul auto` for ours as it is by default);
+Every route runs in a process of its own, on the same windows, in float32 (`--matmul auto`: ours as it is by default);
 memory is the peak above that of the model. The dense route over all monomials is in benchmarks/coefficients.py: at
 these widths it has no answer.
 """
