@@ -111,6 +111,12 @@ class Server:
 def _tenseal() -> Any:
     try:
         import tenseal
-    except ImportError as error:
-        raise SurgeryError("tenseal is not installed", fix="pip install 'polysurgery[encrypted]'") from error
+    except ModuleNotFoundError as error:
+        if error.name == "tenseal":
+            raise SurgeryError("tenseal is not installed", fix="pip install 'polysurgery[encrypted]'") from error
+        raise SurgeryError(
+            "tenseal cannot be imported",
+            cause=f"{error}; nnsight, where it was imported before, hides compiled modules",
+            fix="import tenseal first",
+        ) from error
     return tenseal

@@ -1,6 +1,7 @@
 """Twins in the tools of interpretability: TransformerLens, nnsight, and the pipelines of transformers."""
 
 import logging
+from contextlib import suppress
 
 import pytest
 import torch
@@ -82,6 +83,8 @@ def test_a_transformerlens_built_otherwise_still_imports(monkeypatch):
     ("name", "layers"), [("llama", "model.layers"), ("gpt2", "transformer.h"), ("llama native", "model.layers")]
 )
 def test_nnsight_traces_twins(name, layers, folders):
+    with suppress(ImportError):
+        import tenseal  # noqa: F401  nnsight hides compiled modules from all imports that come after its own
     nnsight = pytest.importorskip("nnsight")
     twin = surgery.load(folders[name])
     model = nnsight.NNsight(twin)
