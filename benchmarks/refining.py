@@ -9,12 +9,12 @@ weights too, as it does by default.
 
 import argparse
 import json
+import time
 from functools import partial
 from statistics import median
 
 import torch
 from accelerate import Accelerator
-from torch.utils.benchmark import Timer
 
 from surgery.models import loading
 from surgery.refining.objectives import EndToEnd, NextToken
@@ -25,7 +25,7 @@ from surgery.refining.student import load_teacher, ready_student
 from surgery.runtime.freed_memory import keep_freed_memory
 from surgery.runtime.precision import autocast
 
-DONE = 2  # steps that warm up
+WARM = 2  # rounds that are not counted
 
 
 def distillation(settings, accelerator, train: str):
@@ -79,21 +79,19 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     shape = (settings.batch, settings.window)
     part = PackedWindows(torch.randint(0, words, shape, generator=generator), None)
-    timers = {
-        name: Timer(
-            "step(objective, trainee, part, mean)",
-            globals={"step": step_of, "objective": objective, "trainee": trainee, "part": part, "mean": mean},
-            num_threads=torch.get_num_threads(),
-        )
-        for name, (objective, trainee, mean) in steps.items()
-    }
-    for timer in timers.values():
-        timer.timeit(DONE)
-    seen = [{name: timer.timeit(1).mean for name, timer in timers.items()} for _ in range(options.rounds)]
-    plain = next(iter(timers))
+
+    def seconds(objective, trainee, mean) -> float:
+        begun = time.perf_counter()
+        step_of(objective, trainee, part, mean)
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    rounds = [{name: seconds(*one) for name, one in steps.items()} for _ in range(WARM + options.rounds)]
+    seen, plain = rounds[WARM:], next(iter(steps))
     rows = []
     print(f"{settings.batch} windows of {settings.window} tokens a step, {options.rounds} rounds")
-    for name in timers:
+    for name in steps:
         ratios = sorted(row[name] / row[plain] for row in seen)
         rate = settings.batch * settings.window / median(row[name] for row in seen)
         rows.append({"step": name, "tokens_per_second": rate, "time_over_fine_tuning": ratios})

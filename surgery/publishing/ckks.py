@@ -111,8 +111,8 @@ class Server:
 def _tenseal() -> Any:
     try:
         import tenseal
-    except ModuleNotFoundError as error:
-        if error.name == "tenseal":
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "tenseal":
             raise SurgeryError("tenseal is not installed", fix="pip install 'polysurgery[encrypted]'") from error
         raise SurgeryError(
             "tenseal cannot be imported",
