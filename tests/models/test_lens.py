@@ -1,7 +1,10 @@
 """Twins in the tools of interpretability: TransformerLens, nnsight, and the pipelines of transformers."""
 
 import logging
-from contextlib import suppress
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -79,14 +82,27 @@ def test_a_transformerlens_built_otherwise_still_imports(monkeypatch):
         registration.WHEN[registration.LENS_MODULE]()
 
 
+@pytest.fixture(scope="module")
+def elsewhere():
+    """A process of its own: in one that imported nnsight every object has a `save`, which ends ONNX and tenseal."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
 @pytest.mark.parametrize(
     ("name", "layers"), [("llama", "model.layers"), ("gpt2", "transformer.h"), ("llama native", "model.layers")]
 )
-def test_nnsight_traces_twins(name, layers, folders):
-    with suppress(ImportError):
-        import tenseal  # noqa: F401  nnsight hides compiled modules from all imports that come after its own
-    nnsight = pytest.importorskip("nnsight")
-    twin = surgery.load(folders[name])
+def test_nnsight_traces_twins(name, layers, folders, elsewhere):
+    if find_spec("nnsight") is None:
+        pytest.skip("nnsight is not installed")
+    elsewhere.submit(_traced, folders[name], layers).result()
+    assert "nnsight" not in sys.modules
+
+
+def _traced(folder, layers):
+    import nnsight
+
+    twin = surgery.load(folder)
     model = nnsight.NNsight(twin)
     block = model
     for part in layers.split("."):
