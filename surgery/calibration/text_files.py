@@ -1,6 +1,6 @@
 """Local text files → documents.
 
-FILE.txt, FILE.md, …    plain text, one document
+FILE.txt, FILE.md, …    plain text, one document, read in parts
 FILE.jsonl              a JSON record a line: an object with "text" or with chat "messages", or a string
 FILE.json               an array of such records, or lines of them
 
@@ -24,6 +24,11 @@ Chat = Callable[[Messages], str]
 
 LINES, ARRAYS = (".jsonl", ".ndjson"), (".json",)
 KEYS_SHOWN = 8
+TOGETHER = 1 << 20  # characters of a long text that are read and go through the tokenizer at once
+
+
+class Unfinished(str):
+    """Part of a document that goes on in the text after it."""
 
 
 def plain_chat(messages: Messages) -> str:
@@ -31,8 +36,21 @@ def plain_chat(messages: Messages) -> str:
     return "\n\n".join(message["content"] for message in messages if isinstance(message.get("content"), str))
 
 
+def in_parts(file: IO[str]) -> Iterator[str]:
+    """A text of any length, cut at some line ends; all parts but the last are :class:`Unfinished`."""
+    held = ""
+    while True:
+        held += file.read(TOGETHER + 1 - len(held))
+        if len(held) <= TOGETHER:
+            yield held
+            return
+        cut = held.rfind("\n", 0, TOGETHER) + 1 or TOGETHER
+        yield Unfinished(held[:cut])
+        held = held[cut:]
+
+
 def file_texts(path: Path, chat: Chat = plain_chat) -> Iterator[str]:
-    """The documents of a file, in order; blank ones left out.
+    """The documents of a file, in order, long plain text in parts; blank ones left out.
 
     Args:
         chat: how messages become text.
@@ -47,8 +65,8 @@ def file_texts(path: Path, chat: Chat = plain_chat) -> Iterator[str]:
             elif kind in ARRAYS:
                 texts = _of_json(file, path, chat)
             else:
-                texts = iter([file.read()])
-            yield from (text for text in texts if text.strip())
+                texts = in_parts(file)
+            yield from (text for text in texts if text.strip() or isinstance(text, Unfinished))
     except UnicodeError as error:
         raise CalibrationError(
             f"the file cannot be read as UTF-8: {error}",

@@ -13,6 +13,7 @@ import ast
 import sysconfig
 from array import array
 from collections.abc import Iterable, Iterator
+from io import StringIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,25 @@ import torch
 from torch import Tensor
 
 from surgery.calibration.hub_files import hub_file_texts, is_hub_file
-from surgery.calibration.text_files import Chat, Messages, file_texts, plain_chat, text_of
+from surgery.calibration.text_files import (
+    Chat,
+    Messages,
+    Unfinished,
+    file_texts,
+    in_parts,
+    plain_chat,
+    text_of,
+)
 from surgery.errors import CalibrationError, RecipeError, did_you_mean, first_line
 
 AUTO, SAMPLES, BROAD = "auto", "samples", "broad"
 BUILT_IN = ("python", "code", SAMPLES, BROAD)
 MODULES_PER_TOPIC = 4  # there are about four modules with long docstrings to a topic of the language reference
 CHARACTERS_PER_TOKEN = 6  # an overestimate of English, so that enough text is read and no more
-TOGETHER = 1 << 20  # characters of a long text that go through the tokenizer at once
 
 
 def documents(source: str, chat: Chat = plain_chat) -> Iterator[str]:
-    """The texts of a text source, in order; chat messages as `chat` writes them."""
+    """The texts of a text source, in order, a long file in parts; chat messages as `chat` writes them."""
     if source == "python":
         yield from _python_english()
     elif source == "code":
@@ -151,7 +159,8 @@ def ids_of(texts: Iterable[str], tokenizer: Any, count: int) -> Iterator[array[i
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     left = count
     for text in texts:
-        for part, last in _parts(text):
+        for part in in_parts(StringIO(text)):
+            last = not isinstance(part, Unfinished) and not isinstance(text, Unfinished)
             budget = left * CHARACTERS_PER_TOKEN * 4
             ids = list(tokenizer(part[:budget], add_special_tokens=False, verbose=False)["input_ids"])
             found = array("i", (ids + end if last else ids)[:left])
@@ -159,16 +168,6 @@ def ids_of(texts: Iterable[str], tokenizer: Any, count: int) -> Iterator[array[i
             left -= len(found)
             if left <= 0:
                 return
-
-
-def _parts(text: str) -> Iterator[tuple[str, bool]]:
-    """A long text at some line ends, and whether a part is its last one."""
-    begin = 0
-    while len(text) - begin > TOGETHER:
-        cut = text.rfind("\n", begin, begin + TOGETHER) + 1 or begin + TOGETHER
-        yield text[begin:cut], False
-        begin = cut
-    yield text[begin:], True
 
 
 def chat_of(tokenizer: Any) -> Chat:

@@ -1,7 +1,7 @@
 """What a refinement reads: training windows, and held-out ones that neither the conversion nor it has seen.
 
-Texts are read as a stream and windows kept in files, so that memory does not grow with the tokens. (A text file that is
-not JSON lines is one document, and is read whole.)
+Texts are read as a stream and windows kept in files, so that memory does not grow with the tokens. (A JSON array is
+read whole.)
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@ import gzip
 import json
 
 import pytest
+import torch
 
-from surgery.calibration.text_files import file_texts
+from surgery.calibration import text_files
+from surgery.calibration.text_files import Unfinished, file_texts
 from surgery.calibration.texts import tokens_of
 from surgery.errors import CalibrationError
 from tests.calibration.support import Characters
@@ -44,6 +46,20 @@ def test_records_of_json_in_every_shape_and_encoding(name, content, encoding, tm
 def test_any_other_file_is_one_text(name, tmp_path):
     assert read(tmp_path / name, "[1]\n" + SEPARATORS, "utf-8-sig") == ["[1]\n" + SEPARATORS]
     assert read(tmp_path / name, " \n") == []
+
+
+def test_plain_text_of_any_length_is_one_document_read_in_parts(tmp_path, monkeypatch):
+    content = "".join(f"line {number}\n" for number in range(300)) + "x" * 250 + " " * 150 + "\nend"
+    path = tmp_path / "a.txt"
+    path.write_text(content)
+    (whole,) = file_texts(path)
+    ids = tokens_of(str(path), Characters(), 10_000)
+    monkeypatch.setattr(text_files, "TOGETHER", 100)
+    parts = list(file_texts(path))
+    assert "".join(parts) == whole == content
+    assert max(map(len, parts)) == 100, "no more of it is read at once"
+    assert [isinstance(part, Unfinished) for part in parts] == [True] * (len(parts) - 1) + [False]
+    assert torch.equal(tokens_of(str(path), Characters(), 10_000), ids), "it is closed once"
 
 
 def test_gzipped_files_are_read_as_what_they_hold(tmp_path):

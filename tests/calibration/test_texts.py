@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from surgery.calibration import texts
+from surgery.calibration import text_files
 from surgery.calibration.inputs import calibration_inputs
 from surgery.calibration.texts import check_source, documents, ids_of, tokens_of
 from surgery.errors import CalibrationError, RecipeError
@@ -32,7 +32,7 @@ def test_documents_are_separated_and_tokens_can_be_skipped(tmp_path):
 def test_a_long_text_is_read_in_parts_and_no_more_of_it_than_wanted(monkeypatch):
     lines = "".join(f"line {number}\n" for number in range(300))
     (whole,) = ids_of([lines], Characters(), 10_000)
-    monkeypatch.setattr(texts, "TOGETHER", 100)
+    monkeypatch.setattr(text_files, "TOGETHER", 100)
     parts = list(ids_of([lines, "ab"], Characters(), 10_000))
     assert len(parts) > 20
     assert [token for part in parts[:-1] for token in part] == list(whole)
