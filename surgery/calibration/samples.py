@@ -12,6 +12,7 @@ from torch import Tensor
 from surgery.calibration.openings import openings
 from surgery.calibration.texts import special_tokens
 from surgery.errors import CalibrationError
+from surgery.runtime.attention import packed_heads
 from surgery.runtime.precision import autocast, usable_dtype
 from surgery.runtime.weights_on_disk import device_of
 
@@ -75,7 +76,7 @@ def _continued(model: Any, prompt: Tensor, length: int, matmul: str) -> Tensor:
     new = length - prompt.shape[1]
     how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": int(prompt[0, 0])}
     mask = torch.ones_like(prompt)
-    with autocast(matmul, prompt.device, cached=True), _no_saved_settings(model):
+    with autocast(matmul, prompt.device, cached=True), packed_heads(prompt.device), _no_saved_settings(model):
         out: Tensor = model.generate(prompt, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, **how)
     return out[:, :length].cpu()
 
