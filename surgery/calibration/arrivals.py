@@ -42,6 +42,15 @@ class Arrival:
     routing: Routing | None = None
     weight: Tensor | None = None
 
+    def at(self, rows: Tensor, weight: Tensor | None = None) -> Arrival:
+        """Some of the rows, of which those that are held out stay last, without what the block's layer knows of them.
+
+        Args:
+            weight: how much the block's output counts in each of them.
+        """
+        parts = {name: getattr(self, name)[rows] for name in ("x", "keep", "size", "held", "known_sink")}
+        return Arrival(**parts, residual=None, weight=weight)
+
 
 @dataclass(frozen=True)
 class Station:

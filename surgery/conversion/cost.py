@@ -19,7 +19,7 @@ from surgery.blocks.block import Block
 from surgery.calibration.mixtures import Mixture
 from surgery.calibration.texts import SAMPLES
 from surgery.conversion.recipe import Recipe
-from surgery.fitting.block import FitSettings
+from surgery.fitting.block import FitSettings, beginning_share
 from surgery.fitting.either import CACHE_BYTES
 from surgery.models import loading
 from surgery.runtime.speed import Speed
@@ -108,6 +108,12 @@ class _Fit:
         return (2 if self.epochs else 1) if self.plan.refit else 0
 
     @property
+    def summed(self) -> float:
+        """How often a token is, for that: descent begins from the solution for some."""
+        share = beginning_share(self.plan.tokens, self.block.hidden) if self.plan.units == 1 else 1.0
+        return self.solved - (1 - HELD) * (1 - share) * bool(self.epochs)
+
+    @property
     def first(self) -> int:
         """Parameters of the maps that hidden vectors take; none at degree 1."""
         return 0 if self.plan.degree == 1 else self.maps - self.block.hidden * self.block.out
@@ -133,9 +139,9 @@ class _Fit:
         """A token's operations in float32: hidden vectors, sums, outputs, looks, and what experts should add."""
         sums = TILES * self.features**2 + self.features * self.block.out
         outputs = self.features * self.block.out * self.hidden_kept
-        looks = HELD * (self.epochs + 1) * self.maps * bool(self.epochs)
+        looks = HELD * (self.epochs // 2 + 2) * self.maps * bool(self.epochs)
         corrections = 2 * self.maps * (self.block.routed and _streams(self.plan) > 1)
-        return 2.0 * (self.solved * (self.first + sums) + outputs + looks + corrections)
+        return 2.0 * (self.summed * (self.first + sums) + outputs + looks + corrections)
 
     def sample(self) -> float:
         """Operations on the tokens that units are solved on, and that R² is measured on."""

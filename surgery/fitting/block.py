@@ -8,7 +8,7 @@ there all maps may descend together (:mod:`surgery.fitting.reconstruction`), and
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from typing import Any
@@ -35,11 +35,12 @@ from surgery.fitting.features import HiddenPolynomial
 from surgery.fitting.objective import Aim, Objective, mistaken
 from surgery.fitting.readout import Readout, kept_readout, refit
 from surgery.fitting.reconstruction import reconstructed
-from surgery.fitting.sample import CHUNK, Sample, take_sample
+from surgery.fitting.sample import CHUNK, Sample, some_of, take_sample
 from surgery.fitting.target import Target
 from surgery.runtime import processes
 
 UNIT_TOKENS, FAR_UNIT_TOKENS = 8192, 32768  # at degrees up to 2, and above
+BEGINNING = 8  # tokens a feature, of the solution that descent begins from
 
 
 @dataclass(frozen=True)
@@ -202,32 +203,48 @@ def _solved(
 ) -> tuple[HiddenPolynomial, Readout]:
     """The units and the readout re-solved on them; with epochs, both fitted on from there and the readout once more."""
     original, dtype = objective.original, objective.target.station.twin[0].x.dtype
-    wanted = max(1, round(settings.units * len(original.gate[0]))) if settings.degree > 1 else None
+    units = len(original.gate[0])
+    wanted = max(1, round(settings.units * units)) if settings.degree > 1 else None
+    station, counts = objective.target.station, objective.target.counts
 
-    def prepared() -> tuple[Tensor, HiddenPolynomial]:
+    def solved(on: Station, aim_of: Callable[[int], Aim], memory: int) -> tuple[HiddenPolynomial, Readout]:
         hidden = closed_form()
-        return hidden.prior_readout(original.down), hidden.to(dtype)
+        prior, hidden = hidden.prior_readout(original.down), hidden.to(dtype)
+        readout = refit(on, aim_of, hidden, prior, sink_units, counts, memory, wanted)
+        del prior, hidden
+        return closed_form() if readout.kept is None else closed_form().keep_units(readout.kept[:-1]), readout
 
     epochs = settings.epochs if settings.degree > 1 else 0
-    station, counts = objective.target.station, objective.target.counts
-    aim_of = _kept(objective) if epochs else objective.batch  # with epochs it is asked three times
-    prior, twin = prepared()
-    readout = refit(station, aim_of, twin, prior, sink_units, counts, 0 if epochs else cache_bytes, wanted)
-    del prior, twin
-    hidden = closed_form() if readout.kept is None else closed_form().keep_units(readout.kept[:-1])
     if not epochs:
-        return hidden, readout
-    better = reconstructed(hidden, readout.choice.weight, station, aim_of, sink_units, epochs, settings.matmul)
+        return solved(station, objective.batch, cache_bytes)
+    aims = [objective.batch(number) for number in range(len(station.twin))]
+    some, wanted_there = _beginning(station, aims, units) if wanted == units else (station, aims)
+    hidden, begun = solved(some, wanted_there.__getitem__, 0)
+    weight = begun.choice.weight
+    better = reconstructed(hidden, weight, station, aims.__getitem__, sink_units, epochs, settings.matmul)
     if better is None:
-        return hidden, readout
-    del hidden, readout
-    readout = refit(station, aim_of, better.hidden.to(dtype), better.readout, sink_units, counts, cache_bytes)
+        return solved(station, aims.__getitem__, cache_bytes)
+    del hidden, begun, weight
+    readout = refit(station, aims.__getitem__, better.hidden.to(dtype), better.readout, sink_units, counts, cache_bytes)
     return better.hidden.to(torch.float64), readout
 
 
-def _kept(objective: Objective) -> Callable[[int], Aim]:
-    aims = [objective.batch(number) for number in range(len(objective.target.station.twin))]
-    return lambda number: aims[number]
+def beginning_share(tokens: float, units: int) -> float:
+    """Of the tokens to fit on, how many the solution is made of that descent begins from."""
+    return min(1.0, BEGINNING * units / tokens)
+
+
+def _beginning(station: Station, aims: Sequence[Aim], units: int) -> tuple[Station, Sequence[Aim]]:
+    """That share of every batch, and all that is held out."""
+    share = beginning_share(processes.sum_number(sum(len(arrival.x) for arrival in station.twin)), units)
+    twin, wanted = [], []
+    for number, (arrival, aim) in enumerate(zip(station.twin, aims, strict=True), station.number):
+        fitted = (~arrival.held).nonzero()[:, 0]
+        some = fitted[some_of(len(fitted), share, number).to(fitted.device)]
+        rows = torch.cat([some, arrival.held.nonzero()[:, 0]])
+        twin.append(arrival.at(rows))
+        wanted.append(aim.at(rows))
+    return replace(station, twin=tuple(twin), original=()), wanted
 
 
 def _moments(

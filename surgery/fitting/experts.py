@@ -21,7 +21,7 @@ from torch import Tensor
 
 from surgery.blocks import experts
 from surgery.blocks.block import Block, ExpertsBlock
-from surgery.calibration.arrivals import Arrival, Station
+from surgery.calibration.arrivals import Station
 from surgery.closed_form.block_polynomial import BlockPolynomial
 from surgery.errors import CalibrationError
 from surgery.fitting.block import FitSettings, FittedBlock, fit_block
@@ -139,7 +139,7 @@ def _part_of(station: Station, number: int, corrections: Sequence[Tensor]) -> tu
         assert arrival.routing is not None
         rows, weight = arrival.routing.of_expert(number)
         rows, order = rows.sort()  # held-out rows stay last
-        twin.append(_rows(arrival, rows, weight[order].float()))
+        twin.append(arrival.at(rows, weight[order].float()))
         if corrections:
             own.append(corrections[batch][rows])
     return Station(block, station.modules, tuple(twin), (), station.number), tuple(own)
@@ -150,15 +150,10 @@ def _mixture(station: Station) -> ExpertsBlock:
     return station.block
 
 
-def _rows(arrival: Arrival, rows: Tensor, weight: Tensor | None) -> Arrival:
-    parts = {name: getattr(arrival, name)[rows] for name in ("x", "keep", "size", "held", "known_sink")}
-    return Arrival(**parts, residual=None, weight=weight)
-
-
 def _layer_sample(station: Station, wanted: int) -> Station:
     """Some tokens of the whole layer."""
     share = min(1.0, wanted / processes.sum_number(sum(len(arrival.x) for arrival in station.twin)))
     block = replace(_mixture(station).one(0), path=station.block.path)
     step = max(1, math.floor(1 / share))
-    sample = (_rows(a, torch.arange(0, len(a.x), step, device=a.x.device), None) for a in station.twin)
+    sample = (a.at(torch.arange(0, len(a.x), step, device=a.x.device)) for a in station.twin)
     return Station(block, {}, tuple(sample), (), station.number)

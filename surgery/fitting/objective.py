@@ -37,7 +37,7 @@ class Aim(NamedTuple):
     sink: Tensor
     massive: Tensor
 
-    def at(self, rows: slice) -> Aim:
+    def at(self, rows: slice | Tensor) -> Aim:
         """Of some of the tokens."""
         return Aim(*(part[rows] for part in self))
 

@@ -198,7 +198,8 @@ def _error(network: _Network, batches: list[_Batch]) -> float:
 
 
 def _descend(network: _Network, batches: list[_Batch], epochs: int, matmul: str) -> bool:
-    """Adam, its rate falling to nearly nothing; leaves the epoch that was best on held-out tokens, if one gained."""
+    """Adam, its rate falling to nearly nothing; leaves the epoch of the later half that was best on held-out tokens, if
+    one gained."""
     rows = processes.sum_number(sum(len(batch.fitted) for batch in batches))
     steps = max(1, round(rows / min(ROWS, max(FEWEST_ROWS, rows / STEPS))))
     some = torch.cat([batch.x[batch.fitted[:64]] for batch in batches]).float()
@@ -218,8 +219,7 @@ def _descend(network: _Network, batches: list[_Batch], epochs: int, matmul: str)
             drawn = [batch.at(part[step]) for batch, part in zip(batches, parts, strict=True)]
             _gradients(network, drawn, scale, matmul)
             optimizer.step()
-        error = _error(network, batches)
-        if error < least:
+        if 2 * (epoch + 1) >= epochs and (error := _error(network, batches)) < least:
             least, best = error, {name: value.clone() for name, value in network.state_dict().items()}
     if best is not None:
         network.load_state_dict(best)

@@ -104,6 +104,11 @@ def _drawn(station: Station, wanted: int) -> tuple[Tensor, ...]:
     share = min(1.0, wanted / max(1, processes.sum_number(sum(len(rows) for rows in real))))
     drawn = []
     for number, rows in enumerate(real, start=station.number):
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(number))
-        drawn.append(rows[order[: math.ceil(share * len(rows))].sort().values.to(rows.device)])
+        drawn.append(rows[some_of(len(rows), share, number).to(rows.device)])
     return tuple(drawn)
+
+
+def some_of(count: int, share: float, seed: int) -> Tensor:
+    """Numbers of a share of `count` rows, ascending, the same in every run."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order[: math.ceil(share * count)].sort().values

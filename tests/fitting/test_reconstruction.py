@@ -13,6 +13,7 @@ from surgery.closed_form.forms import Affine
 from surgery.closed_form.least_squares import UnitPolynomials
 from surgery.conversion.recipe import Recipe
 from surgery.errors import RecipeError
+from surgery.fitting import block as block_module
 from surgery.fitting import reconstruction
 from surgery.fitting.block import FitSettings, fit_block
 from surgery.fitting.features import HiddenPolynomial
@@ -85,6 +86,41 @@ def test_where_held_out_tokens_gain_nothing_the_closed_form_stays(monkeypatch):
     before, after = (fitted(2, epochs)[0] for epochs in (0, 2))
     assert torch.equal(before.polynomial.gate.weight, after.polynomial.gate.weight)
     assert torch.equal(before.polynomial.down.weight, after.polynomial.down.weight)
+
+
+def in_batches(station, count):
+    """The same tokens in so many batches; the last ones are held out."""
+    (whole,) = station.twin
+    parts = {name: value.tensor_split(count) for name, value in vars(whole).items() if isinstance(value, torch.Tensor)}
+    arrivals = (Arrival(**(vars(whole) | {name: one[n] for name, one in parts.items()})) for n in range(count))
+    return replace(station, twin=tuple(arrivals))
+
+
+def test_descent_begins_from_a_solution_on_some_tokens_and_ends_as_well(monkeypatch):
+    station = in_batches(station_of(), 40)
+    seen, solve = [], block_module.refit
+
+    def refit(on, *given):
+        seen.append(sum(len(arrival.x) for arrival in on.twin))
+        return solve(on, *given)
+
+    monkeypatch.setattr(block_module, "refit", refit)
+    with torch.no_grad():
+        some = fit_block(station, FitSettings(2, epochs=2))
+        monkeypatch.setattr(block_module, "BEGINNING", 10**6)
+        all_of_them = fit_block(station, FitSettings(2, epochs=2))
+    units = len(some.polynomial.a)
+    assert HELD + 7 * units <= seen[0] <= HELD + 8 * units + 40
+    assert seen[1:] == [TOKENS] * 3
+    assert some.r2_held == pytest.approx(all_of_them.r2_held, abs=2e-3)
+
+
+def test_where_descent_gains_nothing_the_closed_form_is_that_of_all_tokens(monkeypatch):
+    station = in_batches(station_of(), 40)
+    monkeypatch.setattr(block_module, "reconstructed", lambda *_: None)
+    with torch.no_grad():
+        left, alone = (fit_block(station, FitSettings(2, epochs=epochs)) for epochs in (2, 0))
+    assert torch.equal(left.polynomial.down.weight, alone.polynomial.down.weight)
 
 
 def test_fewer_units_descend_too():
