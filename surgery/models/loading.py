@@ -18,6 +18,7 @@ from surgery.errors import ModelError, first_line
 from surgery.models import delta, modeling_polynomial, quantised
 from surgery.models.architecture import Architecture, class_by_weights, general_class, named_class
 from surgery.models.companions import Companions, companions, has_tokenizer
+from surgery.models.gguf_files import gguf_read_once
 from surgery.models.in_memory import unwrapped
 from surgery.models.refusals import ADAPTER, adapter_on_the_hub, is_adapter, refuse_export, unreadable
 from surgery.runtime import processes, weights_on_disk
@@ -195,6 +196,7 @@ def load(
     return loaded(str(name), revision, dtype, device_map, original).model
 
 
+@gguf_read_once()
 def loaded(
     name: str,
     revision: str | None = None,
