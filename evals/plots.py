@@ -144,7 +144,7 @@ def twins(compared: Sequence[tuple[str, dict[str, Any]]]) -> tuple[Draw, float]:
                 top = max(row["nats_lost"]["value"] for row in found["kinds"])
                 axes.annotate(text, (spot + 0.05, top + 0.02 * worst), ha="left", va="bottom", color=INK)
         axes.set_xticks(list(place), [as_label(name) for name, _ in compared])
-        axes.set_xlim(-0.4, len(compared) - 0.3)
+        axes.set_xlim(-0.4, len(compared) - 0.1)  # room for the last mean
         axes.set_ylim(top=1.12 * worst)
         axes.set_ylabel("nats lost per token")
         axes.grid(axis="y", alpha=0.3)
