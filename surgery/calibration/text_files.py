@@ -66,7 +66,11 @@ def file_texts(path: Path, chat: Chat = plain_chat) -> Iterator[str]:
                 texts = _of_json(file, path, chat)
             else:
                 texts = in_parts(file)
-            yield from (text for text in texts if text.strip() or isinstance(text, Unfinished))
+            goes_on = False
+            for text in texts:
+                if text.strip() or goes_on or isinstance(text, Unfinished):
+                    yield text
+                goes_on = isinstance(text, Unfinished)
     except UnicodeError as error:
         raise CalibrationError(
             f"the file cannot be read as UTF-8: {error}",

@@ -56,11 +56,11 @@ class ConversionCost:
         """Of a model without weights (on the meta device); `blocks` are those to convert."""
         parameters = sum(value.numel() for value in network.parameters())
         rest = parameters - sum(block.parameters for block in blocks) - _embeddings(network)
-        fits = [_Fit(block, plan) for block in blocks]
         times, chosen = 1 if plan.budget is None else BUDGET, _chosen(network.config.get_text_config())
+        fits = [_Fit(block, plan, plan.tokens * min(chosen, block.experts) / block.experts) for block in blocks]
         products, exact, double = 2.0 * _streams(plan) * rest * plan.tokens, 0.0, 0.0
         for fit in fits:
-            seen = plan.tokens * min(chosen, fit.block.experts)
+            seen = fit.seen * fit.block.experts
             products += (fit.products() + fit.passed() * (fit is not fits[-1])) * seen  # calibration ends at the last
             exact += fit.exact() * seen + fit.sample() * fit.block.experts
             double += fit.double() * fit.block.experts
@@ -84,10 +84,11 @@ class ConversionCost:
 
 @dataclass(frozen=True)
 class _Fit:
-    """One block's, or one expert's."""
+    """One block's, or one expert's, which sees so many tokens."""
 
     block: Block
     plan: Recipe
+    seen: float
 
     @property
     def maps(self) -> int:
@@ -109,9 +110,13 @@ class _Fit:
 
     @property
     def summed(self) -> float:
-        """How often a token is, for that: descent begins from the solution for some."""
-        share = beginning_share(self.plan.tokens, self.block.hidden) if self.plan.units == 1 else 1.0
-        return self.solved - (1 - HELD) * (1 - share) * bool(self.epochs)
+        """How often a token is, for that: descent begins from the solution for some, and for all held-out ones."""
+        return self.solved - (1 - HELD) * (1 - self.beginning) * bool(self.epochs)
+
+    @property
+    def beginning(self) -> float:
+        """Share of the tokens that descent's first solution is made of."""
+        return beginning_share(self.seen, self.block.hidden) if self.plan.units == 1 else 1.0
 
     @property
     def first(self) -> int:
@@ -157,6 +162,8 @@ class _Fit:
         features, tokens, out = self.features, self.plan.tokens, self.block.out
         matrices = 16 * features**2 + 4 * min(2 * features, int(HELD * tokens)) * (features + out)
         kept = 8 * tokens * out * (2 if self.epochs else 1) + 4 * tokens * features * self.hidden_kept
+        if self.beginning < 1:  # inputs once more
+            kept += round(4 * tokens * (self.beginning + HELD) * self.block.width * bool(self.epochs))
         return matrices + kept + 4 * COPIES * self.maps * bool(self.epochs)
 
     def parameters(self) -> int:

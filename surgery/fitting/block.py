@@ -1,8 +1,9 @@
 """Calibrate and solve one block: arrivals at its entrance in, its polynomial out.
 
 Two passes over the block's inputs. The first, over a sample of them, gives the moments of the hidden units, their
-polynomials and the sinks. The second, over all, gives the normal equations of the readout. Both are float64 sums. From
-there all maps may descend together (:mod:`surgery.fitting.reconstruction`), and the readout is solved once more.
+polynomials and the sinks. The second, over all, gives the normal equations of the readout. Both are float64 sums. All
+maps may descend together (:mod:`surgery.fitting.reconstruction`) from a readout solved on some of the inputs; then it
+is solved once more, on all.
 """
 
 from __future__ import annotations
@@ -218,33 +219,49 @@ def _solved(
     if not epochs:
         return solved(station, objective.batch, cache_bytes)
     aims = [objective.batch(number) for number in range(len(station.twin))]
-    some, wanted_there = _beginning(station, aims, units) if wanted == units else (station, aims)
-    hidden, begun = solved(some, wanted_there.__getitem__, 0)
+    rows = _beginning(station, aims, units) if wanted == units else None
+    hidden, begun = solved(*_at(station, aims, rows), 0)
     weight = begun.choice.weight
     better = reconstructed(hidden, weight, station, aims.__getitem__, sink_units, epochs, settings.matmul)
     if better is None:
-        return solved(station, aims.__getitem__, cache_bytes)
+        return (hidden, begun) if rows is None else solved(station, aims.__getitem__, cache_bytes)
     del hidden, begun, weight
     readout = refit(station, aims.__getitem__, better.hidden.to(dtype), better.readout, sink_units, counts, cache_bytes)
     return better.hidden.to(torch.float64), readout
 
 
 def beginning_share(tokens: float, units: int) -> float:
-    """Of the tokens to fit on, how many the solution is made of that descent begins from."""
-    return min(1.0, BEGINNING * units / tokens)
+    """Of the tokens, how many the solution is made of that descent begins from."""
+    return min(1.0, BEGINNING * units / max(1.0, tokens))
 
 
-def _beginning(station: Station, aims: Sequence[Aim], units: int) -> tuple[Station, Sequence[Aim]]:
-    """That share of every batch, and all that is held out."""
-    share = beginning_share(processes.sum_number(sum(len(arrival.x) for arrival in station.twin)), units)
-    twin, wanted = [], []
+def _beginning(station: Station, aims: Sequence[Aim], units: int) -> list[Tensor] | None:
+    """By batch, that share of the ordinary tokens, all sinks and all that is held out; None for all."""
+    kept = processes.sum_number(sum(int(arrival.keep.sum()) for arrival in station.twin))
+    share = beginning_share(kept, units)
+    if share == 1:
+        return None
+    found = []
     for number, (arrival, aim) in enumerate(zip(station.twin, aims, strict=True), station.number):
-        fitted = (~arrival.held).nonzero()[:, 0]
-        some = fitted[some_of(len(fitted), share, number).to(fitted.device)]
-        rows = torch.cat([some, arrival.held.nonzero()[:, 0]])
-        twin.append(arrival.at(rows))
-        wanted.append(aim.at(rows))
-    return replace(station, twin=tuple(twin), original=()), wanted
+        ordinary = (arrival.keep & ~arrival.held & ~aim.sink).nonzero()[:, 0]
+        taken = arrival.held | aim.sink
+        taken[ordinary[some_of(len(ordinary), share, number).to(ordinary.device)]] = True
+        found.append(taken.nonzero()[:, 0])  # those that are held out stay last
+    return found
+
+
+def _at(station: Station, aims: Sequence[Aim], rows: Sequence[Tensor] | None) -> tuple[Station, Callable[[int], Aim]]:
+    """Some rows of each batch; sinks, all of which are there, count as much less as other tokens are fewer."""
+    if rows is None:
+        return station, aims.__getitem__
+
+    def aim_of(number: int) -> Aim:
+        aim, all_rows = aims[number].at(rows[number]), len(station.twin[number].x)
+        share = len(rows[number]) / max(1, all_rows)
+        return aim._replace(weight=torch.where(aim.sink, share * aim.weight, aim.weight))
+
+    twin = tuple(arrival.at(some) for arrival, some in zip(station.twin, rows, strict=True))
+    return replace(station, twin=twin, original=()), aim_of
 
 
 def _moments(

@@ -80,7 +80,8 @@ class Objective:
     def batch(self, number: int) -> Aim:
         """Of all tokens of a batch."""
         arrival, other = self.target.arrivals(number)
-        output = torch.cat([self._output(other.x[rows]) for rows, _ in pieces(arrival)])
+        parts = [self._output(other.x[rows]) for rows, _ in pieces(arrival)]
+        output = torch.cat(parts or [self._output(other.x)])  # an expert may have no tokens in a batch
         size = torch.maximum(arrival.size, other.size)
         total = (other.size.square() + self.target.reaching(output).square()).sqrt()
         massive = total > self.sink_limit

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.util import find_spec
 
 ASKED_AGAIN = ("GGUFReader", "get_tensor_name_map")
 
@@ -17,12 +16,17 @@ def gguf_read_once() -> Iterator[None]:
     transformers asks for the former with the configuration, the tokenizer and the weights, and for the latter with
     every module: two thirds of the time that a small model takes to load. Neither is changed by those who ask.
     """
-    if find_spec("gguf") is None:
+    from transformers.utils import is_gguf_available
+
+    if not is_gguf_available():  # transformers says so
         yield
         return
     import gguf
 
     made = {name: getattr(gguf, name) for name in ASKED_AGAIN}
+    if any(hasattr(make, "cache_info") for make in made.values()):  # remembered already
+        yield
+        return
     for name, make in made.items():
         setattr(gguf, name, cache(make))
     try:

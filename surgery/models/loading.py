@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -196,7 +197,6 @@ def load(
     return loaded(str(name), revision, dtype, device_map, original).model
 
 
-@gguf_read_once()
 def loaded(
     name: str,
     revision: str | None = None,
@@ -217,6 +217,18 @@ def loaded(
     Raises:
         ModelError: nothing there, not a transformer, or weights missing from the checkpoint.
     """
+    with gguf_read_once() if locate(name)[2] == "gguf" else nullcontext():
+        return _loaded(name, revision, dtype, device_map, base, merged)
+
+
+def _loaded(
+    name: str,
+    revision: str | None,
+    dtype: str,
+    device_map: str | dict[str, str] | None,
+    base: str | None,
+    merged: Path | None,
+) -> LoadedModel:
     modeling_polynomial.register()
     path, extra, kind = locate(name)
     config = load_config(name, revision)

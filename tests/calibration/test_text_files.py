@@ -48,8 +48,9 @@ def test_any_other_file_is_one_text(name, tmp_path):
     assert read(tmp_path / name, " \n") == []
 
 
-def test_plain_text_of_any_length_is_one_document_read_in_parts(tmp_path, monkeypatch):
-    content = "".join(f"line {number}\n" for number in range(300)) + "x" * 250 + " " * 150 + "\nend"
+@pytest.mark.parametrize("ending", [1, 55])
+def test_plain_text_of_any_length_is_one_document_read_in_parts(ending, tmp_path, monkeypatch):
+    content = "".join(f"line {number}\n" for number in range(300)) + "x" * 250 + " " * 150 + "\n" * ending
     path = tmp_path / "a.txt"
     path.write_text(content)
     (whole,) = file_texts(path)

@@ -49,6 +49,7 @@ def counted(model, tokens: int = IDS.numel(), **settings) -> ConversionCost:
         ("opt", {"degree": 2, "epochs": 2}),  # a block without a module of its own: passes wait inside it
         ("gpt2", {"degree": 2, "epochs": 2}),
         ("mixtral", {"degree": 2, "epochs": 0}),
+        ("mixtral", {"degree": 2, "epochs": 2}),
     ],
 )
 @pytest.mark.parametrize("kept", [True, False])

@@ -1,5 +1,6 @@
 """All maps of a block fitted together, from the closed form on."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -15,9 +16,9 @@ from surgery.conversion.recipe import Recipe
 from surgery.errors import RecipeError
 from surgery.fitting import block as block_module
 from surgery.fitting import reconstruction
-from surgery.fitting.block import FitSettings, fit_block
+from surgery.fitting.block import FitSettings, _at, _beginning, fit_block
 from surgery.fitting.features import HiddenPolynomial
-from surgery.fitting.objective import Objective
+from surgery.fitting.objective import Aim, Objective
 from surgery.fitting.reconstruction import _as_product, _Batch, _batches, reconstructed
 from surgery.fitting.target import Target
 from tests import tiny
@@ -113,6 +114,43 @@ def test_descent_begins_from_a_solution_on_some_tokens_and_ends_as_well(monkeypa
     assert HELD + 7 * units <= seen[0] <= HELD + 8 * units + 40
     assert seen[1:] == [TOKENS] * 3
     assert some.r2_held == pytest.approx(all_of_them.r2_held, abs=2e-3)
+
+
+def test_what_descent_begins_from_has_every_sink_and_no_padding():
+    station = in_batches(station_of(), 8)
+    padded = [replace(arrival, keep=torch.arange(len(arrival.x)) % 4 != 1) for arrival in station.twin]
+    station = replace(station, twin=tuple(padded))
+    zero = torch.zeros(len(padded[0].x))
+    sink = torch.arange(len(zero)) % 500 == 0
+    aims = [Aim(zero[:, None], zero[:, None], zero + 3, sink, sink) for _ in padded]
+    rows = _beginning(station, aims, units=100)
+    some, aim_of = _at(station, aims, rows)
+    share = 8 * 100 / (0.75 * TOKENS)
+    for number, (arrival, taken) in enumerate(zip(padded, rows, strict=True)):
+        mine, aim = some.twin[number], aim_of(number)
+        assert int(aim.sink.sum()) == int(sink.sum())
+        assert int(mine.held.sum()) == int(arrival.held.sum())
+        fitted = ~mine.held & ~aim.sink
+        assert bool(mine.keep[fitted].all())
+        there = int((arrival.keep & ~arrival.held & ~sink).sum())
+        assert int(fitted.sum()) == math.ceil(share * there)
+        assert bool((mine.held.long().diff() >= 0).all()), "held-out rows stay last"
+        assert torch.equal(aim.weight[~aim.sink], torch.full_like(aim.weight[~aim.sink], 3))
+        assert aim.weight[aim.sink].unique().tolist() == pytest.approx([3 * len(taken) / len(zero)])
+    assert _beginning(station, aims, units=10_000) is None
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_a_batch_may_hold_nothing(epochs):
+    """Of an expert's tokens a short batch may have none."""
+    station = in_batches(station_of(), 3)
+    nothing = station.twin[0].at(torch.zeros(0, dtype=torch.long))
+    with torch.no_grad():
+        found, wanted = (
+            fit_block(replace(station, twin=twin), FitSettings(2, epochs=epochs))
+            for twin in ((*station.twin, nothing), station.twin)
+        )
+    assert found.r2_held == pytest.approx(wanted.r2_held, abs=1e-3)
 
 
 def test_where_descent_gains_nothing_the_closed_form_is_that_of_all_tokens(monkeypatch):
