@@ -78,7 +78,12 @@ class _Fork(nn.Module):
             if me.supplied is not None:
                 supplied, me.supplied = me.supplied.view(*x.shape[:-1], -1), None
                 return supplied
-        return (self.original if me.original else self.current)(x, *args, **kwargs)
+        if me.original or self.current is self.original:
+            return self.original(x, *args, **kwargs)
+        # A polynomial's products may carry offsets that cancel in its readout: they are not rounded on the way.
+        rounding = torch.is_autocast_enabled(x.device.type)
+        with autocast("float32", x.device):
+            return self.current(x.float() if rounding else x, *args, **kwargs)
 
     def _run_without(self, me: _Pass) -> None:
         """Runs the layer once more, from its beginning, for what it writes without this block."""

@@ -61,8 +61,9 @@ class ConversionCost:
         products, exact, double = 2.0 * _streams(plan) * rest * plan.tokens, 0.0, 0.0
         for fit in fits:
             seen = fit.seen * fit.block.experts
-            products += (fit.products() + fit.passed() * (fit is not fits[-1])) * seen  # calibration ends at the last
-            exact += fit.exact() * seen + fit.sample() * fit.block.experts
+            goes_on = fit is not fits[-1]  # calibration ends at the last
+            products += (fit.products() + fit.original_passed() * goes_on) * seen
+            exact += (fit.exact() + fit.twin_passed() * goes_on) * seen + fit.sample() * fit.block.experts
             double += fit.double() * fit.block.experts
         drawn = sum(part.share for part in Mixture.of(plan.text).parts if part.source == SAMPLES)
         products = times * products + 2.0 * parameters * DRAWING * drawn * plan.tokens
@@ -134,11 +135,14 @@ class _Fit:
         descent = 4 * self.first + 6 * self.block.hidden * self.block.out  # inputs need no gradient
         return 2.0 * self.maps * bool(self.solved) + (1 - HELD) * self.epochs * descent
 
-    def passed(self) -> float:
-        """A token's operations in the same where passes run the block themselves on their way to the next."""
+    def original_passed(self) -> float:
+        """A token's operations in the same where passes run the original's block on their way to the next."""
         answered = self.block.whole and not self.block.routed and bool(self.solved)
-        twin = 0 if self.hidden_kept else 2.0 * (self.first + self.features * self.block.out)
-        return twin + (0 if answered else 2.0 * self.maps * (_streams(self.plan) - 1))
+        return 0.0 if answered else 2.0 * self.maps * (_streams(self.plan) - 1)
+
+    def twin_passed(self) -> float:
+        """… in float32 where they run the twin's."""
+        return 0.0 if self.hidden_kept else 2.0 * (self.first + self.features * self.block.out)
 
     def exact(self) -> float:
         """A token's operations in float32: hidden vectors, sums, outputs, looks, and what experts should add."""

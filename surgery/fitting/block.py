@@ -224,7 +224,7 @@ def _solved(
     weight = begun.choice.weight
     better = reconstructed(hidden, weight, station, aims.__getitem__, sink_units, epochs, settings.matmul)
     if better is None:
-        return (hidden, begun) if rows is None else solved(station, aims.__getitem__, cache_bytes)
+        return (hidden, begun) if rows is None else solved(station, aims.__getitem__, 0)
     del hidden, begun, weight
     readout = refit(station, aims.__getitem__, better.hidden.to(dtype), better.readout, sink_units, counts, cache_bytes)
     return better.hidden.to(torch.float64), readout

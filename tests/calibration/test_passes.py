@@ -141,3 +141,23 @@ def test_a_first_token_that_turns_massive_is_known_from_the_first_block_on(ids):
     with Passes(model, [batch], blocks, first_is_sink=True) as stream:
         known = next(iter(stream)).twin[0].known_sink.view(4, -1)
     assert known.nonzero().tolist() == [[0, 10], [1, 10], [2, 0], [3, 0]]
+
+
+def test_what_has_taken_a_block_s_place_is_not_rounded_on_the_way(ids):
+    """Its maps may carry offsets that cancel; the model's own are multiplied in bfloat16."""
+    model, blocks = prepared("llama", ids)
+    seen = {}
+
+    class Watched(torch.nn.Linear):
+        def forward(self, x):
+            written = super().forward(x)
+            seen["twin"] = (x.dtype, written.dtype)
+            return written
+
+    own = model.model.layers[1].self_attn.o_proj
+    hook = own.register_forward_hook(lambda _, __, output: seen.update(own=output.dtype))
+    with Passes(model, [{"input_ids": ids}], blocks[:2], matmul="bfloat16") as passes:
+        for station in passes:
+            passes.replace({station.block.path: Watched(tiny.WIDTH, tiny.WIDTH)})
+    hook.remove()
+    assert seen == {"twin": (torch.float32, torch.float32), "own": torch.bfloat16}
