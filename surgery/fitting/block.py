@@ -219,12 +219,14 @@ def _solved(
     if not epochs:
         return solved(station, objective.batch, cache_bytes)
     aims = [objective.batch(number) for number in range(len(station.twin))]
-    rows = _beginning(station, aims, units) if wanted == units else None
-    hidden, begun = solved(*_at(station, aims, rows), 0)
+    some = _beginning(station, aims, units) if wanted == units else None
+    hidden, begun = solved(station, aims.__getitem__, 0) if some is None else solved(*some, 0)
+    all_seen = some is None
+    del some
     weight = begun.choice.weight
     better = reconstructed(hidden, weight, station, aims.__getitem__, sink_units, epochs, settings.matmul)
     if better is None:
-        return (hidden, begun) if rows is None else solved(station, aims.__getitem__, 0)
+        return (hidden, begun) if all_seen else solved(station, aims.__getitem__, 0)
     del hidden, begun, weight
     readout = refit(station, aims.__getitem__, better.hidden.to(dtype), better.readout, sink_units, counts, cache_bytes)
     return better.hidden.to(torch.float64), readout
@@ -235,29 +237,22 @@ def beginning_share(tokens: float, units: int) -> float:
     return min(1.0, BEGINNING * units / max(1.0, tokens))
 
 
-def _beginning(station: Station, aims: Sequence[Aim], units: int) -> list[Tensor] | None:
-    """By batch, that share of the ordinary tokens, all sinks and all that is held out; None for all."""
+def _beginning(station: Station, aims: Sequence[Aim], units: int) -> tuple[Station, Callable[[int], Aim]] | None:
+    """By batch that share of the ordinary tokens, all that is held out, and all sinks, which weigh as much less; None
+    where that is all there is."""
     kept = processes.sum_number(sum(int(arrival.keep.sum()) for arrival in station.twin))
     share = beginning_share(kept, units)
     if share == 1:
         return None
-    found = []
+    rows = []
     for number, (arrival, aim) in enumerate(zip(station.twin, aims, strict=True), station.number):
         ordinary = (arrival.keep & ~arrival.held & ~aim.sink).nonzero()[:, 0]
         taken = arrival.held | aim.sink
         taken[ordinary[some_of(len(ordinary), share, number).to(ordinary.device)]] = True
-        found.append(taken.nonzero()[:, 0])  # those that are held out stay last
-    return found
-
-
-def _at(station: Station, aims: Sequence[Aim], rows: Sequence[Tensor] | None) -> tuple[Station, Callable[[int], Aim]]:
-    """Some rows of each batch; sinks, all of which are there, count as much less as other tokens are fewer."""
-    if rows is None:
-        return station, aims.__getitem__
+        rows.append(taken.nonzero()[:, 0])  # those that are held out stay last
 
     def aim_of(number: int) -> Aim:
-        aim, all_rows = aims[number].at(rows[number]), len(station.twin[number].x)
-        share = len(rows[number]) / max(1, all_rows)
+        aim = aims[number].at(rows[number])
         return aim._replace(weight=torch.where(aim.sink, share * aim.weight, aim.weight))
 
     twin = tuple(arrival.at(some) for arrival, some in zip(station.twin, rows, strict=True))

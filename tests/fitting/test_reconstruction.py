@@ -16,7 +16,7 @@ from surgery.conversion.recipe import Recipe
 from surgery.errors import RecipeError
 from surgery.fitting import block as block_module
 from surgery.fitting import reconstruction
-from surgery.fitting.block import FitSettings, _at, _beginning, fit_block
+from surgery.fitting.block import FitSettings, _beginning, fit_block
 from surgery.fitting.features import HiddenPolynomial
 from surgery.fitting.objective import Aim, Objective
 from surgery.fitting.reconstruction import _as_product, _Batch, _batches, reconstructed
@@ -123,10 +123,9 @@ def test_what_descent_begins_from_has_every_sink_and_no_padding():
     zero = torch.zeros(len(padded[0].x))
     sink = torch.arange(len(zero)) % 500 == 0
     aims = [Aim(zero[:, None], zero[:, None], zero + 3, sink, sink) for _ in padded]
-    rows = _beginning(station, aims, units=100)
-    some, aim_of = _at(station, aims, rows)
+    some, aim_of = _beginning(station, aims, units=100)
     share = 8 * 100 / (0.75 * TOKENS)
-    for number, (arrival, taken) in enumerate(zip(padded, rows, strict=True)):
+    for number, arrival in enumerate(padded):
         mine, aim = some.twin[number], aim_of(number)
         assert int(aim.sink.sum()) == int(sink.sum())
         assert int(mine.held.sum()) == int(arrival.held.sum())
@@ -136,7 +135,7 @@ def test_what_descent_begins_from_has_every_sink_and_no_padding():
         assert int(fitted.sum()) == math.ceil(share * there)
         assert bool((mine.held.long().diff() >= 0).all()), "held-out rows stay last"
         assert torch.equal(aim.weight[~aim.sink], torch.full_like(aim.weight[~aim.sink], 3))
-        assert aim.weight[aim.sink].unique().tolist() == pytest.approx([3 * len(taken) / len(zero)])
+        assert aim.weight[aim.sink].unique().tolist() == pytest.approx([3 * share])
     assert _beginning(station, aims, units=10_000) is None
 
 
