@@ -29,6 +29,7 @@ from surgery.blocks.find import survey
 from surgery.calibration.inputs import calibration_inputs
 from surgery.errors import EvaluationError
 from surgery.runtime import processes
+from surgery.runtime.freed_memory import keep_freed_memory
 from surgery.runtime.progress import progress
 from surgery.runtime.stopwatch import Stopwatch
 from surgery.runtime.vocabulary import understands_former_names
@@ -83,6 +84,8 @@ def measure(settings: EvalSettings, memo: Memo, quiet: bool = True) -> dict[str,
         manager = harness.task_manager(settings.task_settings.include_path) if settings.tasks else None
         tasks = harness.resolve_tasks(manager, settings.tasks) if manager else []
         pair = guarded(lambda: _load(settings), "--dtype bfloat16, or --device-map auto or disk")
+        if settings.device_map is None and pair.original.model.device.type == "cpu":
+            keep_freed_memory()
         if tasks and not pair.causal:
             raise EvaluationError(
                 "lm-eval tasks need a causal language model", where=settings.twin, fix="leave --tasks out"

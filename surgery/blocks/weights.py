@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from surgery.closed_form.activations import Activation
+from surgery.runtime.precision import multiplied_in
 
 Map = tuple[Tensor, Tensor | None]
 """Weight (out, in) and bias."""
@@ -15,12 +16,17 @@ Map = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """f(x) = down(σ(gate x)), or down(σ(gate x) ⊙ up x); `up` is None in a plain block."""
+    """f(x) = down(σ(gate x)), or down(σ(gate x) ⊙ up x); `up` is None in a plain block.
+
+    Attributes:
+        matmul: what a float32 input is multiplied in; what comes out is float32 all the same.
+    """
 
     activation: Activation
     gate: Map
     up: Map | None
     down: Map
+    matmul: str = "float32"
 
     def on_cpu(self) -> BlockWeights:
         """The same, in the machine's own memory."""
@@ -29,7 +35,7 @@ class BlockWeights:
             for one in (self.gate, self.up, self.down)
         )
         assert gate is not None and down is not None
-        return BlockWeights(self.activation, gate, up, down)
+        return replace(self, gate=gate, up=up, down=down)
 
     def finite(self) -> bool:
         """Whether no weight is NaN or infinite."""
@@ -38,12 +44,19 @@ class BlockWeights:
 
     def preactivations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """y and z for inputs of shape (…, d); (…, h) each."""
-        y = nn.functional.linear(x, *self.gate)
-        return y, None if self.up is None else nn.functional.linear(x, *self.up)
+        y, z = self._first(x)
+        return y.to(x.dtype), None if z is None else z.to(x.dtype)
+
+    def _first(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        with multiplied_in(self.matmul, x):
+            y = nn.functional.linear(x, *self.gate)
+            return y, None if self.up is None else nn.functional.linear(x, *self.up)
 
     def hidden(self, y: Tensor, z: Tensor | None) -> Tensor:
         """The units' values, (…, h)."""
         return self.activation.unit(y, z)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(self.hidden(*self.preactivations(x)), *self.down)
+        hidden = self.hidden(*self._first(x))
+        with multiplied_in(self.matmul, x):
+            return nn.functional.linear(hidden, *self.down).to(x.dtype)

@@ -139,7 +139,7 @@ def fit_block(
         CalibrationError: too few tokens for the unknowns, or values that are not finite.
     """
     block = station.block
-    original = original or block.weights(station.modules)
+    original = replace(original or block.weights(station.modules), matmul=settings.matmul)
     target = Target.of(station, corrections)
     sample = take_sample(target, original, settings.degree, settings.unit_tokens, settings.sink_limit)
     inputs = InputMoments.of(sample.x[~sample.massive])
@@ -157,7 +157,7 @@ def fit_block(
         return HiddenPolynomial.of(original, at, units).with_sink_units(pointing)
 
     if settings.refit:
-        objective = Objective.of(original, target, sample, writer=extra > 0, matmul=settings.matmul)
+        objective = Objective.of(original, target, sample, writer=extra > 0)
         hidden, readout = _solved(closed_form, objective, extra, settings, cache_bytes)
     else:
         hidden = closed_form()
@@ -210,7 +210,7 @@ def _solved(
 
     def solved(on: Station, aim_of: Callable[[int], Aim], memory: int) -> tuple[HiddenPolynomial, Readout]:
         hidden = closed_form()
-        prior, hidden = hidden.prior_readout(original.down), hidden.to(dtype)
+        prior, hidden = hidden.prior_readout(original.down), replace(hidden.to(dtype), matmul=original.matmul)
         readout = refit(on, aim_of, hidden, prior, sink_units, counts, memory, wanted)
         del prior, hidden
         return closed_form() if readout.kept is None else closed_form().keep_units(readout.kept[:-1]), readout
@@ -291,8 +291,9 @@ def _moments(
 
 
 def _r2(predicted: Tensor, truth: Tensor, rows: Tensor) -> float:
-    p, t = predicted[rows].double(), truth[rows].double()
-    return float(1 - (p - t).square().sum() / (t - t.mean(0)).square().sum().clamp_min(1e-300))
+    p, t = predicted[rows], truth[rows]
+    left, all_of_it = ((part.square().sum(dtype=torch.float64)) for part in (p - t, t - t.mean(0)))
+    return float(1 - left / all_of_it.clamp_min(1e-300))
 
 
 def _sink_error(target: Target, sample: Sample, predicted: Tensor, writer: bool) -> float:

@@ -12,6 +12,9 @@ from surgery.closed_form.block_polynomial import BlockPolynomial
 from surgery.closed_form.forms import Affine, standardised
 from surgery.closed_form.least_squares import UnitPolynomials
 from surgery.closed_form.moments import Preactivations
+from surgery.runtime.precision import multiplied_in
+
+CACHED = 512  # tokens whose hidden vectors are computed at once: few enough to stay in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,13 @@ class HiddenPolynomial:
     Attributes:
         gate, up: affine maps to the standardised u and v, sink units last; up is None in a plain block.
         units: their polynomials.
+        matmul: what a float32 input is multiplied in; the polynomials are computed in float32 all the same.
     """
 
     gate: Affine
     up: Affine | None
     units: UnitPolynomials
+    matmul: str = "float32"
 
     @staticmethod
     def of(original: BlockWeights, at: Preactivations, units: UnitPolynomials) -> HiddenPolynomial:
@@ -39,15 +44,20 @@ class HiddenPolynomial:
     def __call__(self, x: Tensor) -> Tensor:
         if self.units.degree == 1:
             return torch.cat([x, x.new_ones(len(x), 1)], dim=-1)
-        u = self.gate(x)
-        hidden = self.units(u, None if self.up is None else self.up(x))
-        return torch.cat([hidden, hidden.new_ones(len(x), 1)], dim=-1)
+        found = x.new_ones(len(x), len(self.units.a) + 1)
+        some = CACHED if x.device.type == "cpu" else max(1, len(x))
+        for rows, into in zip(x.split(some), found.split(some), strict=True):
+            with multiplied_in(self.matmul, x):
+                u, v = self.gate(rows), None if self.up is None else self.up(rows)
+            into[:, :-1] = self.units(u.to(x.dtype), None if v is None else v.to(x.dtype))
+        return found
 
     def to(self, dtype: torch.dtype) -> HiddenPolynomial:
         """The same in the precision that a network computes in."""
         b = None if self.units.b is None else self.units.b.to(dtype)
         units = replace(self.units, a=self.units.a.to(dtype), b=b)
-        return HiddenPolynomial(self.gate.to(dtype), None if self.up is None else self.up.to(dtype), units)
+        up = None if self.up is None else self.up.to(dtype)
+        return replace(self, gate=self.gate.to(dtype), up=up, units=units)
 
     def with_sink_units(self, pointing: Affine) -> HiddenPolynomial:
         """One more unit, u², for each row of `pointing`."""
@@ -59,10 +69,11 @@ class HiddenPolynomial:
         squares[:, 2] = 1
         b = None if units.b is None else torch.cat([units.b, units.b.new_zeros(extra, units.b.shape[1])])
         r2 = torch.cat([units.r2, units.r2.new_ones(extra)])
-        return HiddenPolynomial(
-            self.gate.above(pointing),
-            None if self.up is None else self.up.above(zero),
-            replace(units, a=torch.cat([units.a, squares]), b=b, r2=r2),
+        return replace(
+            self,
+            gate=self.gate.above(pointing),
+            up=None if self.up is None else self.up.above(zero),
+            units=replace(units, a=torch.cat([units.a, squares]), b=b, r2=r2),
         )
 
     def with_readout(self, readout: Affine) -> BlockPolynomial:
@@ -76,7 +87,8 @@ class HiddenPolynomial:
         units = self.units
         b = None if units.b is None else units.b[kept]
         up = None if self.up is None else self.up.rows(kept)
-        return HiddenPolynomial(self.gate.rows(kept), up, replace(units, a=units.a[kept], b=b, r2=units.r2[kept]))
+        kept_units = replace(units, a=units.a[kept], b=b, r2=units.r2[kept])
+        return replace(self, gate=self.gate.rows(kept), up=up, units=kept_units)
 
     def prior_readout(self, last: Map) -> Tensor:
         """The original readout on these features, (p, out) float64; sink units 0, of degree 1 with units folded in."""

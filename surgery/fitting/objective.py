@@ -14,7 +14,6 @@ from surgery.calibration.arrivals import Arrival
 from surgery.fitting.sample import CHUNK, Sample
 from surgery.fitting.target import Target
 from surgery.runtime import processes
-from surgery.runtime.precision import autocast
 
 YOUNG_SINKS = 0.1  # weight of sinks that are not massive yet, all together, against all other tokens
 MISTAKEN = 0.2  # of a sink unit's output at its sink
@@ -57,7 +56,6 @@ class Objective:
         sink_limit: norm from which on a token is a sink.
         sink_boost: number of ordinary tokens per sink token.
         writer: whether the block writes what makes its sinks massive.
-        matmul: what the original's maps are multiplied in.
     """
 
     original: BlockWeights
@@ -67,21 +65,20 @@ class Objective:
     sink_limit: float
     sink_boost: float
     writer: bool
-    matmul: str = "float32"
 
     @staticmethod
-    def of(original: BlockWeights, target: Target, sample: Sample, writer: bool, matmul: str = "float32") -> Objective:
+    def of(original: BlockWeights, target: Target, sample: Sample, writer: bool) -> Objective:
         """As the sample has it: from which norm on a token is a sink, and how much the sinks weigh."""
         sizes = (arrival.size[arrival.keep] for arrival in target.station.twin)
         typical = processes.together(torch.cat(list(sizes))).median()
         length = target.lengths(sample.output[sample.ordinary]).median()
-        return Objective(original, target, typical, length, sample.limit, sample.sink_boost, writer, matmul)
+        return Objective(original, target, typical, length, sample.limit, sample.sink_boost, writer)
 
     def batch(self, number: int) -> Aim:
         """Of all tokens of a batch."""
         arrival, other = self.target.arrivals(number)
-        parts = [self._output(other.x[rows]) for rows, _ in pieces(arrival)]
-        output = torch.cat(parts or [self._output(other.x)])  # an expert may have no tokens in a batch
+        parts = [self.original(other.x[rows]) for rows, _ in pieces(arrival)]
+        output = torch.cat(parts or [self.original(other.x)])  # an expert may have no tokens in a batch
         size = torch.maximum(arrival.size, other.size)
         total = (other.size.square() + self.target.reaching(output).square()).sqrt()
         massive = total > self.sink_limit
@@ -89,7 +86,7 @@ class Objective:
         wanted, weight = self.target.wanted(number, slice(None), output), torch.ones_like(size)
         if self.target.in_stream:
             if not self.writer and wanted is not output:
-                wanted[sink] = self._output(arrival.x[sink])
+                wanted[sink] = self.original(arrival.x[sink])
             weight = (self.typical / size.clamp_min(1e-6 * self.typical)).square().clamp_max(WEIGHT_LIMIT)
             length = self.target.lengths(output).clamp_min(1e-6 * self.length)
             weight = weight * (self.length / length).square().clamp_max(WEIGHT_LIMIT)
@@ -98,11 +95,6 @@ class Objective:
         if arrival.weight is not None:
             weight = weight * arrival.weight.square()
         return Aim(wanted, output, weight, sink, massive)
-
-    def _output(self, x: Tensor) -> Tensor:
-        """What the original writes, (tokens, out), in the precision of its input."""
-        with autocast(self.matmul if x.dtype == torch.float32 else "float32", x.device):
-            return self.original(x).to(x.dtype)
 
 
 def pieces(arrival: Arrival) -> Iterator[tuple[slice, bool]]:

@@ -15,6 +15,7 @@ from surgery.errors import CalibrationError
 from surgery.fitting.features import HiddenPolynomial
 from surgery.fitting.objective import Aim, mistaken, pieces
 from surgery.runtime import processes
+from surgery.runtime.precision import multiplied_in
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,9 @@ def refit(
         hidden = [[part[:, kept] for part in parts] for parts in hidden]
     choice = ridge_path(fit, held_rows, prior, anchor=anchor, free=free, counts=counts)
     solution = choice.weight.to(station.twin[0].x)
-    outputs = (torch.cat([part @ solution for part in parts]) for parts in hidden if parts)
-    return Readout(choice, tuple(outputs), tuple(written), kept)
+    with multiplied_in(twin.matmul, solution):
+        outputs = tuple(torch.cat([part @ solution for part in parts]).to(solution) for parts in hidden if parts)
+    return Readout(choice, outputs, tuple(written), kept)
 
 
 def _summed(

@@ -25,6 +25,11 @@ def autocast(dtype: str, device: torch.device, cached: bool = False) -> Abstract
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=rounded, cache_enabled=cached)
 
 
+def multiplied_in(dtype: str, x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Inside, `x` is multiplied in `dtype` if it is float32; any other precision is its own."""
+    return autocast(dtype if x.dtype == torch.float32 else "float32", x.device)
+
+
 def chosen_dtype(dtype: str, device: torch.device) -> str:
     """`auto` spelled out: bfloat16 where this device multiplies it faster than float32."""
     return dtype if dtype != "auto" else "bfloat16" if fast_bf16(device) else "float32"
