@@ -173,9 +173,9 @@ def _blocks(
     if not blocks:
         return [] if processes.first() else None
     data = settings.text if text is None else text.fingerprint
-    key = [pair.keys, pair.dtype, data, settings.window, settings.stride, settings.block_tokens, settings.batch]
-    key += [AFFINE_RIDGES]
-    kept = processes.looked_up(lambda: memo.find("blocks", [*key, settings.seed]))
+    key = ["blocks", pair.keys, pair.dtype, data, settings.window, settings.stride, settings.block_tokens]
+    key += [settings.batch, AFFINE_RIDGES, settings.seed]
+    kept = processes.looked_up(lambda: memo.find("blocks", key))
     if kept is not None:
         return list(kept)
     if text is not None:
@@ -195,7 +195,7 @@ def _blocks(
     for share in shares[1:]:
         total = {path: sums + share[path] for path, sums in total.items()}
     found = block_rows(first, second, blocks, total, settings.seed)
-    memo.keep("blocks", [*key, settings.seed], found)
+    memo.keep(key, found)
     return found
 
 
@@ -216,13 +216,13 @@ def _tasks(
             lm = harness.language_model(loaded.model, loaded.tokenizer, settings.task_settings)
             for task in tasks:
                 bar.set_postfix_str(f"{task}, {name}")
-                key = [pair.keys[name], pair.dtype, task, asdict(settings.task_settings), _versions()]
+                key = ["task", pair.keys[name], pair.dtype, task, asdict(settings.task_settings), _versions()]
                 kept = processes.looked_up(partial(memo.find, f"{task} ({name})", key))
                 if kept is None:
                     run = partial(harness.run_task, lm, task, manager, settings.task_settings)
                     found = guarded(run, "lower --task-batch or --task-window, or use --dtype bfloat16")
                     if found is not None:
-                        memo.keep(f"{task} ({name})", key, found.as_dict())
+                        memo.keep(key, found.as_dict())
                         results[name, task] = found
                 else:
                     results[name, task] = harness.TaskResult(**kept)

@@ -23,11 +23,12 @@ class Memo:
 
     Attributes:
         folder: None keeps nothing.
-        reused: names of the measurements found here.
+        reused: names of the measurements that were here before.
     """
 
     folder: Path | None
     reused: list[str] = field(default_factory=list)
+    made: set[Path] = field(default_factory=set)
 
     def _file(self, key: Any) -> Path:
         assert self.folder is not None
@@ -35,21 +36,24 @@ class Memo:
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
 
     def find(self, name: str, key: Any) -> Any | None:
-        """What was kept under this key, or None."""
-        if self.folder is None or not self._file([name, key]).is_file():
+        """What was kept under this key, or None; `name` is what `reused` calls it, no part of the key."""
+        if self.folder is None or not self._file(key).is_file():
             return None
         try:
-            found = json.loads(self._file([name, key]).read_text(encoding="utf-8"))
+            found = json.loads(self._file(key).read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             return None
-        self.reused.append(name)
+        if self._file(key) not in self.made:
+            self.reused.append(name)
         return found
 
-    def keep(self, name: str, key: Any, value: Any) -> None:
+    def keep(self, key: Any, value: Any) -> None:
+        """Under everything that the value depends on."""
         if self.folder is None:
             return
-        with replacing(self._file([name, key]), several=True) as temporary:
+        with replacing(self._file(key), several=True) as temporary:
             temporary.write_text(json.dumps(value, default=str), encoding="utf-8")
+        self.made.add(self._file(key))
 
 
 def model_fingerprint(name: str, revision: str | None) -> str:

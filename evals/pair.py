@@ -87,7 +87,7 @@ def token_fidelity(pair: Pair, text: MeasuredText, batch: int, memo: Memo, name:
     first, second = pair.original.model, pair.twin.model
     parts = []
     for number, windows in enumerate(text.windows.split(CHUNK_WINDOWS)):
-        key = [pair.keys, pair.dtype, text.fingerprint, text.length, text.stride, CHUNK_WINDOWS, number]
+        key = ["tokens", pair.keys, pair.dtype, text.fingerprint, text.length, text.stride, CHUNK_WINDOWS, number]
         kept = processes.looked_up(partial(memo.find, name, key))
         if kept is not None:
             parts.append(TokenFidelity(**{field: torch.tensor(value) for field, value in kept.items()}))
@@ -101,7 +101,7 @@ def token_fidelity(pair: Pair, text: MeasuredText, batch: int, memo: Memo, name:
         shares = processes.gather_to_first(mine)
         if shares is not None:
             whole = TokenFidelity.join([part for share in shares for part in share])
-            memo.keep(name, key, {field: value.tolist() for field, value in vars(whole).items()})
+            memo.keep(key, {field: value.tolist() for field, value in vars(whole).items()})
             parts.append(whole)
     return TokenFidelity.join(parts) if processes.first() else None
 

@@ -1,6 +1,7 @@
 """The evaluation: against independent computations, and as a user meets it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,6 +74,19 @@ def test_finished_pieces_are_kept_and_reused(pair, tmp_path, monkeypatch):
     assert again["blocks"] == first["blocks"]
     with pytest.raises(AssertionError, match="measured again"):
         measure(settings_of(pair, window=16), Memo(tmp_path))
+
+
+def test_a_kind_of_the_text_that_is_measured_anyway_is_not_run_again(pair, tmp_path, monkeypatch):
+    runs, compared = [], pairs.compare_tokens
+    monkeypatch.setattr(pairs, "compare_tokens", lambda *given: runs.append(len(given[2])) or compared(*given))
+    settings = settings_of(pair)
+    same = replace(settings, kind=(("same", settings.text),), kind_tokens=settings.tokens)
+    found = measure(same, Memo(tmp_path))
+    assert sum(runs) == found["text"]["windows"]
+    assert found["kinds"]["kinds"][0]["nats_lost"] == found["text"]["nats_lost"]
+    assert found["reused"] == [], "of this run, not of an earlier one"
+    measure(replace(same, kind_tokens=settings.tokens // 2), Memo(tmp_path))
+    assert sum(runs) == 1.5 * found["text"]["windows"], "less of it is other text"
 
 
 @pytest.mark.parametrize(
