@@ -62,8 +62,8 @@ class ConversionCost:
         for fit in fits:
             seen = fit.seen * fit.block.experts
             goes_on = fit is not fits[-1]  # calibration ends at the last
-            products += (fit.products() + fit.original_passed() * goes_on) * seen
-            exact += (fit.exact() + fit.twin_passed() * goes_on) * seen + fit.sample() * fit.block.experts
+            products += (fit.products() + fit.original_passed() * goes_on) * seen + fit.sample() * fit.block.experts
+            exact += (fit.exact() + fit.twin_passed() * goes_on) * seen
             double += fit.double() * fit.block.experts
         drawn = sum(part.share for part in Mixture.of(plan.text).parts if part.source == SAMPLES)
         products = times * products + 2.0 * parameters * DRAWING * drawn * plan.tokens
@@ -130,10 +130,17 @@ class _Fit:
         fits = 4 * self.plan.tokens * self.features <= CACHE_BYTES
         return bool(self.solved) and self.block.whole and not self.block.routed and fits
 
+    @property
+    def outputs(self) -> int:
+        """A token's operations, halved, for what the polynomial writes, where that is computed of hidden vectors."""
+        return self.features * self.block.out * self.hidden_kept
+
     def products(self) -> float:
-        """A token's operations in what `matmul` says: what the original writes, and descent."""
+        """A token's operations in what `matmul` says: what the original writes, the closed form's hidden vectors and
+        what it writes, and descent."""
         descent = 4 * self.first + 6 * self.block.hidden * self.block.out  # inputs need no gradient
-        return 2.0 * self.maps * bool(self.solved) + (1 - HELD) * self.epochs * descent
+        closed = 2.0 * ((self.summed - bool(self.epochs)) * self.first + self.outputs * (not self.epochs))
+        return 2.0 * self.maps * bool(self.solved) + closed + (1 - HELD) * self.epochs * descent
 
     def original_passed(self) -> float:
         """A token's operations in the same where passes run the original's block on their way to the next."""
@@ -145,12 +152,13 @@ class _Fit:
         return 0.0 if self.hidden_kept else 2.0 * (self.first + self.features * self.block.out)
 
     def exact(self) -> float:
-        """A token's operations in float32: hidden vectors, sums, outputs, looks, and what experts should add."""
+        """A token's operations in float32: sums; after descent hidden vectors, outputs, looks; what experts should
+        add."""
         sums = TILES * self.features**2 + self.features * self.block.out
-        outputs = self.features * self.block.out * self.hidden_kept
+        descended = (self.first + self.outputs) * bool(self.epochs)
         looks = HELD * (self.epochs // 2 + 2) * self.maps * bool(self.epochs)
         corrections = 2 * self.maps * (self.block.routed and _streams(self.plan) > 1)
-        return 2.0 * (self.summed * (self.first + sums) + outputs + looks + corrections)
+        return 2.0 * (self.summed * sums + descended + looks + corrections)
 
     def sample(self) -> float:
         """Operations on the tokens that units are solved on, and that R² is measured on."""

@@ -69,7 +69,10 @@ def test_operations_are_those_that_torch_counts(name, settings, kept, monkeypatc
 
 def test_what_grows_with_what():
     one, two = (counted(tiny.make("llama"), tokens=tokens, epochs=0) for tokens in (2**20, 2**21))
-    assert two.products == 2 * one.products
+    assert two.exact == 2 * one.exact
+    assert 1.99 * one.products < two.products < 2 * one.products, (
+        "units are solved on so many tokens, whatever there is"
+    )
     assert two.double == one.double
     assert 1.5 < two.memory / one.memory <= 2
     assert counted(tiny.make("llama"), epochs=6).products > 2 * counted(tiny.make("llama"), epochs=0).products
@@ -82,7 +85,7 @@ def test_tokens_go_to_few_of_many_experts():
 
     two, four = (counted(mixtral(chosen), epochs=0) for chosen in (2, 4))
     assert two.double == four.double
-    assert two.exact < four.exact < 2 * two.exact
+    assert four.exact == pytest.approx(2 * two.exact, rel=1e-3)
     assert two.products < four.products < 2 * two.products
 
 
