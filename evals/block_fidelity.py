@@ -29,7 +29,7 @@ from surgery.closed_form.ridge import RidgeSums, ridge_path
 from surgery.runtime.hooks import hooked
 from surgery.runtime.weights_on_disk import device_of
 
-GAUSSIAN_TOKENS = 4096
+GAUSSIAN_TOKENS = 2048
 AFFINE_RIDGES = (1e-4, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 DISAGREEMENT = 2.0  # FVU on text and under the Gaussian further apart than this are pointed out
 

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import transformers
 
 ASKED_AGAIN = ("GGUFReader", "get_tensor_name_map")
+
+
+def gguf_config(file: Path) -> Any:
+    """The configuration in a file, which is parsed anew only when the file has changed."""
+    state = file.stat()
+    return copy.deepcopy(_config(file, state.st_mtime_ns, state.st_size))
+
+
+@lru_cache(maxsize=4)
+def _config(file: Path, modified: int, size: int) -> Any:
+    return transformers.AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from surgery.errors import ModelError, first_line
 from surgery.models import delta, modeling_polynomial, quantised
 from surgery.models.architecture import Architecture, class_by_weights, general_class, named_class
 from surgery.models.companions import Companions, companions, has_tokenizer
-from surgery.models.gguf_files import gguf_read_once
+from surgery.models.gguf_files import gguf_config, gguf_read_once
 from surgery.models.in_memory import unwrapped
 from surgery.models.refusals import ADAPTER, adapter_on_the_hub, is_adapter, refuse_export, unreadable
 from surgery.runtime import processes, weights_on_disk
@@ -120,11 +120,13 @@ def locate(name: str) -> tuple[str, dict[str, str], str]:
 def load_config(name: str, revision: str | None = None) -> Any:
     """The configuration alone. Twins load without a trust flag."""
     modeling_polynomial.register()
-    path, extra, _ = locate(name)
+    path, extra, kind = locate(name)
     try:
+        if kind == "gguf":
+            return gguf_config(Path(path) / extra["gguf_file"])
         return transformers.AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False, **extra)
     except Exception as error:
-        if locate(name)[2] == "hub" and adapter_on_the_hub(name, revision):
+        if kind == "hub" and adapter_on_the_hub(name, revision):
             raise is_adapter(name) from error
         raise unreadable(name, error) from error
 

@@ -84,6 +84,31 @@ def test_passes_of_other_precisions_stay_as_they_are(ids, monkeypatch):
         seen.clear()
 
 
+@pytest.mark.parametrize("matmul", ["float32", "bfloat16"])
+def test_a_run_that_goes_on_makes_the_twin_of_an_unbroken_one(ids, tmp_path, monkeypatch, matmul):
+    """But for rounding: what finished blocks write is computed by themselves then, in float32."""
+    from surgery.conversion import replacement
+
+    fit, model, how = replacement.fit, tiny.make("llama"), {"text": ids, "epochs": 0, "matmul": matmul}
+    whole, _ = surgery.convert(copy.deepcopy(model), **how)
+    done = []
+
+    def first_alone(*given):
+        if done:
+            raise KeyboardInterrupt
+        done.append(fit(*given))
+        return done[0]
+
+    monkeypatch.setattr(replacement, "fit", first_alone)
+    with pytest.raises(KeyboardInterrupt):
+        surgery.convert(copy.deepcopy(model), **how, output=tmp_path / "twin")
+    monkeypatch.setattr(replacement, "fit", fit)
+    resumed, _ = surgery.convert(copy.deepcopy(model), **how, output=tmp_path / "twin")
+    before, one, two = (outputs(network, "llama", ids) for network in (model, whole, resumed))
+    apart = (one - two).norm() / (one - before).norm()
+    assert apart < {"float32": 1e-5, "bfloat16": 0.02}[matmul]
+
+
 def test_an_interrupted_run_goes_on_whatever_is_faster_now(ids, tmp_path, monkeypatch):
     from surgery.conversion import replacement
 

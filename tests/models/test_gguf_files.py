@@ -1,5 +1,6 @@
 """GGUF files of stock models."""
 
+import os
 from contextlib import nullcontext
 
 import pytest
@@ -89,3 +90,14 @@ def test_one_inside_another_leaves_all_as_it_was(monkeypatch):
     monkeypatch.setattr("transformers.utils.is_gguf_available", lambda: False)
     with gguf_read_once():
         assert gguf.GGUFReader is plain
+
+
+def test_a_configuration_is_parsed_again_when_its_file_has_changed(file, monkeypatch):
+    read, plain = [], gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda *given: read.append(given) or plain(*given))
+    loading.load_config(str(file)).num_hidden_layers = 0
+    assert loading.load_config(str(file)).num_hidden_layers == tiny.make("llama").config.num_hidden_layers
+    assert len(read) == 1, "and what one asker does to it is its own affair"
+    os.utime(file, ns=(1, 1))
+    loading.load_config(str(file))
+    assert len(read) == 2
