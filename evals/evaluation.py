@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from evals import harness, speed
-from evals.block_fidelity import AFFINE_RIDGES, BlockSums, block_rows, block_sums
+from evals.block_fidelity import AFFINE_RIDGES, GAUSSIAN_TOKENS, BlockSums, block_rows, block_sums
 from evals.fidelity import compare_outputs, outputs_summary, summary
 from evals.kinds import compare_kinds
 from evals.memo import Memo
@@ -29,7 +29,6 @@ from surgery.blocks.find import survey
 from surgery.calibration.inputs import calibration_inputs
 from surgery.errors import EvaluationError
 from surgery.runtime import processes
-from surgery.runtime.freed_memory import keep_freed_memory
 from surgery.runtime.progress import progress
 from surgery.runtime.stopwatch import Stopwatch
 from surgery.runtime.vocabulary import understands_former_names
@@ -84,8 +83,6 @@ def measure(settings: EvalSettings, memo: Memo, quiet: bool = True) -> dict[str,
         manager = harness.task_manager(settings.task_settings.include_path) if settings.tasks else None
         tasks = harness.resolve_tasks(manager, settings.tasks) if manager else []
         pair = guarded(lambda: _load(settings), "--dtype bfloat16, or --device-map auto or disk")
-        if settings.device_map is None and pair.original.model.device.type == "cpu":
-            keep_freed_memory()
         if tasks and not pair.causal:
             raise EvaluationError(
                 "lm-eval tasks need a causal language model", where=settings.twin, fix="leave --tasks out"
@@ -174,7 +171,7 @@ def _blocks(
         return [] if processes.first() else None
     data = settings.text if text is None else text.fingerprint
     key = ["blocks", pair.keys, pair.dtype, data, settings.window, settings.stride, settings.block_tokens]
-    key += [settings.batch, AFFINE_RIDGES, settings.seed]
+    key += [settings.batch, AFFINE_RIDGES, GAUSSIAN_TOKENS, settings.seed]
     kept = processes.looked_up(lambda: memo.find("blocks", key))
     if kept is not None:
         return list(kept)

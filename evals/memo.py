@@ -24,6 +24,7 @@ class Memo:
     Attributes:
         folder: None keeps nothing.
         reused: names of the measurements that were here before.
+        made: files of this run.
     """
 
     folder: Path | None

@@ -19,7 +19,8 @@ class BlockWeights:
     """f(x) = down(σ(gate x)), or down(σ(gate x) ⊙ up x); `up` is None in a plain block.
 
     Attributes:
-        matmul: what a float32 input is multiplied in; what comes out is float32 all the same.
+        matmul: what a float32 input is multiplied in: preactivations and outputs are rounded to it and come back as
+            float32, and on the way from one to the other hidden vectors stay in it.
     """
 
     activation: Activation

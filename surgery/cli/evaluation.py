@@ -72,6 +72,8 @@ def evaluate(
     from evals.memo import default_folder
     from evals.report import files_of, markdown
     from evals.settings import plan_evaluation
+    from surgery.models.loading import placed
+    from surgery.runtime.freed_memory import keep_freed_memory
     from surgery.runtime.launch import relaunch, started
 
     planned = plan_evaluation(twin, **options.given(settings))
@@ -80,6 +82,8 @@ def evaluate(
         return
     if nproc is not None and nproc > 1 and not started():
         sys.exit(relaunch(nproc, sys.argv[1:]))
+    if planned.device_map is None and placed(planned.device).type == "cpu":
+        keep_freed_memory()
     found = evaluated(planned, settings["output"], None if no_cache else cache or default_folder(), quiet=as_json)
     if found is None:
         return

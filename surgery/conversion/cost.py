@@ -62,8 +62,9 @@ class ConversionCost:
         for fit in fits:
             seen = fit.seen * fit.block.experts
             goes_on = fit is not fits[-1]  # calibration ends at the last
-            products += (fit.products() + fit.original_passed() * goes_on) * seen + fit.sample() * fit.block.experts
-            exact += (fit.exact() + fit.twin_passed() * goes_on) * seen
+            rounded, unrounded = fit.sampled()
+            products += (fit.products() + fit.original_passed() * goes_on) * seen + rounded * fit.block.experts
+            exact += (fit.exact() + fit.twin_passed() * goes_on) * seen + unrounded * fit.block.experts
             double += fit.double() * fit.block.experts
         drawn = sum(part.share for part in Mixture.of(plan.text).parts if part.source == SAMPLES)
         products = times * products + 2.0 * parameters * DRAWING * drawn * plan.tokens
@@ -160,9 +161,11 @@ class _Fit:
         corrections = 2 * self.maps * (self.block.routed and _streams(self.plan) > 1)
         return 2.0 * (self.summed * sums + descended + looks + corrections)
 
-    def sample(self) -> float:
-        """Operations on the tokens that units are solved on, and that R² is measured on."""
-        return 4.0 * self.maps * min(self.plan.tokens, FitSettings(self.plan.degree).unit_tokens)
+    def sampled(self) -> tuple[float, float]:
+        """Operations on the tokens that units are solved on, and that R² is measured on: in what `matmul` says what the
+        original writes and its preactivations, in float32 what the polynomial does, where that is not known by then."""
+        tokens = min(self.seen, max(FitSettings(self.plan.degree).unit_tokens, 4 * self.block.width))
+        return 2.0 * (self.maps + self.first) * tokens, 2.0 * self.maps * tokens * (not self.hidden_kept)
 
     def double(self) -> float:
         """Operations in float64: factors of the normal equations, solutions, and the spread of each unit."""

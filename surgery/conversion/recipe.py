@@ -91,9 +91,9 @@ class Recipe(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("float32", description="precision to compute in")
     matmul: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="what float32 matrices are multiplied in: in the forward passes, in hidden vectors, and while maps "
-        "are fitted together; sums and solutions keep float32 and float64 (auto: bfloat16 where that is faster and "
-        "the model runs so)",
+        description="what float32 matrices are multiplied in: in the forward passes, in what blocks write, in the "
+        "closed form's hidden vectors, and while maps are fitted together; sums and solutions keep float32 and float64 "
+        "(auto: bfloat16 where that is faster and the model runs so)",
     )
     device: str = Field("auto", description="where to compute: cpu, cuda, …; auto: the accelerator, if there is one")
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -29,16 +29,18 @@ from surgery.closed_form.moments import (
     InputMoments,
     Preactivations,
     UnitMoments,
+    at_least_float32,
     from_data,
     from_gaussian,
 )
-from surgery.fitting.features import HiddenPolynomial
+from surgery.fitting.features import HiddenPolynomial, RoundedHidden
 from surgery.fitting.objective import Aim, Objective, mistaken
 from surgery.fitting.readout import Readout, kept_readout, refit
 from surgery.fitting.reconstruction import reconstructed
 from surgery.fitting.sample import CHUNK, Sample, some_of, take_sample
 from surgery.fitting.target import Target
 from surgery.runtime import processes
+from surgery.runtime.precision import chosen_dtype
 
 UNIT_TOKENS, FAR_UNIT_TOKENS = 8192, 32768  # at degrees up to 2, and above
 BEGINNING = 8  # tokens a feature, of the solution that descent begins from
@@ -158,7 +160,7 @@ def fit_block(
 
     if settings.refit:
         objective = Objective.of(original, target, sample, writer=extra > 0)
-        hidden, readout = _solved(closed_form, objective, extra, settings, cache_bytes)
+        hidden, readout = _solved(closed_form, objective, extra, settings, cache_bytes, inputs.mean)
     else:
         hidden = closed_form()
         features = hidden.to(sample.x.dtype)(sample.x[sample.sink])
@@ -201,6 +203,7 @@ def _solved(
     sink_units: int,
     settings: FitSettings,
     cache_bytes: int,
+    centre: Tensor,
 ) -> tuple[HiddenPolynomial, Readout]:
     """The units and the readout re-solved on them; with epochs, both fitted on from there and the readout once more."""
     original, dtype = objective.original, objective.target.station.twin[0].x.dtype
@@ -210,9 +213,9 @@ def _solved(
 
     def solved(on: Station, aim_of: Callable[[int], Aim], memory: int) -> tuple[HiddenPolynomial, Readout]:
         hidden = closed_form()
-        prior, hidden = hidden.prior_readout(original.down), replace(hidden.to(dtype), matmul=original.matmul)
-        readout = refit(on, aim_of, hidden, prior, sink_units, counts, memory, wanted)
-        del prior, hidden
+        prior, twin = hidden.prior_readout(original.down), _multiplied(hidden.to(dtype), centre, sink_units, settings)
+        readout = refit(on, aim_of, twin, prior, sink_units, counts, memory, wanted)
+        del prior, hidden, twin
         return closed_form() if readout.kept is None else closed_form().keep_units(readout.kept[:-1]), readout
 
     epochs = settings.epochs if settings.degree > 1 else 0
@@ -230,6 +233,15 @@ def _solved(
     del hidden, begun, weight
     readout = refit(station, aims.__getitem__, better.hidden.to(dtype), better.readout, sink_units, counts, cache_bytes)
     return better.hidden.to(torch.float64), readout
+
+
+def _multiplied(
+    hidden: HiddenPolynomial, centre: Tensor, sink_units: int, settings: FitSettings
+) -> HiddenPolynomial | RoundedHidden:
+    """The hidden vectors that a readout is solved on, as `matmul` says."""
+    weight = hidden.gate.weight
+    rounded = chosen_dtype(settings.matmul, weight.device) == "bfloat16" and weight.dtype == torch.float32
+    return RoundedHidden.of(hidden, centre, sink_units) if rounded and hidden.units.degree > 1 else hidden
 
 
 def beginning_share(tokens: float, units: int) -> float:
@@ -291,7 +303,7 @@ def _moments(
 
 
 def _r2(predicted: Tensor, truth: Tensor, rows: Tensor) -> float:
-    p, t = predicted[rows], truth[rows]
+    p, t = at_least_float32(predicted[rows]), at_least_float32(truth[rows])
     left, all_of_it = ((part.square().sum(dtype=torch.float64)) for part in (p - t, t - t.mean(0)))
     return float(1 - left / all_of_it.clamp_min(1e-300))
 

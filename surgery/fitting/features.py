@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +13,6 @@ from surgery.closed_form.block_polynomial import BlockPolynomial
 from surgery.closed_form.forms import Affine, standardised
 from surgery.closed_form.least_squares import UnitPolynomials
 from surgery.closed_form.moments import Preactivations
-from surgery.runtime.precision import multiplied_in
 
 CACHED = 512  # tokens whose hidden vectors are computed at once: few enough to stay in a processor's cache
 
@@ -24,13 +24,11 @@ class HiddenPolynomial:
     Attributes:
         gate, up: affine maps to the standardised u and v, sink units last; up is None in a plain block.
         units: their polynomials.
-        matmul: what a float32 input is multiplied in; the polynomials are computed in float32 all the same.
     """
 
     gate: Affine
     up: Affine | None
     units: UnitPolynomials
-    matmul: str = "float32"
 
     @staticmethod
     def of(original: BlockWeights, at: Preactivations, units: UnitPolynomials) -> HiddenPolynomial:
@@ -44,20 +42,14 @@ class HiddenPolynomial:
     def __call__(self, x: Tensor) -> Tensor:
         if self.units.degree == 1:
             return torch.cat([x, x.new_ones(len(x), 1)], dim=-1)
-        found = x.new_ones(len(x), len(self.units.a) + 1)
-        some = CACHED if x.device.type == "cpu" else max(1, len(x))
-        for rows, into in zip(x.split(some), found.split(some), strict=True):
-            with multiplied_in(self.matmul, x):
-                u, v = self.gate(rows), None if self.up is None else self.up(rows)
-            into[:, :-1] = self.units(u.to(x.dtype), None if v is None else v.to(x.dtype))
-        return found
+        return _vectors(x, self.units, lambda rows: (self.gate(rows), None if self.up is None else self.up(rows)))
 
     def to(self, dtype: torch.dtype) -> HiddenPolynomial:
         """The same in the precision that a network computes in."""
         b = None if self.units.b is None else self.units.b.to(dtype)
         units = replace(self.units, a=self.units.a.to(dtype), b=b)
         up = None if self.up is None else self.up.to(dtype)
-        return replace(self, gate=self.gate.to(dtype), up=up, units=units)
+        return HiddenPolynomial(self.gate.to(dtype), up, units)
 
     def with_sink_units(self, pointing: Affine) -> HiddenPolynomial:
         """One more unit, u², for each row of `pointing`."""
@@ -69,11 +61,10 @@ class HiddenPolynomial:
         squares[:, 2] = 1
         b = None if units.b is None else torch.cat([units.b, units.b.new_zeros(extra, units.b.shape[1])])
         r2 = torch.cat([units.r2, units.r2.new_ones(extra)])
-        return replace(
-            self,
-            gate=self.gate.above(pointing),
-            up=None if self.up is None else self.up.above(zero),
-            units=replace(units, a=torch.cat([units.a, squares]), b=b, r2=r2),
+        return HiddenPolynomial(
+            self.gate.above(pointing),
+            None if self.up is None else self.up.above(zero),
+            replace(units, a=torch.cat([units.a, squares]), b=b, r2=r2),
         )
 
     def with_readout(self, readout: Affine) -> BlockPolynomial:
@@ -87,8 +78,7 @@ class HiddenPolynomial:
         units = self.units
         b = None if units.b is None else units.b[kept]
         up = None if self.up is None else self.up.rows(kept)
-        kept_units = replace(units, a=units.a[kept], b=b, r2=units.r2[kept])
-        return replace(self, gate=self.gate.rows(kept), up=up, units=kept_units)
+        return HiddenPolynomial(self.gate.rows(kept), up, replace(units, a=units.a[kept], b=b, r2=units.r2[kept]))
 
     def prior_readout(self, last: Map) -> Tensor:
         """The original readout on these features, (p, out) float64; sink units 0, of degree 1 with units folded in."""
@@ -104,3 +94,56 @@ class HiddenPolynomial:
             return torch.cat([(down @ linear).T, (offset + down @ constant)[None]])
         extra = len(units.a) - down.shape[1]
         return torch.cat([down.T, down.new_zeros(extra, len(down)), offset[None]])
+
+
+@dataclass(frozen=True)
+class RoundedHidden:
+    """A hidden vector whose maps are multiplied in bfloat16, about the inputs' mean: what is large and cancels, offsets
+    and the means of preactivations, is no part of a product. Sink units and polynomials are computed as they were.
+
+    Attributes:
+        exact: the polynomial, float32.
+        centre: (d,).
+        gate, up: bfloat16 weights, and float32 biases of the maps of x − centre.
+        sink_units: how many of the last units are multiplied in float32.
+    """
+
+    exact: HiddenPolynomial
+    centre: Tensor
+    gate: Affine
+    up: Affine | None
+    sink_units: int
+
+    @staticmethod
+    def of(exact: HiddenPolynomial, centre: Tensor, sink_units: int) -> RoundedHidden:
+        centre = centre.to(exact.gate.weight)
+
+        def about(one: Affine) -> Affine:
+            return Affine(one.weight.bfloat16(), one.bias + one.weight @ centre)
+
+        up = None if exact.up is None else about(exact.up)
+        return RoundedHidden(exact, centre, about(exact.gate), up, sink_units)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _vectors(x, self.exact.units, self._first)
+
+    def _first(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        rounded = (x - self.centre).bfloat16()
+        u, v = (
+            None if one is None else torch.nn.functional.linear(rounded, one.weight).to(x.dtype).add_(one.bias)
+            for one in (self.gate, self.up)
+        )
+        assert u is not None
+        if self.sink_units:
+            pointing = Affine(self.exact.gate.weight[-self.sink_units :], self.exact.gate.bias[-self.sink_units :])
+            u[:, -self.sink_units :] = pointing(x)
+        return u, v
+
+
+def _vectors(x: Tensor, units: UnitPolynomials, first: Callable[[Tensor], tuple[Tensor, Tensor | None]]) -> Tensor:
+    """(hidden vector, 1) of preactivations."""
+    found = x.new_ones(len(x), len(units.a) + 1)
+    some = CACHED if x.device.type == "cpu" else max(1, len(x))
+    for rows, into in zip(x.split(some), found.split(some), strict=True):
+        into[:, :-1] = units(*first(rows))
+    return found

@@ -12,10 +12,9 @@ from torch import Tensor
 from surgery.calibration.arrivals import Station
 from surgery.closed_form.ridge import HeldRows, RidgeSolution, RidgeSums, most_useful, ridge_path
 from surgery.errors import CalibrationError
-from surgery.fitting.features import HiddenPolynomial
+from surgery.fitting.features import HiddenPolynomial, RoundedHidden
 from surgery.fitting.objective import Aim, mistaken, pieces
 from surgery.runtime import processes
-from surgery.runtime.precision import multiplied_in
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class _Sums:
 def refit(
     station: Station,
     aim_of: Callable[[int], Aim],
-    twin: HiddenPolynomial,
+    twin: HiddenPolynomial | RoundedHidden,
     prior: Tensor,
     sink_units: int,
     counts: Tensor | None = None,
@@ -116,13 +115,21 @@ def refit(
         hidden = [[part[:, kept] for part in parts] for parts in hidden]
     choice = ridge_path(fit, held_rows, prior, anchor=anchor, free=free, counts=counts)
     solution = choice.weight.to(station.twin[0].x)
-    with multiplied_in(twin.matmul, solution):
-        outputs = tuple(torch.cat([part @ solution for part in parts]).to(solution) for parts in hidden if parts)
-    return Readout(choice, outputs, tuple(written), kept)
+    rounded = isinstance(twin, RoundedHidden)
+    outputs = (torch.cat([_written(part, solution, free, rounded) for part in parts]) for parts in hidden if parts)
+    return Readout(choice, tuple(outputs), tuple(written), kept)
+
+
+def _written(features: Tensor, solution: Tensor, free: int, rounded: bool) -> Tensor:
+    """What the polynomial writes; multiplied in bfloat16 but for sink units and the constant, where `rounded`."""
+    if not rounded:
+        return features @ solution
+    products = features[:, :-free].bfloat16() @ solution[:-free].bfloat16()
+    return torch.addmm(products.to(solution), features[:, -free:], solution[-free:])
 
 
 def _summed(
-    twin: HiddenPolynomial,
+    twin: HiddenPolynomial | RoundedHidden,
     station: Station,
     aim_of: Callable[[int], Aim],
     sums: _Sums,

@@ -26,6 +26,7 @@ from evals.settings import evaluation_settings
 from surgery.conversion.inspection import plan_conversion
 from surgery.conversion.pipeline import convert
 from surgery.errors import CheckpointError
+from surgery.models.loading import placed
 from surgery.publishing.card import card
 from surgery.publishing.hub import push
 from surgery.refining.run import refined
@@ -36,6 +37,7 @@ from surgery.runs.recipe import RunRecipe, load_run
 from surgery.runs.stages import Stage, read_record, reason_to_do, stages_of, write_record
 from surgery.runtime import processes
 from surgery.runtime.files import cannot_write, not_written
+from surgery.runtime.freed_memory import keep_freed_memory
 from surgery.runtime.public import printable, public
 from surgery.saving.report import read_report
 
@@ -137,6 +139,8 @@ def _done(stage: Stage, stages: Sequence[Stage], plan: RunRecipe, fresh: bool, q
         return _made(stage.twin)
     if stage.kind == "eval":
         options = plan.evaluation(stage.twin)
+        if placed(plan.device).type == "cpu":
+            keep_freed_memory()
         evaluate(stage.twin, output=stage.twin / "evaluation", cache=default_folder(), quiet=quiet, **options)
         return {}
     if not processes.first():

@@ -14,8 +14,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of <malloc.h>
 def keep_freed_memory() -> None:
     """Freed memory stays with the process, for itself to use again.
 
-    A training step on a CPU takes and frees the same gigabytes every time. glibc maps each large piece anew, and the
-    system fills it with zeros page by page: a fifth of a step's time (docs/log.md, 2026-11-29).
+    A training step on a CPU takes and frees the same gigabytes every time, and so do logits that are measured. glibc
+    maps each large piece anew, and the system fills it with zeros page by page: a fifth of a step's time (docs/log.md,
+    2026-11-29), a tenth of a measurement's. It is for commands, whose process is theirs.
     """
     _tell({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})
 

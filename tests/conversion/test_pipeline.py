@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 import surgery
 from surgery.closed_form.moments import GaussianMixture
 from surgery.errors import CalibrationError, ModelError, RecipeError, SurgeryError
+from surgery.fitting.features import RoundedHidden
 from surgery.runtime import precision
 from tests import tiny
 from tests.conversion.support import outputs
@@ -39,13 +40,15 @@ def test_the_stream_target_and_the_refit_both_help(ids):
 
 
 @pytest.mark.parametrize("degree", [2, 3])
-def test_products_in_bfloat16_change_little_and_are_recorded(ids, degree):
-    model = tiny.make("llama")
+def test_products_in_bfloat16_change_little_and_are_recorded(ids, degree, monkeypatch):
+    model, rounded, of = tiny.make("llama"), [], RoundedHidden.of
+    monkeypatch.setattr(RoundedHidden, "of", staticmethod(lambda *given: rounded.append(given[2]) or of(*given)))
     before = outputs(model, "llama", ids)
     found = {}
     for matmul in ("float32", "bfloat16"):
         twin, report = surgery.convert(copy.deepcopy(model), text=ids, degree=degree, matmul=matmul)
         assert report.recipe["matmul"] == matmul
+        assert len(rounded) >= len(report.blocks) if matmul == "bfloat16" else not rounded
         assert {p.dtype for p in twin.parameters()} == {torch.float32}
         found[matmul] = outputs(twin, "llama", ids)
     lost = (found["float32"] - before).norm()
