@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from itertools import chain
 from typing import Any
 
 import torch
@@ -50,14 +49,13 @@ def compare_tokens(original: Any, twin: Any, windows: Tensor) -> TokenFidelity:
         second = twin(input_ids=windows.to(device_of(twin)), use_cache=False).logits.to(first.device)
         # Some tokens at a time, since logits are the largest tensors here.
         some = max(1, LOGITS // first.shape[-1])
-        windows_in_turn = zip(first[:, :-1], second[:, :-1], ids[:, 1:], strict=True)
-        pieces = (zip(*(part.split(some) for part in window), strict=True) for window in windows_in_turn)
-        for one, two, target in chain.from_iterable(pieces):
-            p, q = one.float().log_softmax(-1), two.float().log_softmax(-1)
-            rows["original"].append(-p.gather(-1, target[:, None])[:, 0])
-            rows["twin"].append(-q.gather(-1, target[:, None])[:, 0])
-            rows["divergence"].append(F.kl_div(q, p, reduction="none", log_target=True).sum(-1))
-            rows["agree"].append(p.argmax(-1) == q.argmax(-1))
+        for window in zip(first[:, :-1], second[:, :-1], ids[:, 1:], strict=True):
+            for one, two, target in zip(*(part.split(some) for part in window), strict=True):
+                p, q = one.float().log_softmax(-1), two.float().log_softmax(-1)
+                rows["original"].append(-p.gather(-1, target[:, None])[:, 0])
+                rows["twin"].append(-q.gather(-1, target[:, None])[:, 0])
+                rows["divergence"].append(F.kl_div(q, p, reduction="none", log_target=True).sum(-1))
+                rows["agree"].append(p.argmax(-1) == q.argmax(-1))
     shape = ids[:, 1:].shape
     result = TokenFidelity(**{name: torch.cat(values).view(shape).cpu() for name, values in rows.items()})
     if not bool(result.twin.isfinite().all()):
