@@ -89,6 +89,17 @@ def test_tokens_go_to_few_of_many_experts():
     assert two.products < four.products < 2 * two.products
 
 
+def test_units_are_solved_on_some_tokens_per_input_and_experts_on_no_more_than_they_see(monkeypatch):
+    def products(model, tokens):
+        monkeypatch.setattr(FitSettings, "unit_tokens", tokens)
+        return counted(model, epochs=0).products
+
+    llama = tiny.make("llama")
+    assert products(llama, 1) == products(llama, 4 * tiny.WIDTH) < products(llama, 8 * tiny.WIDTH)
+    share = IDS.numel() * 2 // 4  # two of four experts a token
+    assert products(mixtral(), share // 2) < products(mixtral(), share) == products(mixtral(), 2 * share)
+
+
 def test_smaller_twins_take_less_disk_and_offloading_less_memory():
     model = tiny.make("llama")
     whole, affine, half = (counted(model, **how).disk for how in ({}, {"degree": 1}, {"units": 0.5}))
