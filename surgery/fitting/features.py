@@ -105,14 +105,14 @@ class RoundedHidden:
         exact: the polynomial, float32.
         centre: (d,).
         gate, up: bfloat16 weights, and float32 biases of the maps of x − centre.
-        sink_units: how many of the last units are multiplied in float32.
+        pointing: the gate of the last units, those of sinks, in float32.
     """
 
     exact: HiddenPolynomial
     centre: Tensor
     gate: Affine
     up: Affine | None
-    sink_units: int
+    pointing: Affine
 
     @staticmethod
     def of(exact: HiddenPolynomial, centre: Tensor, sink_units: int) -> RoundedHidden:
@@ -121,8 +121,9 @@ class RoundedHidden:
         def about(one: Affine) -> Affine:
             return Affine(one.weight.bfloat16(), one.bias + one.weight @ centre)
 
-        up = None if exact.up is None else about(exact.up)
-        return RoundedHidden(exact, centre, about(exact.gate), up, sink_units)
+        up, units = None if exact.up is None else about(exact.up), len(exact.gate.bias)
+        pointing = exact.gate.rows(torch.arange(units - sink_units, units, device=centre.device))
+        return RoundedHidden(exact, centre, about(exact.gate), up, pointing)
 
     def __call__(self, x: Tensor) -> Tensor:
         return _vectors(x, self.exact.units, self._first)
@@ -134,9 +135,7 @@ class RoundedHidden:
             for one in (self.gate, self.up)
         )
         assert u is not None
-        if self.sink_units:
-            pointing = Affine(self.exact.gate.weight[-self.sink_units :], self.exact.gate.bias[-self.sink_units :])
-            u[:, -self.sink_units :] = pointing(x)
+        u[:, u.shape[1] - len(self.pointing.bias) :] = self.pointing(x)
         return u, v
 
 

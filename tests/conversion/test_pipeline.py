@@ -1,6 +1,7 @@
 """Whole conversions at tiny size: every architecture, saved, reloaded in a fresh process and compared."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 
 import surgery
 from surgery.closed_form.moments import GaussianMixture
+from surgery.conversion import replacement
 from surgery.errors import CalibrationError, ModelError, RecipeError, SurgeryError
 from surgery.fitting.features import RoundedHidden
 from surgery.runtime import precision
@@ -87,14 +89,10 @@ def test_passes_of_other_precisions_stay_as_they_are(ids, monkeypatch):
         seen.clear()
 
 
-@pytest.mark.parametrize("matmul", ["float32", "bfloat16"])
-def test_a_run_that_goes_on_makes_the_twin_of_an_unbroken_one(ids, tmp_path, monkeypatch, matmul):
-    """But for rounding: what finished blocks write is computed by themselves then, in float32."""
-    from surgery.conversion import replacement
-
-    fit, model, how = replacement.fit, tiny.make("llama"), {"text": ids, "epochs": 0, "matmul": matmul}
-    whole, _ = surgery.convert(copy.deepcopy(model), **how)
-    done = []
+@contextmanager
+def interrupted_after_a_block(monkeypatch):
+    """Inside, a conversion fits its first block and is interrupted at the second."""
+    fit, done = replacement.fit, []
 
     def first_alone(*given):
         if done:
@@ -102,10 +100,19 @@ def test_a_run_that_goes_on_makes_the_twin_of_an_unbroken_one(ids, tmp_path, mon
         done.append(fit(*given))
         return done[0]
 
-    monkeypatch.setattr(replacement, "fit", first_alone)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
+        patched.setattr(replacement, "fit", first_alone)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+@pytest.mark.parametrize("matmul", ["float32", "bfloat16"])
+def test_a_run_that_goes_on_makes_the_twin_of_an_unbroken_one(ids, tmp_path, monkeypatch, matmul):
+    """But for rounding: what finished blocks write is computed by themselves then, in float32."""
+    model, how = tiny.make("llama"), {"text": ids, "epochs": 0, "matmul": matmul}
+    whole, _ = surgery.convert(copy.deepcopy(model), **how)
+    with interrupted_after_a_block(monkeypatch):
         surgery.convert(copy.deepcopy(model), **how, output=tmp_path / "twin")
-    monkeypatch.setattr(replacement, "fit", fit)
     resumed, _ = surgery.convert(copy.deepcopy(model), **how, output=tmp_path / "twin")
     before, one, two = (outputs(network, "llama", ids) for network in (model, whole, resumed))
     apart = (one - two).norm() / (one - before).norm()
@@ -113,22 +120,9 @@ def test_a_run_that_goes_on_makes_the_twin_of_an_unbroken_one(ids, tmp_path, mon
 
 
 def test_an_interrupted_run_goes_on_whatever_is_faster_now(ids, tmp_path, monkeypatch):
-    from surgery.conversion import replacement
-
-    fit = replacement.fit
     monkeypatch.setattr(precision, "fast_bf16", lambda device: True)
-    done = []
-
-    def first_alone(*given):
-        if done:
-            raise KeyboardInterrupt
-        done.append(fit(*given))
-        return done[0]
-
-    monkeypatch.setattr(replacement, "fit", first_alone)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after_a_block(monkeypatch):
         surgery.convert(tiny.make("llama"), text=ids, output=tmp_path / "twin")
-    monkeypatch.setattr(replacement, "fit", fit)
     monkeypatch.setattr(precision, "fast_bf16", lambda device: False)
     with pytest.raises(SurgeryError, match="with other settings"):
         surgery.convert(tiny.make("llama"), text=ids, output=tmp_path / "twin", matmul="bfloat16")
