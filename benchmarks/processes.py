@@ -22,6 +22,7 @@ def seconds(options: argparse.Namespace, processes: int, epochs: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "surgery", "convert", options.model, "-o", f"{folder}/twin", "--json"]
         command += ["--text", options.text, "--tokens", str(options.tokens), "--measure", "0"]
+        command += ["--batch", "2"]  # enough batches for every process to have as much of the text
         command += ["--epochs", str(epochs), "--nproc", str(processes)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -193,8 +193,8 @@ def _predicted(readout: Readout, twin: HiddenPolynomial, sample: Sample) -> Tens
     if readout.outputs:
         own = [part[rows] for part, rows in zip(readout.outputs, sample.rows, strict=True)]
         return processes.together(torch.cat(own))
-    solution = readout.choice.weight.to(sample.x)
-    return torch.cat([twin(part) @ solution for part in sample.x.split(CHUNK)])
+    solution, (_, mine) = readout.choice.weight.to(sample.x), processes.own_part(sample.x)
+    return processes.together(torch.cat([twin(part) @ solution for part in mine.split(CHUNK)]))
 
 
 def _solved(
@@ -293,13 +293,21 @@ def _moments(
     if settings.assume == "gaussian":
         return from_gaussian(original.activation, at, at, degree)
     rows = ~sample.massive  # sinks on their way to become massive are ordinary points for most units
-    parts = sample.x[rows].split(CHUNK)
-    sums = (from_data(original.activation, at, *original.preactivations(part), degree) for part in parts)
-    measured = reduce(add, sums)
+    _, mine = processes.own_part(sample.x[rows])
+    sums = (from_data(original.activation, at, *original.preactivations(part), degree) for part in mine.split(CHUNK))
+    measured = _over_processes(reduce(add, sums))
     if settings.tail_weight == 0:
         return measured
     spread = at.widened(settings.tail_width)
     return measured + from_gaussian(original.activation, at, spread, degree, measured.weight * settings.tail_weight)
+
+
+def _over_processes(own: UnitMoments) -> UnitMoments:
+    """The sums of all processes."""
+    for part in (own.u, own.t, own.tt, own.vu, own.vvu, own.tvu):
+        if part is not None:
+            processes.total(part)
+    return replace(own, weight=processes.sum_number(own.weight))
 
 
 def _r2(predicted: Tensor, truth: Tensor, rows: Tensor) -> float:
