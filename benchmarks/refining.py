@@ -9,14 +9,17 @@ weights too, as it does by default.
 
 import argparse
 import json
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import torch
 from accelerate import Accelerator
 
 from surgery.models import loading
+from surgery.refining.kept_predictions import KeptPredictions
 from surgery.refining.objectives import EndToEnd, NextToken
 from surgery.refining.packing import PackedWindows
 from surgery.refining.parameters import named_trainable, twin_block_paths
@@ -25,10 +28,11 @@ from surgery.refining.student import load_teacher, ready_student
 from surgery.runtime.freed_memory import keep_freed_memory
 from surgery.runtime.precision import autocast
 
+TOP_K = 64
 WARM = 2  # rounds that are not counted
 
 
-def distillation(settings, accelerator, train: str):
+def distillation(settings, accelerator, train: str, kept=None):
     """One batch forward and backward, and the optimiser, of a twin whose parameters `train` are trained."""
     twin = loading.loaded(settings.twin).model
     teacher = load_teacher(settings, twin).to(accelerator.device)
@@ -37,7 +41,7 @@ def distillation(settings, accelerator, train: str):
     precision = partial(autocast, settings.dtype, accelerator.device, cached=True)
     paths = [path for path, _ in blocks]
     mean = {name: value.detach().clone() for name, value in trainee.trainable.items()}
-    return EndToEnd(accelerator, trainee.network, teacher, precision, twin, paths), trainee, mean
+    return EndToEnd(accelerator, trainee.network, teacher, precision, twin, paths, kept=kept), trainee, mean
 
 
 def fine_tuning(settings, accelerator):
@@ -70,19 +74,22 @@ def main() -> None:
     accelerator = Accelerator()
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    steps = {
-        "fine-tuning, all weights of the original": fine_tuning(settings, accelerator),
-        "refinement, blocks (the default)": distillation(settings, accelerator, "block"),
-        "refinement, readouts": distillation(settings, accelerator, "readout"),
-    }
-    words = steps["refinement, readouts"][1].network.config.get_text_config().vocab_size
+    words = loading.load_config(settings.original).get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     shape = (settings.batch, settings.window)
     part = PackedWindows(torch.randint(0, words, shape, generator=generator), None)
+    folder = tempfile.TemporaryDirectory()
+    kept = KeptPredictions(Path(folder.name), "benchmark", part, TOP_K)
+    steps = {
+        "fine-tuning, all weights of the original": fine_tuning(settings, accelerator),
+        "refinement, blocks (the default)": distillation(settings, accelerator, "block"),
+        f"… of windows that come again, top {TOP_K}": distillation(settings, accelerator, "block", kept),
+        "refinement, readouts": distillation(settings, accelerator, "readout"),
+    }
 
     def seconds(objective, trainee, mean) -> float:
         begun = time.perf_counter()
-        step_of(objective, trainee, part, mean)
+        step_of(objective, trainee, part.numbered(torch.arange(len(part))), mean)
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - begun

@@ -43,6 +43,11 @@ from surgery.cli import options, terminal
 @click.option("--validate-tokens", type=options.COUNT, help="Held-out tokens.  [default: 8192]")
 @click.option("--validate-every", type=options.COUNT, help="Steps between two looks at them.  [default: 100]")
 @click.option("--patience", type=options.COUNT, help="Looks without improvement to stop after; 0: never.  [default: 0]")
+@click.option(
+    "--teacher-top-k",
+    type=options.COUNT,
+    help="Words of the original's predictions to keep on disk for windows that come again; 0: none.  [default: 0]",
+)
 @click.option("--control", is_flag=True, default=None, help="Train the original alike, on the text itself.")
 @click.option("--report-to", multiple=True, metavar="NAME", help="Tracker, as tensorboard or wandb. Repeatable.")
 @options.seed("the order of the windows")

@@ -22,13 +22,15 @@ def echo(text: str, err: bool = False) -> None:
 
 def refinement_plan(planned: dict[str, Any]) -> str:
     """`surgery refine --dry-run`."""
-    settings = planned["settings"]
+    settings, predictions = planned["settings"], planned["predictions_bytes"]
+    disk = [f"disk: at most {predictions / 2**30:.2f} GiB for the original's predictions"] if predictions else []
     return "\n".join(
         (
             f"{settings['twin']} → {settings['output']}, distilled from {settings['original']}",
             f"{planned['steps']:,} steps of {planned['tokens_a_step']:,} tokens of {', '.join(settings['text'])}",
             f"trained: {settings['train']}, {planned['trained_parameters']:,} of {planned['parameters']:,} parameters",
             f"memory: {planned['bytes_at_least'] / 2**30:.2f} GiB and the activations",
+            *disk,
         )
     )
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery.errors import ModelError
+from surgery.refining.kept_predictions import KeptPredictions
 from surgery.refining.losses import kl
 from surgery.refining.packing import PackedWindows
 from surgery.runtime.hooks import hooked
@@ -85,10 +86,10 @@ class EndToEnd:
 
     def __init__(
         self, accelerator: Any, network: nn.Module, teacher: Any, autocast: Autocast, twin: nn.Module, blocks: Blocks,
-        temperature: float = 1.0, match: float = 0.0, blend: float = 0.0,
+        temperature: float = 1.0, match: float = 0.0, blend: float = 0.0, kept: KeptPredictions | None = None,
     ) -> None:  # fmt: skip
         self.accelerator, self.network, self.teacher, self.autocast = accelerator, network, teacher, autocast
-        self.temperature, self.match, self.blend = temperature, match, blend
+        self.temperature, self.match, self.blend, self.kept = temperature, match, blend, kept
         self.done = 0.0  # share of the steps done; the training loop keeps it
         self.twin, self.blocks = twin, blocks
         self.paths = [paths[-1] for paths in blocks] if match else []
@@ -97,18 +98,32 @@ class EndToEnd:
         goals: dict[str, Tensor] = {}
         found: dict[str, Tensor] = {}
         given = part.inputs(self.accelerator.device)
-        with torch.no_grad(), self.autocast(), hooked(_written(self.teacher, self.paths, goals)):
-            goal = self.teacher(**given, use_cache=False).logits
+
+        def predicted() -> Tensor:
+            with torch.no_grad(), self.autocast(), hooked(_written(self.teacher, self.paths, goals)):
+                logits: Tensor = self.teacher(**given, use_cache=False).logits
+            return logits
+
+        goal = self._goal(part, predicted)
         share = 1.0 if self.done >= self.blend else self.done / self.blend
         mixing = _mixed(self.twin, self.teacher, self.blocks, share) if share < 1 else []
         with hooked(mixing):  # through the backward pass, in which checkpointed layers run again
             with self.autocast(), hooked(_written(self.twin, self.paths, found)):
                 logits = self.network(**given, use_cache=False).logits
-            loss = kl(goal, logits, self.temperature)
+            loss = kl(goal(logits), logits, self.temperature)
             if self.match:
                 loss = loss + self.match * torch.stack([block_error(found[p], goals[p]) for p in self.paths]).mean()
             self.accelerator.backward(loss)
         return loss.detach()
+
+    def _goal(self, part: PackedWindows, predicted: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
+        """What gives the original's logits, if need be with the twin's help."""
+        if self.kept is None:
+            logits = predicted()
+            return lambda _: logits
+        assert part.numbers is not None
+        likeliest = self.kept(part.numbers, predicted).to(self.accelerator.device)
+        return lambda found: likeliest.completed(found, self.temperature)
 
 
 class Local:

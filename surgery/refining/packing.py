@@ -8,7 +8,7 @@ windows are cut from the text as it comes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import pairwise
 from typing import Any
@@ -21,16 +21,28 @@ from surgery.calibration.texts import special_tokens
 
 @dataclass(frozen=True)
 class PackedWindows:
-    """Token ids (n, length), and positions of the same shape, or None where the model takes none; int32."""
+    """Token ids (n, length), and positions of the same shape, or None where the model takes none; int32.
+
+    Attributes:
+        numbers: (n,), of windows that were drawn from others (:meth:`numbered`).
+    """
 
     ids: Tensor
     positions: Tensor | None
+    numbers: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, rows: Any) -> PackedWindows:
-        return PackedWindows(self.ids[rows], None if self.positions is None else self.positions[rows])
+        parts = (self.ids, self.positions, self.numbers)
+        ids, positions, numbers = (None if part is None else part[rows] for part in parts)
+        assert ids is not None
+        return PackedWindows(ids, positions, numbers)
+
+    def numbered(self, rows: Tensor) -> PackedWindows:
+        """Some of the windows, which know what numbers they have here."""
+        return replace(self[rows], numbers=rows)
 
     def inputs(self, device: Any) -> dict[str, Tensor]:
         """Arguments of the model's forward pass."""

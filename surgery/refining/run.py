@@ -11,6 +11,8 @@ processes is the same.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import shutil
 import sys
 import time
@@ -28,6 +30,7 @@ from surgery.calibration.texts import SAMPLES
 from surgery.errors import RecipeError, SurgeryError
 from surgery.models import loading
 from surgery.refining import sharding
+from surgery.refining.kept_predictions import KeptPredictions, bytes_kept
 from surgery.refining.objectives import EndToEnd, Local, NextToken, Objective
 from surgery.refining.parameters import named_trainable, twin_block_paths
 from surgery.refining.plot import plot_refinement
@@ -143,6 +146,11 @@ class _Refinement:
             raise RecipeError(
                 "sharded blocks cannot be run by themselves", fix="leave --objective and --blend, or --shard"
             )
+        if self.sharded and settings.teacher_top_k:  # a process that knows its windows would leave the others waiting
+            raise RecipeError(
+                "sharded processes ask the original together, and each has seen other windows",
+                fix="leave --teacher-top-k, or --shard",
+            )
         self.loaded = loading.loaded(settings.twin)
         self.twin: Any = self.loaded.model
         check_room(out, self.twin, self.loaded.source.dtype)
@@ -205,8 +213,20 @@ class _Refinement:
         settings, blocks = self.settings, [paths for paths, _ in self.replaced]
         if settings.objective == "local":
             return Local(self.accelerator, self.teacher, self.autocast, self.twin, blocks)
-        weights = settings.temperature, settings.match, settings.blend
+        weights = settings.temperature, settings.match, settings.blend, self._kept()
         return EndToEnd(self.accelerator, network, self.teacher, self.autocast, self.twin, blocks, *weights)
+
+    def _kept(self) -> KeptPredictions | None:
+        """Where the original's predictions are kept for windows that come again, if they are to be."""
+        settings, process = self.settings, self.accelerator.process_index
+        if not settings.teacher_top_k:
+            return None
+        count = min(settings.teacher_top_k, self.teacher.config.get_text_config().vocab_size)
+        name = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
+        kept = KeptPredictions(self.place, f"{name}-{process}", self.windows, count, settings.temperature)
+        if settings.tokens <= kept.distinct * settings.window:
+            self._say("no window comes again before the end: keeping the original's predictions wins nothing")
+        return kept
 
     def _run(
         self, student: Trainee, teacher: Any, objective: Objective, control: bool = False, log: Any = None
@@ -339,4 +359,5 @@ def _planned(settings: RefineSettings, processes: int) -> dict[str, Any]:
         "trained_parameters": count,
         "parameters": parameters,
         "bytes_at_least": 4 * numbers,
+        "predictions_bytes": bytes_kept(settings.tokens, settings.teacher_top_k),
     }

@@ -50,6 +50,8 @@ class RefineSettings:
         shard: every process holds a part of every tensor (FSDP2), for models larger than one device.
         validate_tokens, validate_every: held-out tokens, and steps between two looks at them.
         patience: looks without improvement after which to stop; 0 never stops early.
+        teacher_top_k: how many of the original's most likely words are kept on disk for windows that come again,
+            instead of asking it anew; 0: none, which is exact.
         control: train the original alike, on the text itself, and report it beside the twin.
         report_to: trackers, by accelerate's names.
     """
@@ -82,6 +84,7 @@ class RefineSettings:
     validate_tokens: int = 8192
     validate_every: int = 100
     patience: int = 0
+    teacher_top_k: int = 0
     seed: int = 0
     control: bool = False
     report_to: tuple[str, ...] = ()
@@ -131,13 +134,19 @@ def _check_values(settings: RefineSettings) -> None:
     for name in ("average", "blend", "warmup", "short"):
         if not 0 <= getattr(settings, name) < 1:
             raise RecipeError(f"{getattr(settings, name)} is not from 0 up to, not including, 1", where=f"--{name}")
-    for name in ("anchor", "match", "patience"):
+    for name in ("anchor", "match", "patience", "teacher_top_k"):
         if getattr(settings, name) < 0:
-            raise RecipeError(f"{getattr(settings, name)} is below 0", where=f"--{name}")
+            raise RecipeError(f"{getattr(settings, name)} is below 0", where=f"--{name.replace('_', '-')}")
     for name, known in {"train": (*SETS, LORA), "objective": OBJECTIVES, "dtype": MATMUL}.items():
         value = getattr(settings, name)
         if value not in known:
             raise RecipeError(f"no {name} {value!r}{did_you_mean(value, known)}", fix=f"one of {', '.join(known)}")
+    if settings.teacher_top_k and (settings.objective != "kl" or settings.match):
+        raise RecipeError(
+            "predictions are kept, not what the original's blocks write",
+            where="--teacher-top-k",
+            fix="leave it, or --match and --objective",
+        )
     if settings.objective == "local" and settings.train in (LORA, "all"):
         raise RecipeError("local refinement trains what is in blocks", fix="--train block, or --objective kl")
 

@@ -119,7 +119,7 @@ class Training:
     def _one_step(self) -> float:
         accelerator = self.accelerator
         rows = self._rows_of(self.step)
-        mine = self.windows[rows[accelerator.process_index :: accelerator.num_processes]]
+        mine = self.windows.numbered(rows[accelerator.process_index :: accelerator.num_processes])
         self.objective.done = self.step / self.schedule.steps
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = self.schedule.rate_at(self.step)
