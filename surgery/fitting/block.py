@@ -193,8 +193,8 @@ def _predicted(readout: Readout, twin: HiddenPolynomial, sample: Sample) -> Tens
     if readout.outputs:
         own = [part[rows] for part, rows in zip(readout.outputs, sample.rows, strict=True)]
         return processes.together(torch.cat(own))
-    solution, (_, mine) = readout.choice.weight.to(sample.x), processes.own_part(sample.x)
-    return processes.together(torch.cat([twin(part) @ solution for part in mine.split(CHUNK)]))
+    solution = readout.choice.weight.to(sample.x)
+    return processes.together(torch.cat([twin(part) @ solution for part in processes.own_rows(sample.x).split(CHUNK)]))
 
 
 def _solved(
@@ -293,9 +293,13 @@ def _moments(
     if settings.assume == "gaussian":
         return from_gaussian(original.activation, at, at, degree)
     rows = ~sample.massive  # sinks on their way to become massive are ordinary points for most units
-    _, mine = processes.own_part(sample.x[rows])
+    counted = sample.x[rows]
+    shared = len(counted) >= processes.count()  # else somebody would have none
+    mine = processes.own_rows(counted) if shared else counted
     sums = (from_data(original.activation, at, *original.preactivations(part), degree) for part in mine.split(CHUNK))
-    measured = _over_processes(reduce(add, sums))
+    measured = reduce(add, sums)
+    if shared:
+        measured = _over_processes(measured)
     if settings.tail_weight == 0:
         return measured
     spread = at.widened(settings.tail_width)

@@ -100,7 +100,7 @@ def refit(
         units: how many units to keep beside the sink units, the most useful ones; all where None.
     """
     block = station.block
-    tokens = sum(len(arrival.x) for arrival in station.twin)
+    tokens = max(processes.gather(sum(len(arrival.x) for arrival in station.twin)))  # all hold them, or none does
     hold = block.whole and tokens * prior.shape[0] * station.twin[0].x.element_size() <= cache_bytes
     sums = _Sums.zeros(prior, station)
     hidden, written = _summed(twin, station, aim_of, sums, sink_units, hold)

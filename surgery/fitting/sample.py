@@ -77,8 +77,7 @@ def take_sample(target: Target, original: BlockWeights, degree: int, tokens: int
             cause=f"at least {TOKENS_PER_UNKNOWN} tokens per coefficient are needed",
             fix="give more calibration text or tokens, or a lower degree",
         )
-    _, mine = processes.own_part(x)
-    output = processes.together(torch.cat([original(part) for part in mine.split(CHUNK)]))
+    output = processes.together(torch.cat([original(part) for part in processes.own_rows(x).split(CHUNK)]))
     if not bool(torch.isfinite(output).all()):
         raise CalibrationError("the block's output holds NaN or infinite values", where=station.block.path)
     norm = target.reaching(output)

@@ -74,6 +74,12 @@ def own_part(items: Sequence[T]) -> tuple[int, Sequence[T]]:
     return begin, items[begin:end]
 
 
+def own_rows(rows: Tensor) -> Tensor:
+    """This process's part of a tensor's rows, in one piece."""
+    begin, own = own_part(range(len(rows)))
+    return rows[begin : begin + len(own)]
+
+
 def total(value: Tensor) -> Tensor:
     """The sum over all processes, in place."""
     if count() > 1:
