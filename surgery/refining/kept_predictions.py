@@ -1,17 +1,19 @@
 """What the original predicts for the training windows, on disk, for windows that come again.
 
-Of every position the K most likely words are kept, 6 bytes each. The rest of the probability is one number, which lies
-over the other words as the twin has it there: KL(p ‖ q) with p known but for how its rest is spread is
+Of every position the K most likely words are kept and how probable all others are together, P, which lies over them as
+the twin has it there, Q. KL(p ‖ q) with p known but for how its rest is spread is
 
-    Σ_K p (log p − log q) + P log(P ÷ Q),    P = 1 − Σ_K p,  Q = 1 − Σ_K q
+    Σ_K p (log p − log q) + P log(P ÷ Q)
 
 (a lower bound of the whole divergence, with no gradient that spreads the rest otherwise).
 """
 
 from __future__ import annotations
 
+import errno
+import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,35 +24,39 @@ from torch import Tensor
 from surgery.refining.packing import PackedWindows
 from surgery.runtime.files import not_written
 
-BYTES = np.dtype(np.int32).itemsize + np.dtype(np.float16).itemsize  # of a word and its log-probability
-LEAST = 1e-12  # of the rest's probability: none would be a logarithm of nothing
+WORD, LOGARITHM = np.dtype(np.int32), np.dtype(np.float16)
+SMALLEST = -6e4  # logarithm that float16 holds
 TOGETHER = 4096  # windows that are told apart at once
+ZEROS = 2**24  # bytes written at once
 
 
 class Likeliest(NamedTuple):
-    """The K most likely words of every position, (…, K), and their log-probabilities, float32."""
+    """The K most likely words of every position, (…, K), their log-probabilities, and that of all others, (…, 1)."""
 
     words: Tensor
     log_p: Tensor
+    log_rest: Tensor
 
     @staticmethod
     def of(logits: Tensor, count: int, temperature: float) -> Likeliest:
-        """Of softmax(logits ÷ T), (…, vocabulary)."""
-        values, words = logits.topk(min(count, logits.shape[-1]), sorted=False)
-        normaliser = _normaliser(row.float() / temperature for row in logits)
-        return Likeliest(words, values.float() / temperature - normaliser)
+        """Of softmax(logits ÷ T), (windows, length, vocabulary); float32."""
+        windows = []
+        for window in logits:  # a float32 copy of one at a time
+            scaled = window.float() / temperature
+            normaliser = scaled.logsumexp(-1, keepdim=True)
+            values, words = scaled.topk(count, sorted=False)
+            windows.append((words, values - normaliser, _without(scaled, words) - normaliser))
+        return Likeliest(*(torch.stack(parts) for parts in zip(*windows, strict=True)))
 
     def to(self, device: torch.device) -> Likeliest:
-        return Likeliest(self.words.to(device), self.log_p.to(device))
+        return Likeliest(*(part.to(device) for part in self))
 
     def completed(self, found: Tensor, temperature: float) -> Tensor:
-        """Logits of the same predictions, the rest as in `found`, float32; (…, vocabulary) both."""
+        """Logits of the same predictions, the rest as in `found`, float32; (windows, length, vocabulary) both."""
         logits = found.detach().float() / temperature
-        normaliser = _normaliser(logits)
-        q, p = (logits.gather(-1, self.words) - normaliser).exp(), self.log_p.exp()
-        rest_q, rest_p = (1 - part.sum(-1, keepdim=True) for part in (q, p))
-        logits += rest_p.clamp_min(LEAST).log() - rest_q.clamp_min(LEAST).log()
-        logits.scatter_(-1, self.words, self.log_p + normaliser)
+        for window, words, log_rest in zip(logits, self.words, self.log_rest, strict=True):
+            window.add_(log_rest - _without(window, words))
+        logits.scatter_(-1, self.words, self.log_p)
         return logits.mul_(temperature)
 
 
@@ -62,44 +68,50 @@ class KeptPredictions:
 
     Args:
         place: folder of the run's state.
-        name: of the run, which no other has: its settings, windows and process.
+        name: of the run, which no other has: its settings and windows.
         windows: all of them; those that are equal are kept once.
         count: K.
         temperature: T of the softmax.
-    Raises:
-        CheckpointError: the disk has no room for them.
     """
 
     def __init__(self, place: Path, name: str, windows: PackedWindows, count: int, temperature: float = 1.0) -> None:
-        self.count, self.temperature = count, temperature
+        self.place, self.name, self.count, self.temperature = place, name, count, temperature
         self.slot = _slots(windows)
-        self.distinct = int(self.slot.max()) + 1
-        shape = self.distinct, windows.ids.shape[1], count
-        place.mkdir(parents=True, exist_ok=True)
-        self.words = _on_disk(place / f"words-{name}", np.int32, shape)
-        self.log_p = _on_disk(place / f"predictions-{name}", np.float16, shape)
+        self.distinct, self.length = int(self.slot.max()) + 1, windows.ids.shape[1]
+        self.files: tuple[Any, Any] | None = None
 
     def __call__(self, numbers: Tensor, logits: Callable[[], Tensor]) -> Likeliest:
-        """Of the windows with these numbers; where one is new, `logits()`, (windows, length, vocabulary), gives all."""
-        slots = self.slot[numbers]
-        new = ~(self.words[slots] > 0).all((1, 2))
+        """Of the windows with these numbers; where one is new, `logits()`, (windows, length, vocabulary), gives all.
+
+        Raises:
+            CheckpointError: the disk has no room for them.
+        """
+        if self.files is None:  # not before the run is known to be the one that left them
+            shape = self.distinct, self.length
+            self.files = (
+                _on_disk(self.place / f"words-{self.name}", WORD, (*shape, self.count)),
+                _on_disk(self.place / f"predictions-{self.name}", LOGARITHM, (*shape, self.count + 1)),
+            )
+        kept, logarithms = self.files
+        slots = self.slot[numbers.numpy()]
+        new = ~(kept[slots] > 0).all((1, 2))
         if new.any():  # what is there stays, so that predictions do not hang on what a window came with last
-            likeliest = Likeliest.of(logits(), self.count, self.temperature)
-            self.log_p[slots[new]] = likeliest.log_p.cpu().numpy()[new].astype(np.float16)
-            self.words[slots[new]] = likeliest.words.cpu().numpy()[new] + 1
-        return Likeliest(
-            torch.from_numpy(self.words[slots]).long() - 1, torch.from_numpy(self.log_p[slots].astype(np.float32))
-        )
-
-
-def _normaliser(windows: Iterable[Tensor]) -> Tensor:
-    """log Σ exp(logits), (…, 1), a window at a time: it takes a copy of them."""
-    return torch.stack([logits.logsumexp(-1, keepdim=True) for logits in windows])
+            found = Likeliest.of(logits(), self.count, self.temperature)
+            both = torch.cat([found.log_p, found.log_rest], -1).clamp_min(SMALLEST)
+            logarithms[slots[new]] = both.cpu().numpy()[new].astype(LOGARITHM)
+            kept[slots[new]] = found.words.cpu().numpy()[new] + 1
+        words, both = (torch.from_numpy(part[slots].astype(kind)) for part, kind in zip(self.files, "lf", strict=True))
+        return Likeliest(words.long() - 1, both[..., :-1], both[..., -1:])
 
 
 def bytes_kept(tokens: int, count: int) -> int:
     """Of the predictions for so many tokens, at most."""
-    return BYTES * tokens * count
+    return tokens * (WORD.itemsize * count + LOGARITHM.itemsize * (count + 1)) if count else 0
+
+
+def _without(logits: Tensor, words: Tensor) -> Tensor:
+    """log Σ exp(logits) over the other words, (…, 1): as a difference it would be rounding where they are few."""
+    return logits.scatter(-1, words, -math.inf).logsumexp(-1, keepdim=True)
 
 
 def _slots(windows: PackedWindows) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -113,17 +125,34 @@ def _slots(windows: PackedWindows) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.unique(np.concatenate(sums), return_inverse=True)[1]
 
 
-def _on_disk(file: Path, kind: Any, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
-    """An array in a file, which is zero where the file is new. Its room is taken at once: a map has no way to say later
-    that the disk is full."""
-    size = int(np.prod(shape)) * np.dtype(kind).itemsize
+def _on_disk(file: Path, kind: np.dtype[Any], shape: tuple[int, ...]) -> np.memmap[Any, Any]:
+    """An array in a file, which is zero where the file is new."""
+    size = math.prod(shape) * kind.itemsize
     try:
-        with file.open("ab") as opened:
-            if opened.tell() < size:
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(opened.fileno(), 0, size)
-                else:
-                    opened.truncate(size)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _reserve(file, size)
+        return np.memmap(file, kind, "r+", shape=shape)
     except OSError as error:
-        raise not_written(error, f"{size / 2**20:,.0f} MiB of predictions cannot be kept", file.parent) from error
-    return np.memmap(file, kind, "r+", shape=shape)
+        what = f"{size / 2**20:,.0f} MiB of the original's predictions cannot be kept"
+        raise not_written(error, what, file.parent) from error
+
+
+def _reserve(file: Path, size: int) -> None:
+    """Zeros up to this size, with room for them on the disk: a map of a file cannot say later that there is none."""
+    handle = os.open(file, os.O_RDWR | os.O_CREAT)
+    try:
+        there = os.fstat(handle).st_size
+        if there >= size:
+            return
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(handle, there, size - there)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+        os.lseek(handle, there, os.SEEK_SET)
+        while there < size:
+            there += os.write(handle, bytes(min(ZEROS, size - there)))
+    finally:
+        os.close(handle)

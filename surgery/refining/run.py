@@ -146,10 +146,11 @@ class _Refinement:
             raise RecipeError(
                 "sharded blocks cannot be run by themselves", fix="leave --objective and --blend, or --shard"
             )
-        if self.sharded and settings.teacher_top_k:  # a process that knows its windows would leave the others waiting
+        if settings.teacher_top_k and accelerator.num_processes > 1:
             raise RecipeError(
-                "sharded processes ask the original together, and each has seen other windows",
-                fix="leave --teacher-top-k, or --shard",
+                "a window that comes again mostly comes to another process, which has not seen it",
+                where="--teacher-top-k",
+                fix="leave it, or run one process",
             )
         self.loaded = loading.loaded(settings.twin)
         self.twin: Any = self.loaded.model
@@ -218,12 +219,12 @@ class _Refinement:
 
     def _kept(self) -> KeptPredictions | None:
         """Where the original's predictions are kept for windows that come again, if they are to be."""
-        settings, process = self.settings, self.accelerator.process_index
+        settings = self.settings
         if not settings.teacher_top_k:
             return None
         count = min(settings.teacher_top_k, self.teacher.config.get_text_config().vocab_size)
         name = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
-        kept = KeptPredictions(self.place, f"{name}-{process}", self.windows, count, settings.temperature)
+        kept = KeptPredictions(self.place, name, self.windows, count, settings.temperature)
         if settings.tokens <= kept.distinct * settings.window:
             self._say("no window comes again before the end: keeping the original's predictions wins nothing")
         return kept

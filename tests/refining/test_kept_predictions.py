@@ -19,6 +19,18 @@ from tests.refining.support import interrupted, settings_of
 WORDS = 11
 
 
+def asked_for(monkeypatch):
+    """Grows with every batch whose predictions are not known."""
+    asked = []
+    monkeypatch.setattr(Likeliest, "of", staticmethod(lambda *given, of=Likeliest.of: asked.append(1) or of(*given)))
+    return asked
+
+
+def short_text(place):
+    (place / "short.txt").write_text((place / "text.txt").read_text()[:8000])
+    return str(place / "short.txt")
+
+
 def logits(seed, windows=2):
     return 3 * torch.randn(windows, 5, WORDS, generator=torch.Generator().manual_seed(seed))
 
@@ -43,6 +55,29 @@ def test_the_loss_and_its_gradient_are_those_of_the_words_kept_and_the_rest(coun
     torch.testing.assert_close(found.grad, again.grad.float(), rtol=1e-3, atol=1e-6)
     whole = kl(goal, found, temperature)
     assert found_loss.item() == pytest.approx(whole.item(), rel=1e-4) if count == WORDS else found_loss < whole
+
+
+@pytest.mark.parametrize("sure", [5.0, 20.0, 60.0])
+def test_a_twin_that_is_sure_leaves_the_rest_its_probability(sure):
+    goal, found = logits(0), logits(1)
+    found[..., 3] += sure
+    likeliest = Likeliest.of(goal, 4, 1.0)
+    completed = likeliest.completed(found, 1.0)
+    torch.testing.assert_close(completed.softmax(-1).gather(-1, likeliest.words), likeliest.log_p.exp())
+    others = torch.ones_like(goal).scatter(-1, likeliest.words, 0).bool()
+    one, two = (part[others].view(2, 5, -1).log_softmax(-1) for part in (completed, found))
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_words_that_a_model_never_says_are_kept_too(tmp_path, batch):
+    goal = logits(0, batch)
+    goal[..., 5:] = torch.finfo(torch.float32).min
+    windows = PackedWindows(torch.arange(5 * batch, dtype=torch.int32).view(batch, 5), None)
+    likeliest = KeptPredictions(tmp_path, "run", windows, 8)(torch.arange(batch), lambda: goal)
+    found = logits(1, batch)
+    loss = kl(likeliest.completed(found, 1.0), found)
+    assert loss.item() == pytest.approx(kl(goal, found).item(), rel=1e-2)
 
 
 def test_equal_windows_are_asked_for_once_and_a_later_run_finds_them(tmp_path):
@@ -72,10 +107,7 @@ def test_equal_windows_are_asked_for_once_and_a_later_run_finds_them(tmp_path):
 
 
 def test_refining_asks_the_original_once_a_window(place, tmp_path, monkeypatch):
-    passes = []
-    monkeypatch.setattr(Likeliest, "of", staticmethod(lambda *given, of=Likeliest.of: passes.append(1) or of(*given)))
-    how = {"tokens": 8192, "text": (str(place / "short.txt"),)}
-    (place / "short.txt").write_text((place / "text.txt").read_text()[:8000])
+    passes, how = asked_for(monkeypatch), {"tokens": 8192, "text": (short_text(place),)}
     exact = refined(settings_of(place, tmp_path / "exact", **how))
     assert not passes
     record = refined(settings_of(place, tmp_path / "kept", teacher_top_k=40, **how))
@@ -89,13 +121,16 @@ def test_refining_asks_the_original_once_a_window(place, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*refining*"))
 
 
-def test_a_killed_refinement_goes_on_with_what_it_kept(place, tmp_path):
-    settings = settings_of(place, tmp_path / "whole", teacher_top_k=4)
-    whole = refined(settings)
-    settings = settings_of(place, tmp_path / "resumed", teacher_top_k=4)
-    with interrupted(after=2):
-        refined(settings)
-    assert refined(settings)["losses"] == whole["losses"]
+def test_a_killed_refinement_goes_on_with_what_it_kept(place, tmp_path, monkeypatch):
+    how = {"teacher_top_k": 4, "tokens": 8192, "text": (short_text(place),), "validate_every": 8}
+    asked = asked_for(monkeypatch)
+    whole = refined(settings_of(place, tmp_path / "whole", **how))
+    once = len(asked)
+    with interrupted(after=3):  # in the second of more than three passes over the text
+        refined(settings_of(place, tmp_path / "resumed", **how))
+    del asked[:]
+    assert refined(settings_of(place, tmp_path / "resumed", **how))["losses"] == whole["losses"]
+    assert len(asked) < once / 4
 
 
 def test_what_is_refused_and_planned(place, tmp_path, monkeypatch):
@@ -111,7 +146,7 @@ def test_what_is_refused_and_planned(place, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises(CheckpointError, match="the disk is full"):
         surgery.refine(place / "native", place / "llama", tmp_path / "out", teacher_top_k=4, tokens=4096,
                        text=str(place / "text.txt"), window=32, validate_tokens=512)  # fmt: skip

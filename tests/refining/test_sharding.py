@@ -85,7 +85,6 @@ def assert_alike(one, two):
     ("twin", "more"),
     [
         ("native", []),
-        ("native", ["--teacher-top-k", 8]),
         ("native", ["--shard", "--train", "all", "--checkpointing"]),
         ("native", ["--shard", "--train", "lora"]),
         ("plain", ["--shard", "--control"]),
@@ -127,7 +126,7 @@ def test_a_killed_sharded_run_goes_on_exactly(place, tmp_path):
 def test_what_sharding_refuses(place, tmp_path):
     for words, *more in (
         ("cannot be run by themselves", "--blend", 0.5),
-        ("ask the original together", "--teacher-top-k", 8),
+        ("comes to another process", "--teacher-top-k", 8),
     ):
         codes, errors = both("-m", "surgery", *arguments(place, "native", tmp_path / "out", "--shard", *more))
         assert codes == [2, 2] and words in errors[0]
