@@ -94,7 +94,7 @@ def token_fidelity(pair: Pair, text: MeasuredText, batch: int, memo: Memo, name:
             bar.update(len(windows))
             continue
         mine = []
-        own: Any = processes.own_part(windows)[1]
+        own = processes.own_rows(windows)
         for part in own.split(batch) if len(own) else ():
             mine.append(guarded(partial(compare_tokens, first, second, part)))
             bar.update(len(part) * processes.count())

@@ -100,8 +100,8 @@ class KeptPredictions:
             both = torch.cat([found.log_p, found.log_rest], -1).clamp_min(SMALLEST)
             logarithms[slots[new]] = both.cpu().numpy()[new].astype(LOGARITHM)
             kept[slots[new]] = found.words.cpu().numpy()[new] + 1
-        words, both = (torch.from_numpy(part[slots].astype(kind)) for part, kind in zip(self.files, "lf", strict=True))
-        return Likeliest(words.long() - 1, both[..., :-1], both[..., -1:])
+        words, both = torch.from_numpy(kept[slots]).long() - 1, torch.from_numpy(logarithms[slots]).float()
+        return Likeliest(words, both[..., :-1], both[..., -1:])
 
 
 def bytes_kept(tokens: int, count: int) -> int:

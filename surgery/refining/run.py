@@ -146,12 +146,7 @@ class _Refinement:
             raise RecipeError(
                 "sharded blocks cannot be run by themselves", fix="leave --objective and --blend, or --shard"
             )
-        if settings.teacher_top_k and accelerator.num_processes > 1:
-            raise RecipeError(
-                "a window that comes again mostly comes to another process, which has not seen it",
-                where="--teacher-top-k",
-                fix="leave it, or run one process",
-            )
+        _check_processes(settings, accelerator.num_processes)
         self.loaded = loading.loaded(settings.twin)
         self.twin: Any = self.loaded.model
         check_room(out, self.twin, self.loaded.source.dtype)
@@ -290,6 +285,15 @@ class _Refinement:
             tracker.finish()
 
 
+def _check_processes(settings: RefineSettings, processes: int) -> None:
+    if settings.teacher_top_k and processes > 1:
+        raise RecipeError(
+            "a window that comes again mostly comes to another process, which has not seen it",
+            where="--teacher-top-k",
+            fix="leave it, or run one process",
+        )
+
+
 def _accelerator(settings: RefineSettings, out: Path) -> Any:
     from accelerate import Accelerator
 
@@ -338,6 +342,7 @@ def plan_refinement(
     """What :func:`refine` would do, without loading weights: `--dry-run`."""
     settings = refine_settings(twin, original, output, **given)
     check_refinement(settings)
+    _check_processes(settings, processes)
     return _planned(settings, processes)
 
 

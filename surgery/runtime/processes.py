@@ -69,7 +69,7 @@ def first() -> bool:
 
 
 def own_part(items: Sequence[T]) -> tuple[int, Sequence[T]]:
-    """This process's part of the items (or of a tensor's rows), in one piece, and the number of its first."""
+    """This process's part of the items, in one piece, and the number of its first."""
     begin, end = (len(items) * at // count() for at in (rank(), rank() + 1))
     return begin, items[begin:end]
 

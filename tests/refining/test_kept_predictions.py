@@ -143,6 +143,9 @@ def test_what_is_refused_and_planned(place, tmp_path, monkeypatch):
     done = commands.surgery(*command, "--teacher-top-k", "64", "--dry-run")
     assert "disk: at most 0.36 GiB for the original's predictions" in done.stdout
 
+    done = commands.surgery(*command, "--teacher-top-k", "64", "--dry-run", "--nproc", "2")
+    assert done.returncode == 2 and "run one process" in done.stderr
+
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

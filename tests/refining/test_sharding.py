@@ -123,12 +123,12 @@ def test_a_killed_sharded_run_goes_on_exactly(place, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_what_sharding_refuses(place, tmp_path):
+def test_what_several_processes_refuse(place, tmp_path):
     for words, *more in (
-        ("cannot be run by themselves", "--blend", 0.5),
+        ("cannot be run by themselves", "--shard", "--blend", 0.5),
         ("comes to another process", "--teacher-top-k", 8),
     ):
-        codes, errors = both("-m", "surgery", *arguments(place, "native", tmp_path / "out", "--shard", *more))
+        codes, errors = both("-m", "surgery", *arguments(place, "native", tmp_path / "out", *more))
         assert codes == [2, 2] and words in errors[0]
         assert not (tmp_path / "out").exists()
 
