@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from surgery.runtime import processes
 from surgery.runtime.launch import _first_failure
-from tests import tiny
+from tests import commands, tiny
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +21,11 @@ def folder(tmp_path_factory):
 
 
 def convert(folder, name, *more):
-    done = subprocess.run(
-        [sys.executable, "-m", "surgery", "convert", str(folder / "base"), "-o", str(folder / name), "--json",
-         "--text", "python", "--tokens", "6000", "--window", "32", "--measure", "512", *more],
-        check=False, capture_output=True, text=True,
+    run = commands.process if "--nproc" in more else commands.surgery
+    return run(
+        "convert", folder / "base", "-o", folder / name, "--json", "--text", "python", "--tokens", "6000",
+        "--window", "32", "--measure", "512", *more,
     )  # fmt: skip
-    return done
 
 
 def test_two_processes_make_the_twin_that_one_makes(folder):

@@ -9,29 +9,45 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import CheckpointError
+from surgery.saving import reload
 from tests import tiny
 from tests.conversion.support import outputs
 
 
-@pytest.mark.fresh_process
-@pytest.mark.parametrize("name", sorted(tiny.MAKERS))
-def test_saved_twins_give_the_same_outputs_in_a_fresh_process(name, ids, tmp_path):
-    """`convert` reloads what it saved in another process, without this package, and compares keys and outputs."""
+def test_saved_twins_give_the_same_outputs_in_a_fresh_process(ids, tmp_path, monkeypatch):
+    """Every kind of model, loaded in one process without this package: keys and outputs, as `convert` compares them."""
+    checks, verified = [], reload.verified
+
+    def noted(folder, probe, expected, dtype, form):
+        place = tmp_path / name
+        reload.write_probe(place / "probe.safetensors", probe, expected.float())
+        checks.append((place / "twin", place / "probe.safetensors", form))
+        return verified(folder, probe, expected, dtype, form)
+
+    monkeypatch.setattr(reload, "verified", noted)
+    for name in sorted(tiny.MAKERS):
+        twin_keeps_what_it_is(name, ids, tmp_path / name)
+    assert len(checks) == len(tiny.MAKERS)
+    for (folder, *_), seen in zip(checks, reload.reload_elsewhere(checks), strict=True):
+        assert seen.keys() == {"missing", "unexpected", "difference"}, (folder, seen)
+        assert seen["missing"] == seen["unexpected"] == [] and seen["difference"] < 1e-4, (folder, seen)
+
+
+def twin_keeps_what_it_is(name, ids, place):
     model = tiny.make(name)
     before = outputs(model, name, ids)
-    model.save_pretrained(tmp_path / "base")  # loading may rename weights, which a twin must not rename again
-    twin, report = surgery.convert(
-        tmp_path / "base", text=tiny.inputs_for(name, ids), output=tmp_path / "twin", batch=16
-    )
-    saved = json.loads((tmp_path / "twin" / "surgery.json").read_text())
-    assert saved["verification"]["verified"] is True
-    assert saved["verification"]["difference"] < 1e-4
-    assert report.form == ("native" if name in ("llama", "mistral", "qwen2", "gemma") else "custom")
-    assert len(saved["blocks"]) == tiny.BLOCKS.get(name, tiny.LAYERS)
-    assert all(row["r2_held"] > 0.5 for row in saved["blocks"])
+    model.save_pretrained(place / "base")  # loading may rename weights, which a twin must not rename again
+    twin, report = surgery.convert(place / "base", text=tiny.inputs_for(name, ids), output=place / "twin", batch=16)
+    saved = json.loads((place / "twin" / "surgery.json").read_text())
+    assert saved["verification"]["verified"] is True, name
+    assert saved["verification"]["difference"] < 1e-4, name
+    assert report.form == ("native" if name in ("llama", "mistral", "qwen2", "gemma") else "custom"), name
+    assert len(saved["blocks"]) == tiny.BLOCKS.get(name, tiny.LAYERS), name
+    assert all(row["r2_held"] > 0.5 for row in saved["blocks"]), name
     after = outputs(twin, name, ids)
-    assert 1e-3 < (after - before).norm() / before.norm() < 0.8, "changed, and not beyond recognition"
-    again = surgery.load(str(tmp_path / "twin"))
+    change = (after - before).norm() / before.norm()
+    assert 1e-3 < change < 0.8, f"{name}: changed, and not beyond recognition"
+    again = surgery.load(str(place / "twin"))
     torch.testing.assert_close(outputs(again, name, ids), after, rtol=1e-4, atol=1e-4)
 
 
