@@ -106,6 +106,8 @@ def table(out: Path, found: dict, record: dict) -> str:
         plain = fast["fine_tuning" if name.startswith("refine") else "forward"]
         shown = ["", "", ""] if rate is None else [f"{tokens:,}", f"{rate:,.0f}", f"{rate / plain:.2f}"]
         lines.append(f"| {name} | {stage['seconds']:,.0f} | {' | '.join(shown)} |")
+    if found["drawing_seconds"]:
+        lines.append(f"| … drawing samples | {found['drawing_seconds']:,.0f} | | | |")
     lines += ["", "| twin | kind | seen | nats lost | KL |", "| -- | -- | -- | -: | -: |"]
     for twin, kinds in found["kinds"].items():
         for row in kinds["kinds"]:
@@ -130,6 +132,7 @@ def results(options: argparse.Namespace, plan: dict, record: dict) -> None:
         measured = json.loads((out / twin / "evaluation" / "evaluation.json").read_text())
         kinds[twin] = measured["kinds"]
     found = {"speeds": plan["speeds"], "plan": plan, "tokens": tokens, "kinds": kinds, "curve": report["curve"]}
+    found |= {"drawing_seconds": report["drawing_seconds"]}
     write_json(place / "table.json", found | {"stages": record["stages"]})
     write_text(place / "table.md", table(out, found, record))
     for picture in PICTURES:

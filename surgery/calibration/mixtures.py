@@ -77,6 +77,10 @@ class Mixture:
         total = sum(part.share for part in left)
         return Mixture(self.name, tuple(Part(part.source, part.share / total) for part in left))
 
+    def share(self, source: str) -> float:
+        """Of one source, 0 where it is none of the parts."""
+        return sum(part.share for part in self.parts if part.source == source)
+
     @property
     def one(self) -> bool:
         return len(self.parts) == 1

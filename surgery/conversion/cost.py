@@ -66,7 +66,7 @@ class ConversionCost:
             products += (fit.products() + fit.original_passed() * goes_on) * seen + rounded * fit.block.experts
             exact += (fit.exact() + fit.twin_passed() * goes_on) * seen + unrounded * fit.block.experts
             double += fit.double() * fit.block.experts
-        drawn = sum(part.share for part in Mixture.of(plan.text).parts if part.source == SAMPLES)
+        drawn = Mixture.of(plan.text).share(SAMPLES)
         products = times * products + 2.0 * parameters * DRAWING * drawn * plan.tokens
         exact = times * exact + 2.0 * parameters * 2 * plan.measure
         source = loading.stored_dtype(Path(plan.model), network.config)

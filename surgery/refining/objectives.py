@@ -118,10 +118,9 @@ class EndToEnd:
 
     def _goal(self, part: PackedWindows, predicted: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
         """What gives the original's logits, if need be with the twin's help."""
-        if self.kept is None:
+        if self.kept is None or part.numbers is None or bool((part.numbers < 0).any()):  # none that comes once is kept
             logits = predicted()
             return lambda _: logits
-        assert part.numbers is not None
         likeliest = self.kept(part.numbers, predicted).to(self.accelerator.device)
         return lambda found: likeliest.completed(found, self.temperature)
 

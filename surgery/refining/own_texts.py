@@ -1,53 +1,147 @@
-"""The original's own texts to train on: drawn once, kept beside the run's state, gone on with after a kill."""
+"""The original's own texts to train on: drawn as the training asks for them, none of them twice."""
 
 from __future__ import annotations
 
 import hashlib
+import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from surgery.calibration.samples import SAMPLED_TOGETHER, sample
 from surgery.calibration.texts import special_tokens
+from surgery.errors import CalibrationError
+from surgery.refining import sharding
+from surgery.refining.packing import PackedWindows, joined
 from surgery.refining.settings import RefineSettings
-from surgery.runtime.progress import progress
+from surgery.runtime import processes
+from surgery.runtime.files import replacing
+from surgery.runtime.weights_on_disk import device_of
 
 DRAWN_TOGETHER = 2 * SAMPLED_TOGETHER  # half of them from an opening
-BYTES = 4  # of an id
+FEWEST = 8  # texts that are drawn where the last ones planned did not fill enough windows
+
+Pack = Callable[[Sequence[Sequence[int]]], tuple[PackedWindows, ...]]
+"""Texts → windows of every sort that is trained on."""
 
 
-def own_texts(
-    settings: RefineSettings, teacher: Any, tokenizer: Any, count: int, accelerator: Any, place: Path
-) -> Iterator[array[int]]:
-    """At least `count` ids, a window's length a text, without what a tokenizer puts before texts."""
-    made_of = f"{settings.original} {settings.original_revision} {settings.seed} {settings.window} {count}"
-    file = place / f"samples-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
-    rows = -(-count // settings.window)
-    if accelerator.is_main_process:
-        _draw(teacher, tokenizer, file, rows, settings.window, settings.seed)
-    accelerator.wait_for_everyone()
-    before, _ = special_tokens(tokenizer)  # it is put before every piece again when windows are packed
-    for row in np.memmap(file, np.int32, "r", shape=(rows, settings.window)):
-        ids = array("i", row.tobytes())
-        yield ids[len(before) :] if list(ids[: len(before)]) == before else ids
+class OwnTexts:
+    """Windows of texts that the original draws, and texts of the same kind to hold out.
+
+    Texts are drawn a unit at a time, each unit from a seed of its own and by one process, so that they do not hang on
+    how many processes there are. What was drawn and not taken yet is part of the run's state, and so a killed run goes
+    on with the same windows.
+
+    Args:
+        place: folder of the run's state.
+        count: windows that will be taken.
+        pack: makes windows of texts, which are without what the tokenizer puts before texts.
+
+    Attributes:
+        seconds: spent drawing what was trained on.
+    """
+
+    def __init__(
+        self, settings: RefineSettings, teacher: Any, tokenizer: Any, place: Path, count: int, pack: Pack, quiet: bool
+    ) -> None:
+        self.settings, self.teacher, self.tokenizer, self.place = settings, teacher, tokenizer, place
+        self.count, self.pack, self.quiet = count, pack, quiet
+        self.first = 0
+        self.again()
+
+    def again(self) -> OwnTexts:
+        """From the first window on."""
+        self.drawn, self.seconds, self.left = self.first, 0.0, joined(self.pack([]))
+        return self
+
+    def held_out(self, tokens: int) -> list[array[int]]:
+        """Texts of at least so many tokens, which are not trained on. They are kept in a file beside the state."""
+        settings, rows = self.settings, -(-tokens // self.settings.window)
+        made_of = f"{settings.original} {settings.original_revision} {settings.seed} {settings.window} {rows}"
+        file = self.place / f"held-out-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.npy"
+
+        def drawn_or_kept() -> Tensor:
+            if not file.is_file():
+                numbers = range(0, rows, DRAWN_TOGETHER)
+                drawn = torch.cat([self._unit(first, min(DRAWN_TOGETHER, rows - first)) for first in numbers])
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(file) as temporary, temporary.open("wb") as out:
+                    np.save(out, drawn.int().numpy())
+            return torch.from_numpy(np.load(file))
+
+        self.first = rows
+        self.again()
+        return self._without_beginnings(processes.looked_up(drawn_or_kept))
+
+    def take(self, count: int) -> PackedWindows:
+        """The next windows.
+
+        Raises:
+            CalibrationError: the texts fill no window.
+        """
+        begun = time.monotonic()
+        while len(self.left) < count:
+            self._draw_more()
+        self.seconds += time.monotonic() - begun
+        taken, self.left = self.left[:count], self.left[count:]
+        return taken
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`load_state` needs to go on from here."""
+        left = [None if part is None else part.clone() for part in (self.left.ids, self.left.positions)]
+        return {"drawn": self.drawn, "seconds": self.seconds, "left": left}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.drawn, self.seconds = state["drawn"], state["seconds"]
+        self.left = PackedWindows(*state["left"])
+
+    def _draw_more(self) -> None:
+        """One unit a process, or one that all draw together where each holds a part of the original."""
+        apart = not sharding.is_sharded(self.teacher)
+        units = _units(self.drawn, self.first + self.count, processes.count() if apart else 1)
+        own = units[processes.rank() :: processes.count()] if apart else units
+        drawn = [self._unit(*unit) for unit in own]
+        found: dict[tuple[int, int], Tensor] = {}
+        for rank, texts in enumerate(processes.gather(drawn) if apart else [processes.from_first(drawn)]):
+            found |= dict(zip(units[rank :: processes.count()] if apart else units, texts, strict=True))
+        new = [self._shuffled(self.pack(self._without_beginnings(found[unit])), unit[0]) for unit in units]
+        if not sum(map(len, new)):
+            raise CalibrationError(
+                f"what the original writes fills no window of {self.settings.window} tokens",
+                where="samples",
+                fix="lower --short or --window, or give other texts",
+            )
+        self.left = joined((self.left, *new))
+        self.drawn = sum(units[-1])
+
+    def _unit(self, first: int, rows: int) -> Tensor:
+        """Texts number `first` and those after it, (rows, length) ids; the global random state stays as it is."""
+        device = device_of(self.teacher)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.settings.seed + first)
+            return sample(self.teacher, self.tokenizer, rows, self.settings.window, after=first, quiet=self.quiet)
+
+    def _without_beginnings(self, texts: Tensor) -> list[array[int]]:
+        """Without what a tokenizer puts before texts, since it is put before every piece when windows are packed."""
+        before, _ = special_tokens(self.tokenizer)
+        found = [array("i", row) for row in texts.tolist()]
+        return [ids[len(before) :] if list(ids[: len(before)]) == before else ids for ids in found]
+
+    def _shuffled(self, sorts: tuple[PackedWindows, ...], number: int) -> PackedWindows:
+        windows = joined(sorts)
+        generator = torch.Generator().manual_seed(self.settings.seed + number)
+        return windows[torch.randperm(len(windows), generator=generator)]
 
 
-def _draw(teacher: Any, tokenizer: Any, file: Path, rows: int, length: int, seed: int) -> None:
-    """Appends what is missing of `rows` texts. Each draw has a seed of its own, so that a killed run draws the same."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("ab") as out, progress(rows, f"drawing texts of {length} tokens") as bar:
-        done = out.tell() // (BYTES * length)
-        if done < rows:  # a draw that was cut off is made again
-            done -= done % DRAWN_TOGETHER
-            out.truncate(BYTES * length * done)
-        bar.update(done)
-        for first in range(done, rows, DRAWN_TOGETHER):
-            torch.manual_seed(seed + first)
-            drawn = sample(teacher, tokenizer, min(DRAWN_TOGETHER, rows - first), length, after=first, quiet=True)
-            out.write(drawn.int().numpy().tobytes())
-            out.flush()
-            bar.update(len(drawn))
+def _units(first: int, last: int, most: int) -> list[tuple[int, int]]:
+    """The next draws from text `first` on, (number of the first, how many); from `last` on a small one."""
+    units: list[tuple[int, int]] = []
+    while len(units) < most and (not units or first < last):
+        units.append((first, min(DRAWN_TOGETHER, last - first) if first < last else FEWEST))
+        first = sum(units[-1])
+    return units

@@ -24,7 +24,7 @@ class PackedWindows:
     """Token ids (n, length), and positions of the same shape, or None where the model takes none; int32.
 
     Attributes:
-        numbers: (n,), of windows that were drawn from others (:meth:`numbered`).
+        numbers: (n,), of windows that were drawn from others (:meth:`numbered`); negative: of no others.
     """
 
     ids: Tensor
@@ -52,6 +52,14 @@ class PackedWindows:
     def split(self, size: int) -> list[PackedWindows]:
         """Parts of at most `size` windows."""
         return [self[start : start + size] for start in range(0, len(self), size)]
+
+
+def joined(parts: Sequence[PackedWindows]) -> PackedWindows:
+    """All windows of the parts, which have positions or numbers all or none."""
+    ids = torch.cat([part.ids for part in parts])
+    positions = [part.positions for part in parts if part.positions is not None]
+    numbers = [part.numbers for part in parts if part.numbers is not None]
+    return PackedWindows(ids, torch.cat(positions) if positions else None, torch.cat(numbers) if numbers else None)
 
 
 Row = tuple[Tensor, Tensor]

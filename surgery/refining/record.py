@@ -11,13 +11,16 @@ from typing import Any
 from surgery.calibration.texts import label
 from surgery.models import loading
 from surgery.refining.packing import PackedWindows
+from surgery.refining.sequence import TrainingWindows
 from surgery.refining.settings import RefineSettings
 from surgery.refining.training import Training
 
 HASHED_TOGETHER = 4096  # windows
 
 
-def run_key(settings: RefineSettings, report: dict[str, Any], windows: PackedWindows, processes: int) -> dict[str, Any]:
+def run_key(
+    settings: RefineSettings, report: dict[str, Any], windows: TrainingWindows, processes: int
+) -> dict[str, Any]:
     """What an interrupted run must share with this one to be gone on with: settings, the twin's weights, the text."""
     return {
         **asdict(settings),
@@ -26,7 +29,7 @@ def run_key(settings: RefineSettings, report: dict[str, Any], windows: PackedWin
         "device": None,
         "processes": processes,
         "weights": report["verification"]["weights"],
-        "windows": _fingerprint(windows),
+        "windows": _fingerprint(windows.texts),
     }
 
 
@@ -52,9 +55,10 @@ def record_of(
         "processes": run.accelerator.num_processes,
         "trained_parameters": sum(value.numel() for value in run.trainable.values()),
         "tokens_seen": run.tokens_seen,
-        "passes_over_the_text": round(run.tokens_seen / run.windows.ids.numel(), 2),
+        "passes_over_the_text": round(run.tokens_seen / (len(run.windows) * run.windows.length), 2),
         "held_out": ranges,
         "seconds": round(run.seconds, 1),
+        "drawing_seconds": round(run.windows.drawing_seconds, 1),
         "held_out_tokens": sum(len(part) * (part.ids.shape[1] - 1) for part in run.held.values()),
         "lost_before": first["lost"],
         "lost_after": after["lost"],

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from surgery.calibration.mixtures import Mixture
 from surgery.calibration.texts import SAMPLES
@@ -167,9 +168,9 @@ class _Refinement:
             shutil.rmtree(self.place, ignore_errors=True)
         accelerator.wait_for_everyone()
         self.held, self.windows, self.ranges = training_windows(
-            settings, self.loaded.tokenizer, report, self.teacher, accelerator, self.place
+            settings, self.loaded.tokenizer, report, self.teacher, self.place, quiet
         )
-        if settings.short and self.windows.positions is None:
+        if settings.short and self.windows.texts.positions is None:
             left_out = "no sentences by themselves (--short): this model does not keep packed documents apart"
             self.note = "; ".join(filter(None, (self.note, left_out)))
             self._say(left_out)
@@ -179,10 +180,14 @@ class _Refinement:
 
     def _matmul(self) -> str:
         """What training multiplies matrices in."""
-        device, few = self.accelerator.device, self.windows.ids[:1, :SHORTEST].to(self.accelerator.device).long()
+        device, few = self.accelerator.device, self._few(1)[:, :SHORTEST].to(self.accelerator.device)
         if self.sharded:  # the teacher is not where it will run
             return chosen_dtype(self.settings.dtype, device)
         return usable_dtype(self.settings.dtype, device, lambda: self.teacher(input_ids=few, use_cache=False))
+
+    def _few(self, rows: int) -> Tensor:
+        """Ids of windows to try the model with."""
+        return next(iter(self.held.values())).ids[:rows].long()
 
     def _say(self, what: str) -> None:
         if not self.quiet and self.accelerator.is_main_process:
@@ -217,10 +222,13 @@ class _Refinement:
         settings = self.settings
         if not settings.teacher_top_k:
             return None
-        count = min(settings.teacher_top_k, self.teacher.config.get_text_config().vocab_size)
-        name = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
-        kept = KeptPredictions(self.place, name, self.windows, count, settings.temperature)
-        if settings.tokens <= kept.distinct * settings.window:
+        texts, own = self.windows.texts, len(self.windows) - len(self.windows.texts)
+        kept = None
+        if len(texts):
+            count = min(settings.teacher_top_k, self.teacher.config.get_text_config().vocab_size)
+            name = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
+            kept = KeptPredictions(self.place, name, texts, count, settings.temperature)
+        if kept is None or settings.tokens <= (kept.distinct + own) * settings.window:
             self._say("no window comes again before the end: keeping the original's predictions wins nothing")
         return kept
 
@@ -229,7 +237,7 @@ class _Refinement:
     ) -> Training:
         """From where an earlier run stopped to the end; the state is kept after every look at held-out text."""
         key = self.key | ({"control": True} if control else {})
-        text = self.held, self.windows
+        text = self.held, self.windows.again()
         run = Training(self.accelerator, student, teacher, objective, self.schedule, *text, key, log)
         place = self.place / "control" if control else self.place
         run.resume(place)
@@ -275,7 +283,7 @@ class _Refinement:
             form = "native" if report["form"] == "native" else "custom"  # a delta is whole now
             report |= {"refinement": record, "form": form}
             report.pop("exported_from", None)
-            probe = probe_inputs({"input_ids": self.windows.ids[:2].to(student.device)})
+            probe = probe_inputs({"input_ids": self._few(2).to(student.device)})
             how: dict[str, Any] = {"dtype": dtype, "form": form, "companions": self.loaded.companions}
             save(student, self.loaded.tokenizer, self.out, report, probe, **how)
             plot_refinement(record, self.out / "refinement.png")

@@ -15,16 +15,16 @@ import torch
 
 from surgery.calibration.automatic import automatic, available
 from surgery.calibration.mixtures import Mixture, seen_of
-from surgery.calibration.sentences import Sentences
 from surgery.calibration.texts import AUTO, BROAD, SAMPLES, label, tokenised
 from surgery.errors import CalibrationError
-from surgery.refining.own_texts import own_texts
-from surgery.refining.packing import PackedWindows, Packer, cut, pack, packable
+from surgery.refining.own_texts import OwnTexts
+from surgery.refining.packing import PackedWindows, cut, pack, packable
+from surgery.refining.sequence import TrainingWindows
 from surgery.refining.settings import RefineSettings
-from surgery.refining.window_file import WindowFile
+from surgery.refining.window_file import WindowFile, packed
+from surgery.runtime import processes
 
 SPREAD, SPREAD_MOST = 4, 500_000  # times the tokens of a text that are read to train on, and where that ends
-STRETCH = 256  # tokens of a text that become sentences together
 OFFLINE = ("python=2", "code=2", SAMPLES)  # without a network; samples take longer to draw than to train on
 
 
@@ -39,20 +39,27 @@ def training_sources(settings: RefineSettings, tokenizer: Any) -> tuple[tuple[st
 
 
 def training_windows(
-    settings: RefineSettings, tokenizer: Any, report: dict[str, Any], teacher: Any, accelerator: Any, place: Path
-) -> tuple[dict[str, PackedWindows], PackedWindows, dict[str, dict[str, int]]]:
+    settings: RefineSettings, tokenizer: Any, report: dict[str, Any], teacher: Any, place: Path, quiet: bool = True
+) -> tuple[dict[str, PackedWindows], TrainingWindows, dict[str, dict[str, int]]]:
     """Held-out windows by text, training windows, and which tokens of each text were held out of how many read.
 
     Held out is, of every text, what follows the tokens that the conversion saw: unseen by both. All else is trained on,
     in windows from all over it; of several texts each gives its share, a short one by coming again. Of every text the
-    share `short` of the windows holds sentences by themselves, where positions keep them apart.
+    share `short` of the windows holds sentences by themselves, where positions keep them apart. The original's own
+    texts are drawn as they are trained on.
     What an earlier refinement held out of a text stays so.
     """
     positions = packable(teacher)
+    short = settings.short if positions else 0.0
+    own = None
     held: dict[str, PackedWindows] = {}
     ranges = dict((report.get("refinement") or {}).get("held_out", {}))
     mixture, _ = available(Mixture.of(settings.text))
     train = WindowFile(place.parent, settings.window, positions)
+
+    def in_windows(texts: Iterable[Sequence[int]]) -> tuple[PackedWindows, ...]:
+        return packed(((text, False) for text in texts), settings.window, short, tokenizer, train)[1:]
+
     for part in mixture.parts:
         source, name = part.source, label(part.source)
         seen = seen_of(report["calibration"], source)
@@ -60,16 +67,15 @@ def training_windows(
         if name in ranges:
             seen, held_each = ranges[name]["begin"], ranges[name]["end"] - ranges[name]["begin"]
         wanted = round(settings.tokens * part.share)
+        rows = -(-wanted // settings.window)
         if source == SAMPLES:
-            texts: Iterable[array[int]] = own_texts(
-                settings, teacher, tokenizer, wanted + held_each, accelerator, place
-            )
-        else:
-            read = max(wanted, min(SPREAD * wanted, SPREAD_MOST))
-            texts = tokenised(source, tokenizer, seen + held_each + read)
-        counted = _Counted(texts)
-        short = settings.short if positions else 0.0
-        kept, long, alone = _packed(cut(counted, seen, seen + held_each), settings.window, short, tokenizer, train)
+            own = OwnTexts(settings, teacher, tokenizer, place, rows, in_windows, quiet)
+            held[name] = pack(own.held_out(held_each), settings.window, tokenizer, positions)
+            ranges[name] = {"begin": 0, "end": held_each, "read": held_each + wanted}
+            continue
+        read = max(wanted, min(SPREAD * wanted, SPREAD_MOST))
+        counted = _Counted(tokenised(source, tokenizer, seen + held_each + read))
+        kept, long, alone = packed(cut(counted, seen, seen + held_each), settings.window, short, tokenizer, train)
         if counted.tokens < seen + held_each:
             raise CalibrationError(
                 f"of its {counted.tokens:,} tokens the conversion saw {seen:,}; "
@@ -79,15 +85,14 @@ def training_windows(
             )
         ranges[name] = {"begin": seen, "end": seen + held_each, "read": counted.tokens}
         held[name] = pack(kept, settings.window, tokenizer, positions)
-        rows = -(-wanted // settings.window)
         of_sentences = round(rows * short) if len(alone) else 0
         for windows, number in ((long, rows - of_sentences), (alone, of_sentences)):
             train.choose(windows, _as_many(len(windows), number, again=not mixture.one))
-    found = train.windows()
-    a_step = settings.batch * settings.accumulate * accelerator.num_processes
+    found = TrainingWindows(train.windows(), own, settings.seed)
+    a_step = settings.batch * settings.accumulate * processes.count()
     if any(len(part) == 0 for part in held.values()) or len(found) < a_step:
         raise CalibrationError(
-            f"{found.ids.numel():,} tokens are too few: a step takes {a_step} windows of {settings.window}",
+            f"{len(found) * found.length:,} tokens are too few: a step takes {a_step} windows of {settings.window}",
             where=", ".join(settings.text),
             fix="give more text, or lower --window, --batch, --accumulate or --validate-tokens",
         )
@@ -104,31 +109,6 @@ class _Counted:
         for text in self.texts:
             self.tokens += len(text)
             yield text
-
-
-def _packed(
-    pieces: Iterable[tuple[Sequence[int], bool]], length: int, short: float, tokenizer: Any, beside: WindowFile
-) -> tuple[list[Sequence[int]], PackedWindows, PackedWindows]:
-    """Of pieces, each held out or not: those held out, windows of the others, and windows of sentences out of them.
-
-    A share `short` of every text's stretches becomes sentences.
-    """
-    kept: list[Sequence[int]] = []
-    sentences = Sentences(tokenizer)
-    packers = [Packer(length, tokenizer) for _ in range(2)]
-    long, alone = files = [beside.another() for _ in range(2)]
-    total = taken = 0
-    for piece, inside in pieces:
-        if inside:
-            kept.append(piece)
-            continue
-        for stretch in [piece[at : at + STRETCH] for at in range(0, len(piece), STRETCH)] if short else [piece]:
-            total += len(stretch)
-            which = taken + len(stretch) <= short * total
-            taken += which * len(stretch)
-            for text in sentences.of(stretch) if which else [stretch]:
-                files[which].extend(packers[which].add(text))
-    return kept, long.windows(), alone.windows()
 
 
 def _as_many(there: int, wanted: int, again: bool) -> torch.Tensor:

@@ -19,6 +19,7 @@ from surgery.refining.losses import kl, sum_dtype
 from surgery.refining.objectives import Objective
 from surgery.refining.packing import PackedWindows
 from surgery.refining.schedule import Schedule
+from surgery.refining.sequence import TrainingWindows
 from surgery.refining.sharding import local_part
 from surgery.refining.student import Trainee
 from surgery.runtime import processes
@@ -56,7 +57,7 @@ class Training:
         objective: Objective,
         schedule: Schedule,
         held: dict[str, PackedWindows],
-        windows: PackedWindows,
+        windows: TrainingWindows,
         key: dict[str, Any],
         log: Callable[[dict[str, float], int], None] | None = None,
     ) -> None:
@@ -74,11 +75,10 @@ class Training:
         self.start = (
             {name: local_part(p).clone() for name, p in self.trainable.items()} if schedule.settings.anchor else {}
         )
-        self.orders: dict[int, Tensor] = {}
 
     @property
     def tokens_seen(self) -> int:
-        return int(self.step * self.rows * self.windows.ids.shape[1])
+        return int(self.step * self.rows * self.windows.length)
 
     def steps(self, quiet: bool, label: str = "refining") -> Iterator[None]:
         """Runs to the end; yields after every look at the held-out text."""
@@ -102,24 +102,10 @@ class Training:
                     self._look()
                     yield
 
-    def _rows_of(self, step: int) -> Tensor:
-        """Which windows a step sees: one seeded order after another, so that every window comes before any returns."""
-        count, wanted = len(self.windows), range(step * self.rows, (step + 1) * self.rows)
-        found = []
-        for place in wanted:
-            epoch = place // count
-            if epoch not in self.orders:
-                generator = torch.Generator().manual_seed(self.schedule.settings.seed + epoch)
-                self.orders = {epoch: torch.randperm(count, generator=generator)} | (
-                    {epoch - 1: self.orders[epoch - 1]} if epoch - 1 in self.orders else {}
-                )
-            found.append(self.orders[epoch][place % count])
-        return torch.stack(found)
-
     def _one_step(self) -> float:
         accelerator = self.accelerator
-        rows = self._rows_of(self.step)
-        mine = self.windows.numbered(rows[accelerator.process_index :: accelerator.num_processes])
+        windows = self.windows.of_step(self.step, self.rows)
+        mine = windows[accelerator.process_index :: accelerator.num_processes]
         self.objective.done = self.step / self.schedule.steps
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = self.schedule.rate_at(self.step)
@@ -257,6 +243,7 @@ class Training:
             "best": self.best,
             "optimizer": sharding.own_state(self.optimizer),
             "mean": self.mean,
+            "windows": self.windows.state(),
             "now": {name: local_part(value).cpu() for name, value in self.trainable.items()},
         }
         file = self._file(place, self.step)
@@ -299,6 +286,7 @@ class Training:
         for name in set(STATE) - {"key"}:
             setattr(self, name, state[name])
         self.best = kept["best"]
+        self.windows.load_state(kept["windows"])
         sharding.load_own_state(self.optimizer, kept["optimizer"])
         self.mean = {name: value.to(self.trainable[name].device) for name, value in kept["mean"].items()}
         self._put(kept["now"])

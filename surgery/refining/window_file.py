@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from surgery.refining.packing import PackedWindows, Row
+from surgery.calibration.sentences import Sentences
+from surgery.refining.packing import PackedWindows, Packer, Row
 
 AT_ONCE = 4096  # windows copied from one file to another
+STRETCH = 256  # tokens of a text that become sentences together
 
 
 class WindowFile:
@@ -57,3 +60,28 @@ class WindowFile:
         mapped = np.memmap(self.file, np.int32, "c", shape=(self.count, 2, self.length))
         both = torch.from_numpy(mapped)
         return PackedWindows(both[:, 0], both[:, 1] if self.with_positions else None)
+
+
+def packed(
+    pieces: Iterable[tuple[Sequence[int], bool]], length: int, short: float, tokenizer: Any, beside: WindowFile
+) -> tuple[list[Sequence[int]], PackedWindows, PackedWindows]:
+    """Of pieces, each held out or not: those held out, windows of the others, and windows of sentences out of them.
+
+    A share `short` of every text's stretches becomes sentences.
+    """
+    kept: list[Sequence[int]] = []
+    sentences = Sentences(tokenizer)
+    packers = [Packer(length, tokenizer) for _ in range(2)]
+    long, alone = files = [beside.another() for _ in range(2)]
+    total = taken = 0
+    for piece, inside in pieces:
+        if inside:
+            kept.append(piece)
+            continue
+        for stretch in [piece[at : at + STRETCH] for at in range(0, len(piece), STRETCH)] if short else [piece]:
+            total += len(stretch)
+            which = taken + len(stretch) <= short * total
+            taken += which * len(stretch)
+            for text in sentences.of(stretch) if which else [stretch]:
+                files[which].extend(packers[which].add(text))
+    return kept, long.windows(), alone.windows()

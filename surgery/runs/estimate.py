@@ -7,10 +7,13 @@ from typing import Any
 
 from evals.settings import evaluation_settings
 from surgery.blocks.find import survey
-from surgery.conversion.cost import ConversionCost
+from surgery.calibration.mixtures import Mixture
+from surgery.calibration.texts import SAMPLES
+from surgery.conversion.cost import DRAWING, ConversionCost
 from surgery.conversion.recipe import Recipe
 from surgery.conversion.selection import chosen_blocks
 from surgery.models import loading
+from surgery.refining.kept_predictions import bytes_kept
 from surgery.runs.recipe import RunRecipe
 from surgery.runs.stages import Stage
 from surgery.runtime.speed import Speed
@@ -26,6 +29,7 @@ class Estimate:
     Attributes:
         parameters: of the model.
         bytes: of a twin on disk.
+        kept: bytes of the original's predictions that a refinement keeps on disk, at most.
         memory: of the model and the passes in memory, at least.
     """
 
@@ -35,6 +39,8 @@ class Estimate:
         first = recipe.conversions[0]
         self.costs = {plan.output: self._cost(model, plan) for plan in recipe.conversions}
         self.bytes = self.costs[first.output].disk
+        refinement = recipe.refinement() if recipe.refine is not None else None
+        self.kept = bytes_kept(refinement.tokens, refinement.teacher_top_k) if refinement else 0
         self.memory = max(cost.memory for cost in self.costs.values())
         self.device = loading.placed(recipe.device)
         self.speed = Speed.of(self.device, first.matmul)
@@ -46,7 +52,8 @@ class Estimate:
         if stage.kind == "refine":
             settings = recipe.refinement()
             looks = settings.tokens / (settings.window * settings.batch * settings.accumulate) / settings.validate_every
-            passes = TRAINING * settings.tokens + looks * settings.validate_tokens
+            drawn = DRAWING * Mixture.of(settings.text).share(SAMPLES)
+            passes = (TRAINING + drawn) * settings.tokens + looks * settings.validate_tokens
             return SETTING_UP + passes * self._forward() / Speed.of(self.device, settings.dtype).products
         if stage.kind == "eval":
             settings_of = evaluation_settings(stage.twin, **({"skip": 0} | recipe.evaluation(stage.twin)))

@@ -195,5 +195,5 @@ def plan_run(
         )
     return {
         "recipe": plan.name, "model": plan.model, "output": str(plan.output), "parameters": guess.parameters,
-        "stages": rows, "bytes": twins * guess.bytes, "free": free, "memory": guess.memory,
+        "stages": rows, "bytes": twins * guess.bytes + guess.kept, "free": free, "memory": guess.memory,
     }  # fmt: skip

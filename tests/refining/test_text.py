@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,9 +55,8 @@ def test_every_text_gives_its_share_and_a_short_one_comes_again(place, tmp_path)
     tokenizer = loading.loaded(settings.twin).tokenizer
     report = json.loads((Path(settings.twin) / "surgery.json").read_text())
     teacher = loading.loaded(settings.original).model
-    held, windows, ranges = training_windows(
-        settings, tokenizer, report, teacher, SimpleNamespace(num_processes=1), tmp_path
-    )
+    held, found, ranges = training_windows(settings, tokenizer, report, teacher, tmp_path)
+    windows = found.texts
     of_short = torch.isin(windows.ids, torch.tensor(tokenizer("XYZ", add_special_tokens=False)["input_ids"]))
     share = (of_short.float().mean(1) > 0.5).float().mean()
     assert share == pytest.approx(0.25, abs=0.02)
@@ -77,8 +75,8 @@ def test_a_share_of_the_windows_is_sentences(place, tmp_path):
     teacher = loading.loaded(settings.original).model
 
     def windows(teacher, **more):
-        given = replace(settings, **more), loaded.tokenizer, report, teacher, SimpleNamespace(num_processes=1), tmp_path
-        return training_windows(*given)[1]
+        given = replace(settings, **more), loaded.tokenizer, report, teacher, tmp_path
+        return training_windows(*given)[1].texts
 
     found = windows(teacher, short=0.25)
     beginnings = (found.positions == 0).sum(1)
