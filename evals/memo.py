@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgery.runtime.files import replacing
+from surgery.runtime.files import cache_folder, replacing
 
 
 def default_folder() -> Path:
-    """Where measurements are kept, after the XDG convention."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "polysurgery" / "evals"
+    """Where measurements are kept."""
+    return cache_folder("evals")
 
 
 @dataclass

@@ -1,4 +1,5 @@
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -16,6 +17,13 @@ from surgery.saving import reload
 settings.register_profile("steady", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    """A cache of this run's own: nothing of earlier ones is found, and nothing is left for later ones."""
+    place = tempfile.TemporaryDirectory(prefix="surgery-tests-")
+    os.environ["XDG_CACHE_HOME"] = place.name
+    config.add_cleanup(place.cleanup)
 
 
 def verified_here(folder, probe, expected, dtype, form, on_disk=False):

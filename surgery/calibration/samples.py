@@ -37,38 +37,45 @@ def sample(
     length: int,
     batch: int = SAMPLED_TOGETHER,
     *,
+    seed: int,
     after: int = 0,
     quiet: bool = False,
 ) -> Tensor:
-    """The model's own texts from their start tokens on, (rows, length) ids, at temperature 1; global random state.
+    """The model's own texts from their start tokens on, (rows, length) ids, at temperature 1.
 
     Every other one goes on from an opening (:mod:`surgery.calibration.openings`), where the tokenizer knows English.
-    `after` so many that were drawn already, it begins with the openings that follow.
+    `after` so many that were drawn already, it begins with the openings that follow. The global random state stays as
+    it is.
     """
-    start = [] if tokenizer is None else start_tokens(tokenizer)
-    if not start or not hasattr(model, "generate") or not model.can_generate():
+    begun = prompts(tokenizer, rows, length, after)
+    if not any(begun[0]) or not hasattr(model, "generate") or not model.can_generate():
         raise CalibrationError("this model cannot generate text of its own", fix="give a text file with --text")
     from tqdm import tqdm
 
-    alone = torch.tensor([start], device=device_of(model))
+    alone = torch.tensor(begun[0][:1], device=device_of(model))
     matmul = usable_dtype("auto", alone.device, lambda: model(input_ids=alone))
-    begun = openings(tokenizer) if knows_english(tokenizer) else []
-    begun = begun if begun and len(begun[0]) < length - len(start) - 1 else []
-    opened = rows // 2 if begun else 0
-    prompts = [
-        [start] * (rows - opened),
-        [[*start, *begun[(after // 2 + number) % len(begun)]] for number in range(opened)],
-    ]
     plain: list[Tensor] = []
     others: list[Tensor] = []
-    with tqdm(total=rows, desc=f"sampling {length} tokens", unit="seq", leave=False, disable=quiet) as bar:
-        for drawn, wanted in zip((plain, others), prompts, strict=True):
+    bar = tqdm(total=rows, desc=f"sampling {length} tokens", unit="seq", leave=False, disable=quiet)
+    with bar, torch.random.fork_rng([alone.device] if alone.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for drawn, wanted in zip((plain, others), begun, strict=True):
             for first in range(0, len(wanted), batch):
                 part = torch.tensor(wanted[first : first + batch], device=device_of(model))
                 drawn.extend(_continued(model, part, length, matmul))
                 bar.update(len(part))
     later = others[::-1]  # two of each in turn, so that both begin in every way windows begin
     return torch.stack([later.pop() if later and (n % 4 >= 2 or not plain) else plain.pop(0) for n in range(rows)])
+
+
+def prompts(tokenizer: Any, rows: int, length: int, after: int = 0) -> tuple[list[list[int]], list[list[int]]]:
+    """What so many texts begin with: the start tokens alone, and an opening behind them; empty without a start."""
+    start = [] if tokenizer is None else start_tokens(tokenizer)
+    begun = openings(tokenizer) if start and knows_english(tokenizer) else []
+    begun = begun if begun and len(begun[0]) < length - len(start) - 1 else []
+    opened = rows // 2 if begun else 0
+    numbers = range(after // 2, after // 2 + opened)
+    return [start] * (rows - opened), [[*start, *begun[number % len(begun)]] for number in numbers]
 
 
 def _continued(model: Any, prompt: Tensor, length: int, matmul: str) -> Tensor:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.calibration.drawn_once import drawn_once
 from surgery.calibration.held_out import HELD_OUT_SHARE, fitted_sequences
-from surgery.calibration.samples import sample, start_tokens
+from surgery.calibration.samples import start_tokens
 from surgery.calibration.sentences import openings_of
 from surgery.calibration.texts import special_tokens, tokens_of
 from surgery.errors import CalibrationError
@@ -92,14 +93,13 @@ class TextPieces:
 
     def of_samples(self, model: Any, tokenizer: Any, seed: int, limit: int) -> Windows:
         """The same of the model's own texts, of up to `limit` tokens."""
-        torch.manual_seed(seed)
         short = int(self.tokens * self.short) // SHORT if self.mixed else 0
         rows, extra = -(-(self.tokens - short * SHORT) // self.length), -(-self.unseen // self.length)
         midst = short > 0 and self.length < limit and not (tokenizer is not None and special_tokens(tokenizer)[0])
-        drawn = sample(model, tokenizer, rows + extra, self.length + midst)
+        drawn = drawn_once(model, tokenizer, rows + extra, self.length + midst, seed)
         if midst:
             drawn = torch.stack([row[number % 2 :][: self.length] for number, row in enumerate(drawn)])
-        sets = [drawn[:rows]] + ([sample(model, tokenizer, short, SHORT)] if short else [])
+        sets = [drawn[:rows]] + ([drawn_once(model, tokenizer, short, SHORT, seed)] if short else [])
         return Windows(tuple(sets), drawn[rows:] if extra else None)
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,13 +19,13 @@ from surgery.calibration.inputs import Calibration
 from surgery.closed_form.moments import GaussianMixture
 from surgery.conversion.recipe import Recipe
 from surgery.errors import CheckpointError
+from surgery.models import fingerprint
 from surgery.models.loading import LoadedModel
 from surgery.models.saved_blocks import saved_block
 from surgery.runtime.files import as_os_error, not_written, replacing, write_json
 from surgery.saving.folder import kept_beside
 from surgery.version import __version__
 
-SOME = 4096  # elements of a tensor that tell it from another
 SAMPLES, MERGED = "samples.safetensors", "merged"
 
 
@@ -45,7 +44,7 @@ def model_identity(loaded: LoadedModel, name: str, given: Mapping[str, GaussianM
 
     The Hub's revision, or sizes and times of a checkpoint's files, or, of a model in memory, some of every tensor.
     """
-    digest = hashlib.sha256(f"{__version__} {loaded.source.as_dict()}".encode())
+    about = f"{__version__} {loaded.source.as_dict()}"
     tensors = {f"{path} {n}": part for path, moments in given.items() for n, part in enumerate(moments.parts())}
     if loaded.source.kind == "memory":
         tensors |= loaded.model.state_dict()
@@ -54,12 +53,8 @@ def model_identity(loaded: LoadedModel, name: str, given: Mapping[str, GaussianM
         inside = place.iterdir() if place.is_dir() else [place]
         for file in sorted(file for file in inside if file.is_file()):  # the output's folder may be in there too
             seen = file.stat()
-            digest.update(f"{file.name} {seen.st_size} {seen.st_mtime_ns}".encode())
-    for path, value in sorted((path, value) for path, value in tensors.items() if not value.is_meta):
-        some = value.detach().flatten()[:: max(1, value.numel() // SOME)].cpu().contiguous()
-        digest.update(f"{path} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(some.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+            about += f" {file.name} {seen.st_size} {seen.st_mtime_ns}"
+    return fingerprint.of_tensors(tensors, about)
 
 
 def kept_samples(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from surgery.calibration.drawn_once import drawn_once
 from surgery.calibration.samples import SAMPLED_TOGETHER, sample
 from surgery.calibration.texts import special_tokens
 from surgery.errors import CalibrationError
@@ -20,8 +18,6 @@ from surgery.refining import sharding
 from surgery.refining.packing import PackedWindows, joined
 from surgery.refining.settings import RefineSettings
 from surgery.runtime import processes
-from surgery.runtime.files import replacing
-from surgery.runtime.weights_on_disk import device_of
 
 DRAWN_TOGETHER = 2 * SAMPLED_TOGETHER  # half of them from an opening
 FEWEST = 8  # texts that are drawn where the last ones planned did not fill enough windows
@@ -38,7 +34,6 @@ class OwnTexts:
     on with the same windows.
 
     Args:
-        place: folder of the run's state.
         count: windows that will be taken.
         pack: makes windows of texts, which are without what the tokenizer puts before texts.
 
@@ -47,9 +42,9 @@ class OwnTexts:
     """
 
     def __init__(
-        self, settings: RefineSettings, teacher: Any, tokenizer: Any, place: Path, count: int, pack: Pack, quiet: bool
+        self, settings: RefineSettings, teacher: Any, tokenizer: Any, count: int, pack: Pack, quiet: bool
     ) -> None:
-        self.settings, self.teacher, self.tokenizer, self.place = settings, teacher, tokenizer, place
+        self.settings, self.teacher, self.tokenizer = settings, teacher, tokenizer
         self.count, self.pack, self.quiet = count, pack, quiet
         self.first = 0
         self.again()
@@ -60,23 +55,11 @@ class OwnTexts:
         return self
 
     def held_out(self, tokens: int) -> list[array[int]]:
-        """Texts of at least so many tokens, which are not trained on. They are kept in a file beside the state."""
-        settings, rows = self.settings, -(-tokens // self.settings.window)
-        made_of = f"{settings.original} {settings.original_revision} {settings.seed} {settings.window} {rows}"
-        file = self.place / f"held-out-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.npy"
-
-        def drawn_or_kept() -> Tensor:
-            if not file.is_file():
-                numbers = range(0, rows, DRAWN_TOGETHER)
-                drawn = torch.cat([self._unit(first, min(DRAWN_TOGETHER, rows - first)) for first in numbers])
-                file.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(file) as temporary, temporary.open("wb") as out:
-                    np.save(out, drawn.int().numpy())
-            return torch.from_numpy(np.load(file))
-
-        self.first = rows
+        """Texts of at least so many tokens, which are not trained on."""
+        settings, self.first = self.settings, -(-tokens // self.settings.window)
         self.again()
-        return self._without_beginnings(processes.looked_up(drawn_or_kept))
+        given = self.teacher, self.tokenizer, self.first, settings.window, settings.seed, self.quiet
+        return self._without_beginnings(processes.looked_up(lambda: drawn_once(*given)))
 
     def take(self, count: int) -> PackedWindows:
         """The next windows.
@@ -120,11 +103,9 @@ class OwnTexts:
         self.drawn = sum(units[-1])
 
     def _unit(self, first: int, rows: int) -> Tensor:
-        """Texts number `first` and those after it, (rows, length) ids; the global random state stays as it is."""
-        device = device_of(self.teacher)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self.settings.seed + first)
-            return sample(self.teacher, self.tokenizer, rows, self.settings.window, after=first, quiet=self.quiet)
+        """Texts number `first` and those after it, (rows, length) ids."""
+        given = self.teacher, self.tokenizer, rows, self.settings.window
+        return sample(*given, seed=self.settings.seed + first, after=first, quiet=self.quiet)
 
     def _without_beginnings(self, texts: Tensor) -> list[array[int]]:
         """Without what a tokenizer puts before texts, since it is put before every piece when windows are packed."""

@@ -69,7 +69,7 @@ def training_windows(
         wanted = round(settings.tokens * part.share)
         rows = -(-wanted // settings.window)
         if source == SAMPLES:
-            own = OwnTexts(settings, teacher, tokenizer, place, rows, in_windows, quiet)
+            own = OwnTexts(settings, teacher, tokenizer, rows, in_windows, quiet)
             held[name] = pack(own.held_out(held_each), settings.window, tokenizer, positions)
             ranges[name] = {"begin": 0, "end": held_each, "read": held_each + wanted}
             continue

@@ -35,6 +35,11 @@ CAUSES = {
 """What an operating system's error means to somebody who writes a file, and what they can do."""
 
 
+def cache_folder(name: str) -> Path:
+    """Where what can be made again is kept, after the XDG convention."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "polysurgery" / name
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds a lock on a folder, which ends with this process at the latest.

@@ -26,7 +26,7 @@ def test_samples_are_not_drawn_again_after_an_interruption(tmp_path, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             surgery.convert(tmp_path / "model", **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(windows, "sample", interrupted)
+        patch.setattr(windows, "drawn_once", interrupted)
         with pytest.raises(KeyboardInterrupt):  # negative control: other settings need other samples
             surgery.convert(tmp_path / "model", **settings, seed=1)
         _, report = surgery.convert(tmp_path / "model", **settings)
