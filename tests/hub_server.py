@@ -30,6 +30,12 @@ class Hub(ThreadingHTTPServer):
         self.token = "hf_right"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
+    def reset(self) -> None:
+        """As it was when it started, at the same address."""
+        for kept in (self.repositories, self.objects, self.log, self.failures):
+            kept.clear()
+        self.corrupt = False
+
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"

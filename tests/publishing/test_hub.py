@@ -13,6 +13,7 @@ import surgery
 from surgery.errors import CheckpointError, RecipeError
 from surgery.models import loading
 from surgery.publishing.hub import plan_push
+from tests import commands
 from tests.hub_server import Hub, environment
 
 LOAD = """
@@ -29,16 +30,48 @@ with torch.no_grad():
 """
 
 
-@pytest.fixture
-def server():
+PUSHES = """
+import json, os, sys
+from tests import commands
+for line in sys.stdin:
+    token, *arguments = json.loads(line)
+    os.environ.pop("HF_TOKEN", None)
+    os.environ.update({"HF_TOKEN": token} if token else {})
+    done = commands.surgery(*arguments)
+    print(json.dumps([done.returncode, done.stdout, done.stderr]), flush=True)
+"""
+"""Runs one command after another: huggingface_hub reads its address when it is imported, and its token every time."""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A local Hub, and a process whose commands go to it."""
     found = Hub()
-    yield found
+    here = environment(found, tmp_path_factory.mktemp("home"))
+    command = [sys.executable, "-c", PUSHES]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=here) as process:
+        yield found, process
+        process.stdin.close()
     found.shutdown()
 
 
-def run(server, home, *arguments, token="hf_right"):
-    command = [sys.executable, "-m", "surgery", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment(server, home, token))
+@pytest.fixture
+def server(hub):
+    hub[0].reset()
+    return hub[0]
+
+
+@pytest.fixture
+def run(hub, server):
+    """`surgery ARGUMENTS`, with the local Hub."""
+
+    def done(*arguments, token="hf_right"):
+        process = hub[1]
+        process.stdin.write(json.dumps([token, *map(str, arguments)]) + "\n")
+        process.stdin.flush()
+        return subprocess.CompletedProcess(arguments, *json.loads(process.stdout.readline()))
+
+    return done
 
 
 def load_elsewhere(name, server, home, trust=""):
@@ -56,7 +89,8 @@ def expected(folder):
 
 @pytest.mark.parametrize(("name", "trust"), [("native", ""), ("custom", "trust")])
 def test_push_and_load_back(twins, server, tmp_path, name, trust):
-    pushed = run(server, tmp_path, "push", twins / name, "me/twin", "--base-model", "them/base", "--license", "mit")
+    command = "push", twins / name, "me/twin", "--base-model", "them/base", "--license", "mit"
+    pushed = commands.process(*command, env=environment(server, tmp_path))
     assert pushed.returncode == 0, pushed.stderr
     files = server.files("me/twin")
     assert files["model.safetensors"] == (twins / name / "model.safetensors").read_bytes()
@@ -70,16 +104,14 @@ def test_push_and_load_back(twins, server, tmp_path, name, trust):
     assert float(got.stdout.split()[-1]) == pytest.approx(expected(twins / name), rel=1e-6)
 
 
-def test_a_delta_is_published_and_applied_to_its_original(twins, server, tmp_path):
+def test_a_delta_is_published_and_applied_to_its_original(twins, server, run, tmp_path):
     surgery.convert(
         twins / "base", output=tmp_path / "kept", degree=3, readout="keep", text="python", tokens=2048, window=32
     )
-    made = run(server, tmp_path, "export", tmp_path / "kept", "-o", tmp_path / "delta", "--form", "delta", "--original",
+    made = run("export", tmp_path / "kept", "-o", tmp_path / "delta", "--form", "delta", "--original",
                twins / "base")  # fmt: skip
     assert made.returncode == 0, made.stderr
-    pushed = run(
-        server, tmp_path, "push", tmp_path / "delta", "me/delta", "--base-model", "them/base", "--license", "mit"
-    )
+    pushed = run("push", tmp_path / "delta", "me/delta", "--base-model", "them/base", "--license", "mit")
     assert pushed.returncode == 0, pushed.stderr
     assert "delta.safetensors" in server.files("me/delta")
     assert "model.safetensors" not in server.files("me/delta")
@@ -110,9 +142,9 @@ def test_a_custom_twin_refuses_loudly_without_trust(twins, server, tmp_path):
     assert "trust_remote_code" in got.stderr or "polynomial_twin" in got.stderr
 
 
-def test_an_interrupted_upload_goes_on_and_server_errors_are_retried(twins, server, tmp_path):
+def test_an_interrupted_upload_goes_on_and_server_errors_are_retried(twins, server, run):
     server.fail("POST .*/commit/", 500, times=100)
-    failed = run(server, tmp_path, "push", twins / "native", "me/twin")
+    failed = run("push", twins / "native", "me/twin")
     assert failed.returncode == 2
     assert "push again" in failed.stderr
     assert "Traceback" not in failed.stderr
@@ -120,7 +152,7 @@ def test_an_interrupted_upload_goes_on_and_server_errors_are_retried(twins, serv
     server.failures.clear()
     server.log.clear()
     server.fail("POST .*/preupload/", 503, times=1)
-    again = run(server, tmp_path, "push", twins / "native", "me/twin")
+    again = run("push", twins / "native", "me/twin")
     assert again.returncode == 0, again.stderr
     assert not any(line.startswith("PUT") for line in server.log), "nothing is sent twice"
 
@@ -137,35 +169,35 @@ def test_an_interrupted_upload_goes_on_and_server_errors_are_retried(twins, serv
         ("hf_right", ("POST .*/commit/", 0), "no network"),
     ],
 )
-def test_refusals_of_the_hub_are_clear(twins, server, tmp_path, token, failure, words):
+def test_refusals_of_the_hub_are_clear(twins, server, run, token, failure, words):
     if failure:
         server.fail(*failure, times=100)
-    refused = run(server, tmp_path, "push", twins / "native", "me/twin", token=token)
+    refused = run("push", twins / "native", "me/twin", token=token)
     assert refused.returncode == 2, refused.stderr
     assert words in refused.stderr
     assert "Traceback" not in refused.stderr
     assert str(token) not in refused.stderr
 
 
-def test_what_landed_is_compared(twins, server, tmp_path):
+def test_what_landed_is_compared(twins, server, run):
     server.corrupt = True
-    pushed = run(server, tmp_path, "push", twins / "native", "me/twin")
+    pushed = run("push", twins / "native", "me/twin")
     assert pushed.returncode == 2
     assert "differs from what was sent" in pushed.stderr
 
 
-def test_branches_and_pull_requests(twins, server, tmp_path):
-    assert run(server, tmp_path, "push", twins / "native", "me/twin", "--revision", "v2").returncode == 0
+def test_branches_and_pull_requests(twins, server, run):
+    assert run("push", twins / "native", "me/twin", "--revision", "v2").returncode == 0
     assert "model.safetensors" in server.files("me/twin", "v2")
     assert "model.safetensors" not in server.files("me/twin")
-    asked = run(server, tmp_path, "push", twins / "native", "me/twin", "--create-pr")
+    asked = run("push", twins / "native", "me/twin", "--create-pr")
     assert asked.returncode == 0, asked.stderr
     assert "discussions/1" in asked.stdout
 
 
-def test_a_dry_run_touches_nothing(twins, server, tmp_path):
+def test_a_dry_run_touches_nothing(twins, server, run):
     before = sorted(path.name for path in (twins / "custom").iterdir())
-    shown = run(server, tmp_path, "push", twins / "custom", "me/twin", "--dry-run", token=None)
+    shown = run("push", twins / "custom", "me/twin", "--dry-run", token=None)
     assert shown.returncode == 0, shown.stderr
     assert "modeling_polynomial.py" in shown.stdout
     assert "degree 3" in shown.stdout
@@ -252,12 +284,12 @@ def test_peft_puts_lora_on_a_twin(twins, ids, name):
     assert grads and all(grad is not None and grad.abs().sum() > 0 for grad in grads)
 
 
-def test_no_place_on_this_machine_is_pushed(twins, server, tmp_path):
+def test_no_place_on_this_machine_is_pushed(twins, server, run, tmp_path):
     shutil.copytree(twins / "native", tmp_path / "twin")
     for name in ("evaluation.json", "page.html"):
         (tmp_path / "twin" / name).write_text(json.dumps({"at": f"{tmp_path}/twin"}))
     about = "--base-model", "them/base", "--license", "mit"
-    pushed = run(server, tmp_path, "push", tmp_path / "twin", "me/twin", *about)
+    pushed = run("push", tmp_path / "twin", "me/twin", *about)
     assert pushed.returncode == 0, pushed.stderr
     files = server.files("me/twin")
     assert json.loads(files["evaluation.json"]) == json.loads(files["page.html"]) == {"at": "twin"}
