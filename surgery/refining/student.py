@@ -74,7 +74,9 @@ def checkpoint_activations(model: Any) -> None:
 
 def _optimizer(settings: RefineSettings, trainable: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW without weight decay: the twin begins close to where it should end."""
-    return torch.optim.AdamW(trainable.values(), lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.0)
+    whole = [value for value in trainable.values() if not hasattr(value, "to_local")]
+    fused = len(whole) == len(trainable) and all(value.device.type in ("cpu", "cuda") for value in whole)
+    return torch.optim.AdamW(trainable.values(), lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)
 
 
 @dataclass(frozen=True)
