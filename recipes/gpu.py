@@ -26,6 +26,9 @@ import yaml
 import surgery
 from evals.settings import parse_kinds
 from surgery.calibration.inputs import calibration_inputs
+from surgery.calibration.mixtures import Mixture
+from surgery.calibration.texts import SAMPLES
+from surgery.conversion.cost import DRAWING
 from surgery.models import loading
 from surgery.runtime import processes
 from surgery.runtime.files import write_json, write_text
@@ -106,8 +109,8 @@ def table(out: Path, found: dict, record: dict) -> str:
         plain = fast["fine_tuning" if name.startswith("refine") else "forward"]
         shown = ["", "", ""] if rate is None else [f"{tokens:,}", f"{rate:,.0f}", f"{rate / plain:.2f}"]
         lines.append(f"| {name} | {stage['seconds']:,.0f} | {' | '.join(shown)} |")
-    if found["drawing_seconds"]:
-        lines.append(f"| … drawing samples | {found['drawing_seconds']:,.0f} | | | |")
+        if name.startswith("refine") and found["drawing_seconds"]:
+            lines.append(f"| … of it drawing samples | {found['drawing_seconds']:,.0f} | | | |")
     lines += ["", "| twin | kind | seen | nats lost | KL |", "| -- | -- | -- | -: | -: |"]
     for twin, kinds in found["kinds"].items():
         for row in kinds["kinds"]:
@@ -132,7 +135,7 @@ def results(options: argparse.Namespace, plan: dict, record: dict) -> None:
         measured = json.loads((out / twin / "evaluation" / "evaluation.json").read_text())
         kinds[twin] = measured["kinds"]
     found = {"speeds": plan["speeds"], "plan": plan, "tokens": tokens, "kinds": kinds, "curve": report["curve"]}
-    found |= {"drawing_seconds": report["drawing_seconds"]}
+    found |= {"drawing_seconds": report.get("drawing_seconds", 0.0)}
     write_json(place / "table.json", found | {"stages": record["stages"]})
     write_text(place / "table.md", table(out, found, record))
     for picture in PICTURES:
@@ -167,7 +170,9 @@ def main() -> None:
             write_text(file, yaml.safe_dump({key: whole[key] for key in ("model", "output", "convert")}))
         surgery.run(file, quiet=False)
         left = 60 * options.minutes - (time.monotonic() - began) - MEASURING
-        room = round(SHARE * plan["speeds"]["fine_tuning"] * max(left, 0))
+        drawn = Mixture.of(options.text).share(SAMPLES)
+        a_token = 1 / (SHARE * plan["speeds"]["fine_tuning"]) + drawn * DRAWING / plan["speeds"]["forward"]
+        room = round(max(left, 0) / a_token)
         least = 8 * options.window * options.batch
         plan["tokens"] = max(least, min(options.refine_tokens, room))
         if processes.first():

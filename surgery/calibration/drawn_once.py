@@ -12,13 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from surgery.calibration.samples import SAMPLED_TOGETHER, prompts, sample
+from surgery.calibration.samples import SAMPLED_TOGETHER, drawing_dtype, prompts, sample
 from surgery.models import fingerprint
 from surgery.runtime.files import cache_folder, replacing
-from surgery.runtime.precision import chosen_dtype
 from surgery.runtime.weights_on_disk import device_of
 
 NAME = "ids"
+DRAWING = 1  # how texts are drawn, by number: another where the same wish gives other texts
 
 
 def drawn_once(model: Any, tokenizer: Any, rows: int, length: int, seed: int, quiet: bool = False) -> Tensor:
@@ -26,28 +26,37 @@ def drawn_once(model: Any, tokenizer: Any, rows: int, length: int, seed: int, qu
 
     The file is named by all that the texts hang on: weights, beginnings, seed, precision. Of a model whose weights are
     on disk nothing is kept, nor where the cache cannot be written.
+
+    Raises:
+        CalibrationError: the model cannot generate text.
     """
-    file = _file(model, tokenizer, rows, length, seed)
+    products = drawing_dtype(model, tokenizer)
+    file = _file(model, [rows, length, seed, products, *prompts(tokenizer, rows, length)])
     if file is not None and file.is_file():
         with suppress(SafetensorError, KeyError, OSError):
             found: Tensor = load_file(file)[NAME]
             return found
-    drawn = sample(model, tokenizer, rows, length, seed=seed, quiet=quiet)
+    drawn = sample(model, tokenizer, rows, length, seed=seed, products=products, quiet=quiet)
     if file is not None:
         with suppress(OSError, SafetensorError), replacing(file, several=True) as temporary:
             save_file({NAME: drawn}, temporary)
     return drawn
 
 
-def _file(model: Any, tokenizer: Any, rows: int, length: int, seed: int) -> Path | None:
-    """Where these texts are kept; None where nothing tells the model from another."""
+def _file(model: Any, wish: list[Any]) -> Path | None:
+    """Where such texts are kept; None where nothing tells the model from another."""
     tensors = model.state_dict()
     if any(value.is_meta for value in tensors.values()):
         return None
     saved = getattr(model, "generation_config", None)
     ends = [getattr(saved, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
-    products = chosen_dtype("auto", device_of(model))
-    hangs_on = [type(model).__name__, model.config.to_dict(), prompts(tokenizer, rows, length), ends, products]
-    hangs_on += [length, seed, SAMPLED_TOGETHER, torch.__version__]
-    name = fingerprint.of_tensors(tensors, json.dumps(hangs_on, sort_keys=True, default=str))
-    return cache_folder("samples") / f"{name}.safetensors"
+    how = [DRAWING, SAMPLED_TOGETHER, torch.__version__, device_of(model).type]
+    hangs_on = [wish, how, ends, type(model).__name__, _without_place(model.config.to_dict())]
+    return cache_folder("samples") / f"{fingerprint.of_tensors(tensors, json.dumps(hangs_on, default=str))}.safetensors"
+
+
+def _without_place(config: Any) -> Any:
+    """A configuration without where it was read from."""
+    if not isinstance(config, dict):
+        return config
+    return {str(key): _without_place(value) for key, value in sorted(config.items()) if key != "_name_or_path"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,33 +40,52 @@ def sample(
     *,
     seed: int,
     after: int = 0,
+    products: str | None = None,
     quiet: bool = False,
 ) -> Tensor:
     """The model's own texts from their start tokens on, (rows, length) ids, at temperature 1.
 
     Every other one goes on from an opening (:mod:`surgery.calibration.openings`), where the tokenizer knows English.
     `after` so many that were drawn already, it begins with the openings that follow. The global random state stays as
-    it is.
+    it is. `products` is what matrices are multiplied in, by default what :func:`drawing_dtype` says.
+
+    Raises:
+        CalibrationError: the model cannot generate text.
     """
-    begun = prompts(tokenizer, rows, length, after)
-    if not any(begun[0]) or not hasattr(model, "generate") or not model.can_generate():
-        raise CalibrationError("this model cannot generate text of its own", fix="give a text file with --text")
     from tqdm import tqdm
 
-    alone = torch.tensor(begun[0][:1], device=device_of(model))
-    matmul = usable_dtype("auto", alone.device, lambda: model(input_ids=alone))
+    products, device = products or drawing_dtype(model, tokenizer), device_of(model)
+    begun = prompts(tokenizer, rows, length, after)
     plain: list[Tensor] = []
     others: list[Tensor] = []
     bar = tqdm(total=rows, desc=f"sampling {length} tokens", unit="seq", leave=False, disable=quiet)
-    with bar, torch.random.fork_rng([alone.device] if alone.device.type == "cuda" else []):
+    with bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for drawn, wanted in zip((plain, others), begun, strict=True):
             for first in range(0, len(wanted), batch):
-                part = torch.tensor(wanted[first : first + batch], device=device_of(model))
-                drawn.extend(_continued(model, part, length, matmul))
+                part = torch.tensor(wanted[first : first + batch], device=device)
+                drawn.extend(_continued(model, part, length, products))
                 bar.update(len(part))
     later = others[::-1]  # two of each in turn, so that both begin in every way windows begin
     return torch.stack([later.pop() if later and (n % 4 >= 2 or not plain) else plain.pop(0) for n in range(rows)])
+
+
+def drawing_dtype(model: Any, tokenizer: Any) -> str:
+    """What this model's texts are drawn in: bfloat16 where that is faster and it runs so.
+
+    Raises:
+        CalibrationError: it cannot generate text.
+    """
+    start = [] if tokenizer is None else start_tokens(tokenizer)
+    if not start or not hasattr(model, "generate") or not model.can_generate():
+        raise CalibrationError("this model cannot generate text of its own", fix="give a text file with --text")
+    alone = torch.tensor([start], device=device_of(model))
+    return usable_dtype("auto", alone.device, lambda: model(input_ids=alone))
+
+
+def seed_of(seed: int, purpose: str) -> int:
+    """A seed for texts of one purpose: the same one would begin texts of all purposes alike."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:6], "big")
 
 
 def prompts(tokenizer: Any, rows: int, length: int, after: int = 0) -> tuple[list[list[int]], list[list[int]]]:
@@ -78,14 +98,30 @@ def prompts(tokenizer: Any, rows: int, length: int, after: int = 0) -> tuple[lis
     return [start] * (rows - opened), [[*start, *begun[number % len(begun)]] for number in numbers]
 
 
-def _continued(model: Any, prompt: Tensor, length: int, matmul: str) -> Tensor:
+def _continued(model: Any, prompt: Tensor, length: int, products: str) -> Tensor:
     """Texts of `length` ids that go on from equally long prompts, (rows, ids)."""
     new = length - prompt.shape[1]
     how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": int(prompt[0, 0])}
     mask = torch.ones_like(prompt)
-    with autocast(matmul, prompt.device, cached=True), packed_heads(prompt.device), _no_saved_settings(model):
+    rounded = autocast(products, prompt.device, cached=True)
+    with rounded, _cast_once(model, products), packed_heads(prompt.device), _no_saved_settings(model):
         out: Tensor = model.generate(prompt, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, **how)
     return out[:, :length].cpu()
+
+
+@contextmanager
+def _cast_once(model: Any, products: str) -> Iterator[None]:
+    """autocast keeps the rounded copy of a weight that wants a gradient, and rounds others anew for every token."""
+    sharded = any(hasattr(value, "to_local") for value in model.parameters())
+    frozen = [value for value in model.parameters() if value.is_floating_point() and not value.requires_grad]
+    frozen = frozen if products == "bfloat16" and not sharded else []
+    for value in frozen:
+        value.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for value in frozen:
+            value.requires_grad_(False)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surgery.calibration.drawn_once import drawn_once
 from surgery.calibration.held_out import HELD_OUT_SHARE, fitted_sequences
-from surgery.calibration.samples import start_tokens
+from surgery.calibration.samples import seed_of, start_tokens
 from surgery.calibration.sentences import openings_of
 from surgery.calibration.texts import special_tokens, tokens_of
 from surgery.errors import CalibrationError
@@ -99,7 +99,7 @@ class TextPieces:
         drawn = drawn_once(model, tokenizer, rows + extra, self.length + midst, seed)
         if midst:
             drawn = torch.stack([row[number % 2 :][: self.length] for number, row in enumerate(drawn)])
-        sets = [drawn[:rows]] + ([drawn_once(model, tokenizer, short, SHORT, seed)] if short else [])
+        sets = [drawn[:rows]] + ([drawn_once(model, tokenizer, short, SHORT, seed_of(seed, "short"))] if short else [])
         return Windows(tuple(sets), drawn[rows:] if extra else None)
 
 

@@ -160,7 +160,7 @@ def _inputs(source: Any, loaded: loading.LoadedModel, plan: Recipe, known: str) 
         tokenizer = loaded.tokenizer if ids_only else loaded.text_tokenizer
         return calibration_inputs(source, loaded.model, tokenizer, **settings)
 
-    drawn = is_named(source) and any(part.source == SAMPLES for part in Mixture.of(source).parts)
+    drawn = is_named(source) and Mixture.of(source).share(SAMPLES) > 0
     target = Path(plan.output) if plan.output and drawn else None
     return kept_samples(target, f"{known} {source}", settings, draw)
 

@@ -99,9 +99,10 @@ class EndToEnd:
         found: dict[str, Tensor] = {}
         given = part.inputs(self.accelerator.device)
 
-        def predicted() -> Tensor:
+        def predicted(windows: PackedWindows) -> Tensor:
+            inputs = windows.inputs(self.accelerator.device)
             with torch.no_grad(), self.autocast(), hooked(_written(self.teacher, self.paths, goals)):
-                logits: Tensor = self.teacher(**given, use_cache=False).logits
+                logits: Tensor = self.teacher(**inputs, use_cache=False).logits
             return logits
 
         goal = self._goal(part, predicted)
@@ -116,13 +117,26 @@ class EndToEnd:
             self.accelerator.backward(loss)
         return loss.detach()
 
-    def _goal(self, part: PackedWindows, predicted: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
-        """What gives the original's logits, if need be with the twin's help."""
-        if self.kept is None or part.numbers is None or bool((part.numbers < 0).any()):  # none that comes once is kept
-            logits = predicted()
+    def _goal(self, part: PackedWindows, predicted: Callable[[PackedWindows], Tensor]) -> Callable[[Tensor], Tensor]:
+        """What gives the original's logits, if need be with the twin's help. Windows that come once are not kept."""
+        if self.kept is None:
+            logits = predicted(part)
             return lambda _: logits
-        likeliest = self.kept(part.numbers, predicted).to(self.accelerator.device)
-        return lambda found: likeliest.completed(found, self.temperature)
+        assert part.numbers is not None
+        known, fresh = part.numbers >= 0, part.numbers < 0
+        again = part[known]
+        likeliest = self.kept(part.numbers[known], lambda: predicted(again)).to(self.accelerator.device)
+        if not fresh.any():
+            return lambda found: likeliest.completed(found, self.temperature)
+        exact = predicted(part[fresh]).float()
+
+        def goal(found: Tensor) -> Tensor:
+            logits = torch.empty_like(found, dtype=torch.float32)
+            logits[known] = likeliest.completed(found[known], self.temperature)
+            logits[fresh] = exact
+            return logits
+
+        return goal
 
 
 class Local:

@@ -1,4 +1,4 @@
-"""The original's own texts to train on: drawn as the training asks for them, none of them twice."""
+"""The original's own texts to train on, drawn as the training asks for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from surgery.calibration.drawn_once import drawn_once
-from surgery.calibration.samples import SAMPLED_TOGETHER, sample
+from surgery.calibration.samples import SAMPLED_TOGETHER, drawing_dtype, sample, seed_of
 from surgery.calibration.texts import special_tokens
 from surgery.errors import CalibrationError
 from surgery.refining import sharding
@@ -45,20 +45,21 @@ class OwnTexts:
         self, settings: RefineSettings, teacher: Any, tokenizer: Any, count: int, pack: Pack, quiet: bool
     ) -> None:
         self.settings, self.teacher, self.tokenizer = settings, teacher, tokenizer
-        self.count, self.pack, self.quiet = count, pack, quiet
-        self.first = 0
+        self.count, self.pack, self.quiet = count, pack, quiet or not processes.first()
+        lost = -(-count // DRAWN_TOGETHER) if settings.short else 0  # windows that a unit leaves unfilled, of each sort
+        self.planned = count + lost
+        self.products = processes.looked_up(lambda: drawing_dtype(teacher, tokenizer))
         self.again()
 
     def again(self) -> OwnTexts:
         """From the first window on."""
-        self.drawn, self.seconds, self.left = self.first, 0.0, joined(self.pack([]))
+        self.drawn, self.seconds, self.left = 0, 0.0, joined(self.pack([]))
         return self
 
     def held_out(self, tokens: int) -> list[array[int]]:
         """Texts of at least so many tokens, which are not trained on."""
-        settings, self.first = self.settings, -(-tokens // self.settings.window)
-        self.again()
-        given = self.teacher, self.tokenizer, self.first, settings.window, settings.seed, self.quiet
+        window, seed = self.settings.window, seed_of(self.settings.seed, "held out")
+        given = self.teacher, self.tokenizer, -(-tokens // window), window, seed, self.quiet
         return self._without_beginnings(processes.looked_up(lambda: drawn_once(*given)))
 
     def take(self, count: int) -> PackedWindows:
@@ -77,23 +78,23 @@ class OwnTexts:
     def state(self) -> dict[str, Any]:
         """What :meth:`load_state` needs to go on from here."""
         left = [None if part is None else part.clone() for part in (self.left.ids, self.left.positions)]
-        return {"drawn": self.drawn, "seconds": self.seconds, "left": left}
+        return {"drawn": self.drawn, "seconds": self.seconds, "products": self.products, "left": left}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.drawn, self.seconds = state["drawn"], state["seconds"]
+        self.drawn, self.seconds, self.products = (state[name] for name in ("drawn", "seconds", "products"))
         self.left = PackedWindows(*state["left"])
 
     def _draw_more(self) -> None:
         """One unit a process, or one that all draw together where each holds a part of the original."""
         apart = not sharding.is_sharded(self.teacher)
-        units = _units(self.drawn, self.first + self.count, processes.count() if apart else 1)
+        units = _units(self.drawn, self.planned, processes.count() if apart else 1)
         own = units[processes.rank() :: processes.count()] if apart else units
         drawn = [self._unit(*unit) for unit in own]
         found: dict[tuple[int, int], Tensor] = {}
         for rank, texts in enumerate(processes.gather(drawn) if apart else [processes.from_first(drawn)]):
             found |= dict(zip(units[rank :: processes.count()] if apart else units, texts, strict=True))
         new = [self._shuffled(self.pack(self._without_beginnings(found[unit])), unit[0]) for unit in units]
-        if not sum(map(len, new)):
+        if not sum(map(len, new)) and sum(rows for _, rows in units) >= FEWEST:
             raise CalibrationError(
                 f"what the original writes fills no window of {self.settings.window} tokens",
                 where="samples",
@@ -104,8 +105,11 @@ class OwnTexts:
 
     def _unit(self, first: int, rows: int) -> Tensor:
         """Texts number `first` and those after it, (rows, length) ids."""
-        given = self.teacher, self.tokenizer, rows, self.settings.window
-        return sample(*given, seed=self.settings.seed + first, after=first, quiet=self.quiet)
+        given, seed = (self.teacher, self.tokenizer, rows, self.settings.window), self._seed(first)
+        return sample(*given, seed=seed, after=first, products=self.products, quiet=self.quiet)
+
+    def _seed(self, first: int) -> int:
+        return seed_of(self.settings.seed, f"training {first}")
 
     def _without_beginnings(self, texts: Tensor) -> list[array[int]]:
         """Without what a tokenizer puts before texts, since it is put before every piece when windows are packed."""
@@ -115,7 +119,7 @@ class OwnTexts:
 
     def _shuffled(self, sorts: tuple[PackedWindows, ...], number: int) -> PackedWindows:
         windows = joined(sorts)
-        generator = torch.Generator().manual_seed(self.settings.seed + number)
+        generator = torch.Generator().manual_seed(self._seed(number))
         return windows[torch.randperm(len(windows), generator=generator)]
 
 

@@ -156,7 +156,7 @@ class _Refinement:
         self.settings = settings = replace(settings, text=text)
         if self.note:
             self._say(f"text: {', '.join(text)}; {self.note}")
-        if not self.sharded or any(part.source == SAMPLES for part in Mixture.of(text).parts):
+        if not self.sharded or (Mixture.of(text).share(SAMPLES) and accelerator.is_main_process):
             self.teacher.to(accelerator.device)
         self.replaced = twin_block_paths(self.twin)
         if settings.train == LORA:
@@ -168,7 +168,7 @@ class _Refinement:
             shutil.rmtree(self.place, ignore_errors=True)
         accelerator.wait_for_everyone()
         self.held, self.windows, self.ranges = training_windows(
-            settings, self.loaded.tokenizer, report, self.teacher, self.place, quiet
+            settings, self.loaded.tokenizer, report, self.teacher, out.parent, quiet
         )
         if settings.short and self.windows.texts.positions is None:
             left_out = "no sentences by themselves (--short): this model does not keep packed documents apart"

@@ -39,7 +39,7 @@ def training_sources(settings: RefineSettings, tokenizer: Any) -> tuple[tuple[st
 
 
 def training_windows(
-    settings: RefineSettings, tokenizer: Any, report: dict[str, Any], teacher: Any, place: Path, quiet: bool = True
+    settings: RefineSettings, tokenizer: Any, report: dict[str, Any], teacher: Any, folder: Path, quiet: bool = True
 ) -> tuple[dict[str, PackedWindows], TrainingWindows, dict[str, dict[str, int]]]:
     """Held-out windows by text, training windows, and which tokens of each text were held out of how many read.
 
@@ -48,6 +48,9 @@ def training_windows(
     share `short` of the windows holds sentences by themselves, where positions keep them apart. The original's own
     texts are drawn as they are trained on.
     What an earlier refinement held out of a text stays so.
+
+    Args:
+        folder: on the disk that the windows are kept on.
     """
     positions = packable(teacher)
     short = settings.short if positions else 0.0
@@ -55,7 +58,7 @@ def training_windows(
     held: dict[str, PackedWindows] = {}
     ranges = dict((report.get("refinement") or {}).get("held_out", {}))
     mixture, _ = available(Mixture.of(settings.text))
-    train = WindowFile(place.parent, settings.window, positions)
+    train = WindowFile(folder, settings.window, positions)
 
     def in_windows(texts: Iterable[Sequence[int]]) -> tuple[PackedWindows, ...]:
         return packed(((text, False) for text in texts), settings.window, short, tokenizer, train)[1:]

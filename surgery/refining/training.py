@@ -286,7 +286,7 @@ class Training:
         for name in set(STATE) - {"key"}:
             setattr(self, name, state[name])
         self.best = kept["best"]
-        self.windows.load_state(kept["windows"])
+        self.windows.load_state(kept.get("windows"))
         sharding.load_own_state(self.optimizer, kept["optimizer"])
         self.mean = {name: value.to(self.trainable[name].device) for name, value in kept["mean"].items()}
         self._put(kept["now"])

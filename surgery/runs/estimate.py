@@ -52,7 +52,7 @@ class Estimate:
         if stage.kind == "refine":
             settings = recipe.refinement()
             looks = settings.tokens / (settings.window * settings.batch * settings.accumulate) / settings.validate_every
-            drawn = DRAWING * Mixture.of(settings.text).share(SAMPLES)
+            drawn = DRAWING * Mixture.of(settings.text).share(SAMPLES) * (1 + settings.control)
             passes = (TRAINING + drawn) * settings.tokens + looks * settings.validate_tokens
             return SETTING_UP + passes * self._forward() / Speed.of(self.device, settings.dtype).products
         if stage.kind == "eval":

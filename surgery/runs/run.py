@@ -187,9 +187,10 @@ def plan_run(
     place = _nearest(plan.output)
     twins = sum(row["stage"] in ("convert", "refine") for row in rows)
     free = shutil.disk_usage(place).free
-    if free < guess.bytes:
+    if free < guess.bytes + guess.kept:
         raise CheckpointError(
-            f"a twin takes {guess.bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
+            f"a twin, and what refining keeps, take {(guess.bytes + guess.kept) / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
+            "are free",
             where=str(place),
             fix="make room, or choose another -o",
         )

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from surgery.calibration import drawn_once as module
 from surgery.calibration.drawn_once import drawn_once
+from surgery.models import fingerprint
 from surgery.runtime.files import cache_folder
 from tests import tiny
 from tests.calibration.support import Characters
@@ -24,6 +26,25 @@ def test_the_same_of_the_same_model_is_drawn_once(draws):
     assert torch.equal(drawn_once(tiny.make("llama"), Characters(), 4, 10, seed=1), one)
     assert len(draws) == 1
     assert len(list(cache_folder("samples").iterdir())) == 1
+
+
+def test_where_a_model_lies_is_no_matter_and_what_it_is_matters_to_the_last_weight(draws, tmp_path):
+    for name in ("here", "there"):
+        tiny.make("llama").save_pretrained(tmp_path / name)
+    here, there = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("here", "there"))
+    assert torch.equal(*(drawn_once(model, Characters(), 4, 10, seed=1) for model in (here, there)))
+    assert len(draws) == 1
+    with torch.no_grad():
+        there.model.layers[1].mlp.down_proj.weight[:, 5] = 0
+    drawn_once(there, Characters(), 4, 10, seed=1)
+    assert len(draws) == 2
+    one = torch.randn(4096, 7)
+    two = one.clone()
+    two[:, 3] = 0
+    assert fingerprint.of_tensors({"a": one}) != fingerprint.of_tensors({"a": two})
+    assert fingerprint.of_tensors({"a": one}) != fingerprint.of_tensors({"b": one})
+    assert fingerprint.of_tensors({"a": one}) != fingerprint.of_tensors({"a": one.view(7, 4096)})
+    assert fingerprint.of_tensors({"a": one}, "x") == fingerprint.of_tensors({"a": one.clone()}, "x")
 
 
 def test_another_model_or_wish_is_drawn_anew(draws):

@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 
 from surgery.calibration.inputs import calibration_inputs
 from surgery.calibration.openings import openings
-from surgery.calibration.samples import knows_english, sample
+from surgery.calibration.samples import SAMPLED_TOGETHER, knows_english, sample, seed_of
 from surgery.errors import CalibrationError
 from tests import tiny
 from tests.calibration.support import Characters
@@ -89,6 +89,35 @@ def test_samples_are_drawn_from_the_model_whatever_generation_settings_are_saved
     model.generation_config = saved
     assert torch.equal(plain, drawn())
     assert model.generation_config is saved
+
+
+def test_frozen_weights_are_rounded_once_and_stay_frozen(monkeypatch):
+    """autocast keeps the rounded copy of a weight that wants a gradient alone."""
+    model, seen = tiny.make("llama").requires_grad_(False), []
+    generate = model.generate
+
+    def noted(*given, **more):
+        seen.append(all(value.requires_grad for value in model.parameters()))
+        return generate(*given, **more)
+
+    model.generate = noted
+    one = sample(model, Characters(), 4, 10, seed=1, products="bfloat16")
+    assert seen == [True] and not any(value.requires_grad for value in model.parameters())
+    assert not one.requires_grad
+    sample(model, Characters(), 4, 10, seed=1, products="float32")
+    assert seen == [True, False]
+
+
+def test_every_purpose_has_texts_of_its_own():
+    model = tiny.make("llama")
+    data = calibration_inputs("samples", model, Characters(), tokens=32768, length=128, batch=4, short=0.5)
+    long, short = (torch.cat([part["input_ids"] for part in data.batches if part["input_ids"].shape[1] == length])
+                   for length in (128, 64))  # fmt: skip
+    assert len(long) == len(short) / 2 == 2 * SAMPLED_TOGETHER, "as many are drawn together of both"
+    first = 1 + len(openings(Characters())[0])
+    written = {tuple(row[first + more : first + more + 10].tolist()) for row in long for more in (0, 1)}
+    assert not written & {tuple(row[first : first + 10].tolist()) for row in short}
+    assert len({seed_of(seed, purpose) for seed in (0, 1) for purpose in ("short", "held out")}) == 4
 
 
 def test_samples_never_leave_the_models_positions():

@@ -32,7 +32,7 @@ def draws(monkeypatch):
 @pytest.fixture
 def own(place, tmp_path):
     """Makes the texts of a run."""
-    settings = settings_of(place, tmp_path / "out", window=8)
+    settings = settings_of(place, tmp_path / "out", window=8, short=0.0)
     original = loading.loaded(settings.original)
 
     def made(count):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from surgery.errors import ModelError, RecipeError
-from surgery.refining import sharding
+from surgery.refining import own_texts, sharding
 from tests import commands
 
 STOPS = """
@@ -27,6 +27,14 @@ def keep(self, place):
     if len(looks) == 3:
         os._exit(9)
 training.Training.keep = keep
+main()
+"""
+
+
+FOUR_TEXTS_AT_ONCE = """
+from surgery.cli.main import main
+from surgery.refining import own_texts
+own_texts.DRAWN_TOGETHER = 4
 main()
 """
 
@@ -82,16 +90,18 @@ def assert_alike(one, two):
         ("native", ["--text", "samples"]),
         ("native", ["--shard", "--train", "all", "--checkpointing"]),
         ("native", ["--shard", "--train", "lora", "--text", "samples"]),
-        ("plain", ["--shard", "--control"]),
+        ("plain", ["--shard", "--control", "--text", "samples"]),
     ],
 )
-def test_two_processes_refine_as_one_does(place, tmp_path, twin, more):
-    """The same global batch: 8 windows in one process, 4 in each of two; an odd number of held-out windows."""
+def test_two_processes_refine_as_one_does(place, tmp_path, monkeypatch, twin, more):
+    """The same global batch: 8 windows in one process, 4 in each of two; an odd number of held-out windows. Of the
+    original's texts each draws some."""
+    monkeypatch.setattr(own_texts, "DRAWN_TOGETHER", 4)
     same = [word for word in more if word != "--shard"]
     alone = commands.surgery(*arguments(place, twin, tmp_path / "one", "--batch", 8, *same))
     assert alone.returncode == 0, alone.stderr
     assert "held-out tokens" in alone.stdout
-    codes, errors = both("-m", "surgery", *arguments(place, twin, tmp_path / "two", "--batch", 4, *more))
+    codes, errors = both("-c", FOUR_TEXTS_AT_ONCE, *arguments(place, twin, tmp_path / "two", "--batch", 4, *more))
     assert codes == [0, 0], errors
     assert record(tmp_path / "two")["processes"] == 2
     assert record(tmp_path / "two")["sharded"] == ("--shard" in more)
@@ -102,7 +112,7 @@ def test_two_processes_refine_as_one_does(place, tmp_path, twin, more):
 
 
 def test_a_killed_sharded_run_goes_on_exactly(place, tmp_path):
-    given = ("--batch", 4, "--shard", "--train", "all")
+    given = ("--batch", 4, "--shard", "--train", "all", "--text", "samples")
     codes, errors = both("-m", "surgery", *arguments(place, "native", tmp_path / "whole", *given))
     assert codes == [0, 0], errors
     cut = arguments(place, "native", tmp_path / "cut", *given)

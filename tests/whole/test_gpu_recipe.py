@@ -15,10 +15,10 @@ MINUTES = 5
 
 
 def start(place, *more):
-    options = ["-o", "out", "--text", "text.txt=2", "--text", "python", "--kind", "own=text.txt", "--kind", "code=code"]
-    options += ["--minutes", "0.01", "--convert-tokens", "4k", "--window", "32", "--batch", "8", "--no-speed"]
+    options = "-o out --text text.txt=2 --text samples --kind own=text.txt --kind code=code --minutes 0.01"
+    options += " --convert-tokens 4k --window 32 --batch 8 --no-speed"
     here = {"XDG_CACHE_HOME": str(place / "cache"), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, str(RECIPE), "model", *options, *more]
+    words = [sys.executable, str(RECIPE), "model", *options.split(), *more]
     return subprocess.Popen(
         words, cwd=place, env=os.environ | here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -51,6 +51,7 @@ def test_killed_in_the_middle_it_goes_on_and_tells_all(tmp_path):
     assert all((out / "results" / name).stat().st_size < 2**24 for name in results)
     table = (out / "results" / "table.md").read_text()
     assert table in said
+    assert "drawing samples" in table
     for words in ("CPU", "forward, original", "fine-tuning, original", "| refined | own | ", "| degree-3 | code | "):
         assert words in table
     told = json.loads((out / "results" / "table.json").read_text())
