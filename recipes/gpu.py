@@ -27,8 +27,8 @@ import surgery
 from evals.settings import parse_kinds
 from surgery.calibration.inputs import calibration_inputs
 from surgery.calibration.mixtures import Mixture
+from surgery.calibration.samples import SAMPLED_TOGETHER, sample
 from surgery.calibration.texts import SAMPLES
-from surgery.conversion.cost import DRAWING
 from surgery.models import loading
 from surgery.runtime import processes
 from surgery.runtime.files import write_json, write_text
@@ -36,6 +36,7 @@ from surgery.runtime.settings import whole_number
 from surgery.saving.report import read_report
 
 SHARE = 0.55  # of a fine-tuning step's speed that refinement is taken to reach when its tokens are set
+FEW = 128  # tokens of the samples whose drawing is timed
 MEASURING = 90  # seconds kept for measuring
 PASSES = 8  # that are timed, after two that are not
 PICTURES = ("run.png", "refined/refinement.png", "refined/evaluation/texts.png")
@@ -57,8 +58,9 @@ def settled(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def speeds(model_name: str, text: str, window: int, batch: int) -> dict[str, float | str]:
-    """Tokens a second of the original, in bfloat16 where there is a GPU: a forward pass, and a step of AdamW."""
+def speeds(model_name: str, text: str, window: int, batch: int, drawn: bool) -> dict[str, float | str]:
+    """Tokens a second of the original, in bfloat16 where there is a GPU: a forward pass, a step of AdamW, and, where
+    samples are to be drawn, drawing them."""
     loaded = loading.loaded(model_name)
     device = torch.device(loading.placed("auto"))
     model = loaded.model.to(device)
@@ -79,6 +81,10 @@ def speeds(model_name: str, text: str, window: int, batch: int) -> dict[str, flo
         optimiser.zero_grad()
 
     found = {"forward": ids.numel() / timed(forward, device), "fine_tuning": ids.numel() / timed(train, device)}
+    if drawn:
+        begun, few = time.monotonic(), min(window, FEW)
+        sample(model, loaded.tokenizer, SAMPLED_TOGETHER, few, seed=0)
+        found["drawing"] = SAMPLED_TOGETHER * few / (time.monotonic() - begun)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return found | {"device": name, "batch": batch, "window": window}
 
@@ -109,7 +115,7 @@ def table(out: Path, found: dict, record: dict) -> str:
         plain = fast["fine_tuning" if name.startswith("refine") else "forward"]
         shown = ["", "", ""] if rate is None else [f"{tokens:,}", f"{rate:,.0f}", f"{rate / plain:.2f}"]
         lines.append(f"| {name} | {stage['seconds']:,.0f} | {' | '.join(shown)} |")
-        if name.startswith("refine") and found["drawing_seconds"]:
+        if name.startswith("refine") and "drawing" in fast:
             lines.append(f"| … of it drawing samples | {found['drawing_seconds']:,.0f} | | | |")
     lines += ["", "| twin | kind | seen | nats lost | KL |", "| -- | -- | -- | -: | -: |"]
     for twin, kinds in found["kinds"].items():
@@ -160,7 +166,8 @@ def main() -> None:
     processes.join()
     place = options.output / "plan.json"
     if not place.is_file() and processes.first():
-        fast = speeds(options.model, options.text[0].partition("=")[0], options.window, options.batch)
+        text, drawn = options.text[0].partition("=")[0], Mixture.of(options.text).share(SAMPLES) > 0
+        fast = speeds(options.model, text, options.window, options.batch, drawn)
         write_json(place, {"speeds": fast, "tokens": None})
     plan = processes.looked_up(lambda: json.loads(place.read_text()))
     file = options.output / "gpu.yaml"
@@ -170,8 +177,8 @@ def main() -> None:
             write_text(file, yaml.safe_dump({key: whole[key] for key in ("model", "output", "convert")}))
         surgery.run(file, quiet=False)
         left = 60 * options.minutes - (time.monotonic() - began) - MEASURING
-        drawn = Mixture.of(options.text).share(SAMPLES)
-        a_token = 1 / (SHARE * plan["speeds"]["fine_tuning"]) + drawn * DRAWING / plan["speeds"]["forward"]
+        fast, drawn = plan["speeds"], Mixture.of(options.text).share(SAMPLES)
+        a_token = 1 / (SHARE * fast["fine_tuning"]) + (drawn / fast["drawing"] if drawn else 0)
         room = round(max(left, 0) / a_token)
         least = 8 * options.window * options.batch
         plan["tokens"] = max(least, min(options.refine_tokens, room))

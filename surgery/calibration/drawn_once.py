@@ -12,16 +12,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from surgery.calibration.samples import SAMPLED_TOGETHER, drawing_dtype, prompts, sample
+from surgery.calibration.samples import DRAWN_AS, SAMPLED_TOGETHER, drawing_dtype, prompts, sample
 from surgery.models import fingerprint
 from surgery.runtime.files import cache_folder, replacing
 from surgery.runtime.weights_on_disk import device_of
 
 NAME = "ids"
-DRAWING = 1  # how texts are drawn, by number: another where the same wish gives other texts
 
 
-def drawn_once(model: Any, tokenizer: Any, rows: int, length: int, seed: int, quiet: bool = False) -> Tensor:
+def drawn_once(
+    model: Any, tokenizer: Any, rows: int, length: int, seed: int, *, products: str | None = None, quiet: bool = False
+) -> Tensor:
     """What :func:`surgery.calibration.samples.sample` gives, (rows, length) ids, kept in the user's cache.
 
     The file is named by all that the texts hang on: weights, beginnings, seed, precision. Of a model whose weights are
@@ -30,7 +31,7 @@ def drawn_once(model: Any, tokenizer: Any, rows: int, length: int, seed: int, qu
     Raises:
         CalibrationError: the model cannot generate text.
     """
-    products = drawing_dtype(model, tokenizer)
+    products = products or drawing_dtype(model, tokenizer)
     file = _file(model, [rows, length, seed, products, *prompts(tokenizer, rows, length)])
     if file is not None and file.is_file():
         with suppress(SafetensorError, KeyError, OSError):
@@ -50,7 +51,7 @@ def _file(model: Any, wish: list[Any]) -> Path | None:
         return None
     saved = getattr(model, "generation_config", None)
     ends = [getattr(saved, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
-    how = [DRAWING, SAMPLED_TOGETHER, torch.__version__, device_of(model).type]
+    how = [DRAWN_AS, SAMPLED_TOGETHER, torch.__version__, device_of(model).type]
     hangs_on = [wish, how, ends, type(model).__name__, _without_place(model.config.to_dict())]
     return cache_folder("samples") / f"{fingerprint.of_tensors(tensors, json.dumps(hangs_on, default=str))}.safetensors"
 

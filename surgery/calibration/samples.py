@@ -18,6 +18,7 @@ from surgery.runtime.precision import autocast, usable_dtype
 from surgery.runtime.weights_on_disk import device_of
 
 SAMPLED_TOGETHER = 64  # sequences
+DRAWN_AS = 1  # how texts are drawn, by number: another where the same wish gives other texts
 MOST_UNKNOWN = 0.1  # of the tokens of English that are the tokenizer's unknown one
 ENGLISH = "The quick brown fox jumps over the lazy dog, and the dog says: what a day! It was in 1923, on page 45."
 
@@ -103,7 +104,7 @@ def _continued(model: Any, prompt: Tensor, length: int, products: str) -> Tensor
     new = length - prompt.shape[1]
     how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": int(prompt[0, 0])}
     mask = torch.ones_like(prompt)
-    rounded = autocast(products, prompt.device, cached=True)
+    rounded = autocast(products, prompt.device, cached=model.device.type != "meta")  # else copies of all that is read
     with rounded, _cast_once(model, products), packed_heads(prompt.device), _no_saved_settings(model):
         out: Tensor = model.generate(prompt, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, **how)
     return out[:, :length].cpu()
@@ -112,9 +113,9 @@ def _continued(model: Any, prompt: Tensor, length: int, products: str) -> Tensor
 @contextmanager
 def _cast_once(model: Any, products: str) -> Iterator[None]:
     """autocast keeps the rounded copy of a weight that wants a gradient, and rounds others anew for every token."""
-    sharded = any(hasattr(value, "to_local") for value in model.parameters())
+    stay = not any(value.is_meta or hasattr(value, "to_local") for value in model.parameters())
     frozen = [value for value in model.parameters() if value.is_floating_point() and not value.requires_grad]
-    frozen = frozen if products == "bfloat16" and not sharded else []
+    frozen = frozen if products == "bfloat16" and stay else []
     for value in frozen:
         value.requires_grad_(True)
     try:

@@ -42,7 +42,7 @@ def merged_folder(target: Path) -> Path:
 def model_identity(loaded: LoadedModel, name: str, given: Mapping[str, GaussianMixture]) -> str:
     """What tells one model's results from another's of the same name; and from those for other `given` moments.
 
-    The Hub's revision, or sizes and times of a checkpoint's files, or, of a model in memory, some of every tensor.
+    The Hub's revision, or sizes and times of a checkpoint's files, or, of a model in memory, its tensors.
     """
     about = f"{__version__} {loaded.source.as_dict()}"
     tensors = {f"{path} {n}": part for path, moments in given.items() for n, part in enumerate(moments.parts())}

@@ -81,7 +81,7 @@ def prepared(
     if named:
         check_memory(blocks, plan, like)
     plan, note = processes.looked_up(lambda: _chosen_source(plan, loaded)) if named else (plan, "")
-    known = model_identity(loaded, plan.model, given)
+    known = processes.looked_up(lambda: model_identity(loaded, plan.model, given))
     data = processes.looked_up(lambda: _inputs(plan.text if named else text, loaded, plan, known))
     data = replace(data, note=data.note or note)
     if not quiet and processes.first():

@@ -128,12 +128,12 @@ class EndToEnd:
         likeliest = self.kept(part.numbers[known], lambda: predicted(again)).to(self.accelerator.device)
         if not fresh.any():
             return lambda found: likeliest.completed(found, self.temperature)
-        exact = predicted(part[fresh]).float()
+        exact = predicted(part[fresh])
 
         def goal(found: Tensor) -> Tensor:
             logits = torch.empty_like(found, dtype=torch.float32)
             logits[known] = likeliest.completed(found[known], self.temperature)
-            logits[fresh] = exact
+            logits[fresh] = exact.float()
             return logits
 
         return goal

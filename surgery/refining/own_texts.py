@@ -59,8 +59,9 @@ class OwnTexts:
     def held_out(self, tokens: int) -> list[array[int]]:
         """Texts of at least so many tokens, which are not trained on."""
         window, seed = self.settings.window, seed_of(self.settings.seed, "held out")
-        given = self.teacher, self.tokenizer, -(-tokens // window), window, seed, self.quiet
-        return self._without_beginnings(processes.looked_up(lambda: drawn_once(*given)))
+        given, how = (self.teacher, self.tokenizer, -(-tokens // window), window, seed), self.products
+        drawn = processes.looked_up(lambda: drawn_once(*given, products=how, quiet=self.quiet))
+        return self._without_beginnings(drawn)
 
     def take(self, count: int) -> PackedWindows:
         """The next windows.

@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from surgery.calibration.samples import DRAWN_AS
 from surgery.calibration.texts import label
 from surgery.models import loading
 from surgery.refining.packing import PackedWindows
@@ -19,7 +20,11 @@ HASHED_TOGETHER = 4096  # windows
 
 
 def run_key(
-    settings: RefineSettings, report: dict[str, Any], windows: TrainingWindows, processes: int
+    settings: RefineSettings,
+    report: dict[str, Any],
+    held: dict[str, PackedWindows],
+    windows: TrainingWindows,
+    processes: int,
 ) -> dict[str, Any]:
     """What an interrupted run must share with this one to be gone on with: settings, the twin's weights, the text."""
     return {
@@ -29,7 +34,9 @@ def run_key(
         "device": None,
         "processes": processes,
         "weights": report["verification"]["weights"],
+        "held": {name: _fingerprint(part) for name, part in held.items()},
         "windows": _fingerprint(windows.texts),
+        "drawn_as": DRAWN_AS if windows.own else None,
     }
 
 

@@ -175,7 +175,7 @@ class _Refinement:
             self.note = "; ".join(filter(None, (self.note, left_out)))
             self._say(left_out)
         self.schedule = Schedule.of(settings, accelerator.num_processes)
-        self.key = run_key(settings, report, self.windows, accelerator.num_processes)
+        self.key = run_key(settings, report, self.held, self.windows, accelerator.num_processes)
         self.autocast = partial(autocast, processes.looked_up(self._matmul), accelerator.device, cached=True)
 
     def _matmul(self) -> str:

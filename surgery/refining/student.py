@@ -72,10 +72,12 @@ def checkpoint_activations(model: Any) -> None:
                     setattr(layer, name, 0.0)
 
 
-def _optimizer(settings: RefineSettings, trainable: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(
+    settings: RefineSettings, trainable: dict[str, nn.Parameter], device: torch.device
+) -> torch.optim.Optimizer:
     """AdamW without weight decay: the twin begins close to where it should end."""
-    whole = [value for value in trainable.values() if not hasattr(value, "to_local")]
-    fused = len(whole) == len(trainable) and all(value.device.type in ("cpu", "cuda") for value in whole)
+    whole = not any(hasattr(value, "to_local") for value in trainable.values())
+    fused = True if whole and device.type in ("cpu", "cuda") else None
     return torch.optim.AdamW(trainable.values(), lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)
 
 
@@ -107,7 +109,7 @@ def ready_student(
     student, model, teacher = pair
     trainable = {name: value for name, value in student.named_parameters() if name in trained}
     if not sharding.wanted(accelerator, settings.shard):
-        network, optimizer = accelerator.prepare(student, _optimizer(settings, trainable))
+        network, optimizer = accelerator.prepare(student, _optimizer(settings, trainable, accelerator.device))
         # Only now, since moving to a device copies.
         return Trainee(network, trainable, optimizer, share_tensors(student, teacher, trained, names_inside(blocks)))
     teacher.to("cpu")
@@ -115,7 +117,7 @@ def ready_student(
     for network, inside in ((student, model), (teacher, teacher)):
         sharding.shard(network, inside, (paths[0] for paths, _ in blocks), accelerator)
     trainable = {name: value for name, value in student.named_parameters() if name in trained}
-    return Trainee(student, trainable, _optimizer(settings, trainable), 0)
+    return Trainee(student, trainable, _optimizer(settings, trainable, accelerator.device), 0)
 
 
 def _rounded_alike(own: Tensor, other: Tensor) -> bool:

@@ -52,8 +52,10 @@ class Estimate:
         if stage.kind == "refine":
             settings = recipe.refinement()
             looks = settings.tokens / (settings.window * settings.batch * settings.accumulate) / settings.validate_every
-            drawn = DRAWING * Mixture.of(settings.text).share(SAMPLES) * (1 + settings.control)
+            drawn = DRAWING * Mixture.of(settings.text).share(SAMPLES)
             passes = (TRAINING + drawn) * settings.tokens + looks * settings.validate_tokens
+            if settings.control:  # an original, by the text itself
+                passes += (TRAINING - 1 + drawn) * settings.tokens + looks * settings.validate_tokens
             return SETTING_UP + passes * self._forward() / Speed.of(self.device, settings.dtype).products
         if stage.kind == "eval":
             settings_of = evaluation_settings(stage.twin, **({"skip": 0} | recipe.evaluation(stage.twin)))

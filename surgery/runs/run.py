@@ -187,14 +187,15 @@ def plan_run(
     place = _nearest(plan.output)
     twins = sum(row["stage"] in ("convert", "refine") for row in rows)
     free = shutil.disk_usage(place).free
-    if free < guess.bytes + guess.kept:
+    kept = guess.kept if any(row["stage"] == "refine" and row["why"] for row in rows) else 0
+    if free < guess.bytes + kept:
+        what = "a twin, with the predictions kept to refine it," if kept else "a twin"
         raise CheckpointError(
-            f"a twin, and what refining keeps, take {(guess.bytes + guess.kept) / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
-            "are free",
+            f"{what} takes {(guess.bytes + kept) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
             where=str(place),
             fix="make room, or choose another -o",
         )
     return {
         "recipe": plan.name, "model": plan.model, "output": str(plan.output), "parameters": guess.parameters,
-        "stages": rows, "bytes": twins * guess.bytes + guess.kept, "free": free, "memory": guess.memory,
+        "stages": rows, "bytes": twins * guess.bytes + kept, "free": free, "memory": guess.memory,
     }  # fmt: skip

@@ -91,7 +91,7 @@ def test_samples_are_drawn_from_the_model_whatever_generation_settings_are_saved
     assert model.generation_config is saved
 
 
-def test_frozen_weights_are_rounded_once_and_stay_frozen(monkeypatch):
+def test_frozen_weights_are_rounded_once_and_stay_frozen():
     """autocast keeps the rounded copy of a weight that wants a gradient alone."""
     model, seen = tiny.make("llama").requires_grad_(False), []
     generate = model.generate

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,7 +50,8 @@ def hub(tmp_path_factory):
     found = Hub()
     here = environment(found, tmp_path_factory.mktemp("home"))
     command = [sys.executable, "-c", PUSHES]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=here) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, env=here, cwd=Path(__file__).parents[2]) as process:
         yield found, process
         process.stdin.close()
     found.shutdown()
@@ -69,7 +71,9 @@ def run(hub, server):
         process = hub[1]
         process.stdin.write(json.dumps([token, *map(str, arguments)]) + "\n")
         process.stdin.flush()
-        return subprocess.CompletedProcess(arguments, *json.loads(process.stdout.readline()))
+        line = process.stdout.readline()
+        assert line, f"the process that pushes has ended with {process.wait()}"
+        return subprocess.CompletedProcess(arguments, *json.loads(line))
 
     return done
 
