@@ -10,6 +10,8 @@ BIN = $(VENV)/bin
 MODEL = build/SmolLM2-135M-Instruct.Q4_1.gguf
 GEMMA = build/gemma-3-270m-q4_k_m.gguf
 ANTIBERTY = build/antiberty
+# Packages are compiled when they are first used (--no-compile), and that is kept, whatever the environment says.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 FETCH = $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d build
 
