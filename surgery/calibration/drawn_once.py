@@ -53,11 +53,12 @@ def _file(model: Any, wish: list[Any]) -> Path | None:
     ends = [getattr(saved, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
     how = [DRAWN_AS, SAMPLED_TOGETHER, torch.__version__, device_of(model).type]
     hangs_on = [wish, how, ends, type(model).__name__, _without_place(model.config.to_dict())]
-    return cache_folder("samples") / f"{fingerprint.of_tensors(tensors, json.dumps(hangs_on, default=str))}.safetensors"
+    about = json.dumps(hangs_on, default=str, sort_keys=True)
+    return cache_folder("samples") / f"{fingerprint.of_tensors(tensors, about)}.safetensors"
 
 
 def _without_place(config: Any) -> Any:
     """A configuration without where it was read from."""
     if not isinstance(config, dict):
         return config
-    return {str(key): _without_place(value) for key, value in sorted(config.items()) if key != "_name_or_path"}
+    return {str(key): _without_place(value) for key, value in config.items() if key != "_name_or_path"}
