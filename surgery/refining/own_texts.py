@@ -89,12 +89,13 @@ class OwnTexts:
         """One unit a process, or one that all draw together where each holds a part of the original."""
         apart = not sharding.is_sharded(self.teacher)
         units = _units(self.drawn, self.planned, processes.count() if apart else 1)
-        own = units[processes.rank() :: processes.count()] if apart else units
+        own = units[processes.rank() :][:1] if apart else units
         drawn = [self._unit(*unit) for unit in own]
-        found: dict[tuple[int, int], Tensor] = {}
-        for rank, texts in enumerate(processes.gather(drawn) if apart else [processes.from_first(drawn)]):
-            found |= dict(zip(units[rank :: processes.count()] if apart else units, texts, strict=True))
-        new = [self._shuffled(self.pack(self._without_beginnings(found[unit])), unit[0]) for unit in units]
+        texts = [text for part in processes.gather(drawn) for text in part] if apart else processes.from_first(drawn)
+        new = [
+            self._shuffled(self.pack(self._without_beginnings(text)), first)
+            for text, (first, _) in zip(texts, units, strict=True)
+        ]
         if not sum(map(len, new)) and sum(rows for _, rows in units) >= FEWEST:
             raise CalibrationError(
                 f"what the original writes fills no window of {self.settings.window} tokens",
